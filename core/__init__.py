@@ -1,0 +1,1 @@
+"""The engine: config, planner, sharding, checkpoints, and the rank's telemetry source."""

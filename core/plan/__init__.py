@@ -1,0 +1,1 @@
+"""Memory and time of a training plan, from formulas; never imports torch."""

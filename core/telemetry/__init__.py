@@ -1,0 +1,1 @@
+"""What a rank tells its daemon; never imports torch."""

@@ -1,0 +1,33 @@
+"""distui trains any PyTorch model on whatever hardware there is.
+
+The public names load on first use, so `import distui` stays fast and imports neither torch, textual nor grpc.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Engine": "distui.core.engine",
+    "DistuiError": "distui.core.errors",
+    "UserError": "distui.core.errors",
+}
+
+__all__ = ["DistuiError", "Engine", "UserError", "__version__"]
+
+if TYPE_CHECKING:
+    from distui.core.engine import Engine
+    from distui.core.errors import DistuiError, UserError
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'distui' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

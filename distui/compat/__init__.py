@@ -1,0 +1,1 @@
+"""The faces of other trainers (Accelerate, DeepSpeed), so that existing scripts run."""

@@ -1,0 +1,1 @@
+"""telemetry.proto and the code generated from it (`make proto`)."""

@@ -1,0 +1,1 @@
+"""Widgets on the Line API, fast enough for a thousand ranks."""
