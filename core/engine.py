@@ -1,0 +1,364 @@
+"""The five-line API: `distui.Engine`.
+
+    engine = distui.Engine()
+    model, optimizer, loader = engine.prepare(model, optimizer, loader)
+    for batch in loader:
+        with engine.accumulate(model):
+            loss = model(**batch).loss
+            engine.backward(loss)
+            engine.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+Names and semantics follow Accelerate's `Accelerator` wherever it has a name for the thing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from distui.core import checkpoint, ops
+from distui.core.backends.base import Backend
+from distui.core.backends.registry import load_backend
+from distui.core.batch import solve_batch
+from distui.core.config import Config
+from distui.core.data.loader import PreparedLoader, prepare_loader
+from distui.core.errors import UserError
+from distui.core.job import job_config, job_telemetry
+from distui.core.precision import DTYPES, LossScaler, apply_border_casts
+from distui.core.process import ProcessState
+from distui.core.scheduler import PreparedScheduler
+from distui.core.sharding.optim import ShardedOptimizer
+from distui.core.step_clock import StepClock
+from distui.core.tracking import Tracking
+
+
+class Engine(Tracking, ProcessState):
+    """Trains any model on the ranks that `distui launch` started; outside of it, on one process.
+
+    Keyword arguments are sections of the configuration as dicts, and win over it:
+    `Engine(strategy={"zero_stage": 3}, precision={"dtype": "bf16"})`. Several engines may live in one process.
+    """
+
+    def __init__(self, **sections: Mapping[str, Any]) -> None:
+        """Join the job. Collective: all ranks. Raises ConfigError with every problem of the configuration."""
+        self.config: Config = job_config(sections)
+        ProcessState.__init__(self)
+        Tracking.__init__(self)
+        batch = solve_batch(self.config.batch, self.num_processes)
+        self.gradient_accumulation_steps: int = batch.accumulation or 1
+        self._micro_size = batch.micro_size
+        if self._micro_size is None and batch.global_size is not None:
+            self._micro_size = batch.global_size // (self.num_processes * self.gradient_accumulation_steps)
+        group = torch.distributed.group.WORLD if self.num_processes > 1 else None
+        self.telemetry = job_telemetry(self.process_index, self.local_process_index, self.num_processes)
+        self.backend: Backend = load_backend(self.config, group)
+        self.clock = StepClock(self.telemetry, self.backend.take_exposed_s)
+        fp16 = self.config.precision.dtype == "fp16"
+        precision = self.config.precision
+        self.scaler = LossScaler(precision.initial_loss_scale, precision.loss_scale_window) if fp16 else None
+        self.sync_gradients = True
+        """Whether the current micro-batch is the last before the optimizer steps."""
+        self._micro_step = 0
+        self._norm_of_step: torch.Tensor | None = None
+        self._models: list[nn.Module] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._schedulers: list[PreparedScheduler] = []
+        self._loaders: list[PreparedLoader] = []
+        self._registered: list[Any] = []
+
+    # ---- prepare -------------------------------------------------------------------------------------------------------
+
+    def prepare(self, *objects: Any) -> Any:
+        """Make models, optimizers, loaders and schedulers work on all ranks, and return them in the same order.
+
+        Other objects come back as they are. Collective: all ranks, with the same kinds in the same order.
+        """
+        prepared: dict[int, Any] = {}
+        kinds: list[tuple[type, Callable[[Any], Any]]] = [
+            (nn.Module, self.prepare_model),
+            (torch.optim.Optimizer, self.prepare_optimizer),
+            (torch.utils.data.DataLoader, self.prepare_data_loader),
+            (torch.optim.lr_scheduler.LRScheduler, self.prepare_scheduler),
+        ]
+        # Models first: an optimizer is bound to the flat shards of its model.
+        for kind, prepare in kinds:
+            for index, value in enumerate(objects):
+                if isinstance(value, kind):
+                    prepared[index] = prepare(value)
+        results = tuple(prepared.get(index, value) for index, value in enumerate(objects))
+        self._report_memory()
+        return results[0] if len(results) == 1 else results
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Move `model` to the device and shard it by the configured stage. Collective."""
+        if any(model is known for known in self._models):
+            return model
+        model.to(self.device)
+        prepared = self.backend.prepare_model(model)
+        dtype = self.config.precision.dtype
+        if dtype != "fp32":
+            apply_border_casts(prepared, DTYPES[dtype])
+        self.clock.watch(prepared)
+        self._models.append(prepared)
+        num_parameters = sum(param.numel() for model in self._models for param in model.parameters())
+        self.telemetry.rank_started(self.device_text, self.device_name, num_parameters)
+        return prepared
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Make `optimizer` step this rank's shards. Collective."""
+        if any(optimizer is known for known in self._optimizers):
+            return optimizer
+        prepared = self.backend.prepare_optimizer(optimizer)
+        if isinstance(prepared, ShardedOptimizer):
+            prepared.step_allowed = lambda: self.sync_gradients
+            prepared.before_step = self._before_step
+            prepared.after_step = self._after_step
+        self._optimizers.append(prepared)
+        return prepared
+
+    def prepare_data_loader(self, loader: Any) -> PreparedLoader:
+        """Give each rank its slice of every global batch."""
+        if isinstance(loader, PreparedLoader):
+            return loader
+        prepared = prepare_loader(
+            loader,
+            process=self,
+            micro_size=self._micro_size,
+            accumulation=self.gradient_accumulation_steps,
+            seed=self.config.run.seed,
+            on_wait=self.clock.data_wait,
+            device=self.device,
+        )
+        prepared.on_batch = self.clock.batch
+        self._loaders.append(prepared)
+        return prepared
+
+    def prepare_scheduler(self, scheduler: Any) -> PreparedScheduler:
+        """Make `scheduler` step once an optimizer step, and not when that was skipped."""
+        if isinstance(scheduler, PreparedScheduler):
+            return scheduler
+        prepared = PreparedScheduler(
+            scheduler,
+            did_step=lambda: not self.optimizer_step_was_skipped,
+            sync_gradients=lambda: self.sync_gradients,
+        )
+        self._schedulers.append(prepared)
+        return prepared
+
+    # ---- a training step -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def accumulate(self, *models: nn.Module) -> Iterator[None]:
+        """Run one micro-batch; gradients travel and the optimizer steps on the last of each step's, or of the loader."""
+        self._micro_step += 1
+        at_end = any(loader.end_of_dataloader for loader in self._loaders if loader.is_active)
+        if at_end or self._micro_step % self.gradient_accumulation_steps == 0:
+            self._micro_step = 0
+            self._set_sync(True)
+        else:
+            self._set_sync(False)
+        yield
+
+    @contextmanager
+    def no_sync(self, model: nn.Module | None = None) -> Iterator[None]:
+        """Keep the gradients of the backward passes inside local (stages 2 and 3 still reduce into their shards)."""
+        before = self.sync_gradients
+        self._set_sync(False)
+        try:
+            yield
+        finally:
+            self._set_sync(before)
+
+    def _set_sync(self, sync: bool) -> None:
+        self.sync_gradients = sync
+        self.backend.set_sync(sync)
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """Compute gradients, averaged over ranks and micro-batches. Collective: all ranks.
+
+        `loss` is the mean over this rank's micro-batch; kwargs go to `loss.backward`.
+        """
+        begin = time.perf_counter()
+        self.telemetry.phase("backward")
+        self.backend.before_backward()
+        factor = 1.0 / self.gradient_accumulation_steps
+        if self.scaler is not None:
+            factor *= self.scaler.scale
+        (loss * factor if factor != 1.0 else loss).backward(**kwargs)
+        self.backend.end_backward()
+        self.clock.backward(begin, loss)
+        self.telemetry.phase("idle")
+
+    def clip_grad_norm_(
+        self, parameters: torch.Tensor | Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
+    ) -> torch.Tensor | None:
+        """Clip gradients by their global norm and return the norm before; None while gradients accumulate.
+
+        Collective: all ranks.
+        """
+        if not self.sync_gradients:
+            return None
+        begin = time.perf_counter()
+        self._unscale()
+        params = [parameters] if isinstance(parameters, torch.Tensor) else parameters
+        norm = self.backend.clip_grad_norm_(params, max_norm, float(norm_type))
+        self._norm_of_step = norm
+        self.clock.grad_norm = norm.item()
+        self.clock.optimizer_s += time.perf_counter() - begin
+        return norm
+
+    def clip_grad_value_(self, parameters: torch.Tensor | Iterable[torch.Tensor], clip_value: float) -> None:
+        """Clamp every gradient element to [-clip_value, clip_value]. Collective: all ranks."""
+        if self.sync_gradients:
+            self._unscale()
+            for optimizer in self._optimizers:
+                if isinstance(optimizer, ShardedOptimizer):
+                    optimizer.clamp_gradients(clip_value)
+
+    def _unscale(self) -> None:
+        if self.scaler is None:
+            return
+        for optimizer in self._optimizers:
+            if isinstance(optimizer, ShardedOptimizer) and not optimizer.unscaled:
+                optimizer.grad_factor /= self.scaler.scale
+                optimizer.unscaled = True
+
+    def _before_step(self, optimizer: ShardedOptimizer) -> None:
+        self.telemetry.phase("optimizer")
+        self._step_begin = time.perf_counter()
+        max_norm = self.config.optimizer.max_grad_norm
+        if max_norm and self._norm_of_step is None:
+            self.clip_grad_norm_([param for model in self._models for param in model.parameters()], max_norm)
+        if self.scaler is not None:
+            self._unscale()
+            norm = self._norm_of_step if self._norm_of_step is not None else optimizer.grad_norm(None, 2.0)
+            optimizer.skip_next = not bool(torch.isfinite(norm))
+
+    def _after_step(self, optimizer: ShardedOptimizer) -> None:
+        if self.scaler is not None:
+            self.scaler.update(overflow=optimizer.step_was_skipped)
+        optimizer.unscaled = False
+        self._norm_of_step = None
+        groups = optimizer.param_groups
+        self.clock.end_step(
+            self._step_begin,
+            learning_rate=float(groups[0]["lr"]) if groups and "lr" in groups[0] else None,
+            loss_scale=self.scaler.scale if self.scaler is not None else None,
+            skipped=optimizer.step_was_skipped,
+        )
+        if self.clock.step in (1, 2) or self.clock.step % 50 == 0:
+            self._report_memory()
+
+    @property
+    def optimizer_step_was_skipped(self) -> bool:
+        """Whether the last step was skipped by an overflow (fp16)."""
+        return any(getattr(optimizer, "step_was_skipped", False) for optimizer in self._optimizers)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute in the configured format where operations allow it; does nothing under fp32."""
+        dtype = self.config.precision.dtype
+        if dtype == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=DTYPES[dtype])
+
+    # ---- across ranks --------------------------------------------------------------------------------------------------
+
+    def gather(self, tensors: Any) -> Any:
+        """Concatenate every rank's tensors along dimension 0. Collective."""
+        return ops.gather(tensors)
+
+    def gather_for_metrics(self, data: Any, use_gather_object: bool = False) -> Any:
+        """Gather, without the samples that were repeated to even out the last batch. Collective."""
+        gathered = ops.gather_object(data) if use_gather_object else ops.gather(data)
+        for loader in self._loaders:
+            if loader.is_active and loader.end_of_dataloader and loader.remainder > 0:
+                return ops.take_first(gathered, loader.remainder)
+        return gathered
+
+    def reduce(self, tensors: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """Sum or average every rank's tensors. Collective."""
+        return ops.reduce(tensors, reduction, scale)
+
+    def pad_across_processes(self, tensors: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
+        """Pad to the largest size over ranks along `dim`. Collective."""
+        return ops.pad_across_processes(tensors, dim, pad_index, pad_first)
+
+    # ---- weights and states --------------------------------------------------------------------------------------------
+
+    def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True) -> nn.Module:
+        """Return the model as it was given: preparing does not wrap it."""
+        return getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
+
+    def get_state_dict(self, model: nn.Module, only_rank_0: bool = False) -> dict[str, Any]:
+        """Return the whole state of `model` on the CPU, as plain torch would save it. Collective."""
+        return self.backend.full_state_dict(model, only_rank_0)
+
+    def load_state_dict(self, model: nn.Module, state: Mapping[str, Any], strict: bool = True) -> Any:
+        """Give `model` a whole state. Collective: all ranks, each with `state`."""
+        return self.backend.load_full_state_dict(model, state, strict)
+
+    def full_parameters(self, model: nn.Module, writeback: bool = False) -> AbstractContextManager[nn.Module]:
+        """Enter with every parameter of `model` whole and current, to read it, or with `writeback` to change it. Collective."""
+        return self.backend.full_parameters(model, writeback)
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Save and load `objects` (with state_dict and load_state_dict) with the rest of the state."""
+        for value in objects:
+            if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))):
+                raise UserError(
+                    f"{type(value).__name__} cannot be registered for checkpointing",
+                    "it has no state_dict and load_state_dict",
+                    "give it both methods",
+                )
+        self._registered += objects
+
+    def save_state(self, output_dir: str, **kwargs: Any) -> str:
+        """Save models, optimizers, schedulers, loaders, scaler, random state and registered objects. Collective.
+
+        Any stage and any number of ranks can load it. Returns the folder.
+        """
+        self.telemetry.phase("checkpoint")
+        path = checkpoint.save(self, output_dir)
+        self.telemetry.event("info", "checkpoint", f"saved {path}", step=self.clock.step)
+        self.telemetry.phase("idle")
+        return path
+
+    def load_state(self, input_dir: str, **kwargs: Any) -> None:
+        """Load what `save_state` wrote. Collective."""
+        self.telemetry.phase("checkpoint")
+        checkpoint.load(self, input_dir)
+        self.telemetry.event("info", "checkpoint", f"loaded {input_dir}", step=self.clock.step)
+        self.telemetry.phase("idle")
+
+    def save_model(self, model: nn.Module, save_directory: str, max_shard_size: str | int = "10GB") -> None:
+        """Write the weights of `model` as safetensors with an index. Collective."""
+        checkpoint.save_model(self, model, save_directory, max_shard_size)
+
+    def free_memory(self, *objects: Any) -> list[None]:
+        """Forget everything that was prepared; returns a None for each object, to rebind the names."""
+        for held in (self._models, self._optimizers, self._schedulers, self._loaders):
+            held.clear()  # type: ignore[attr-defined]
+        self.backend = load_backend(self.config, self.backend.group)
+        return [None for _ in objects]
+
+    def memory_report(self) -> dict[str, int]:
+        """Return this rank's bytes of parameters, gradients, optimizer_states and buffers."""
+        return self.backend.memory_by_category()
+
+    def _report_memory(self) -> None:
+        cuda: dict[str, int] = {}
+        if self.device.type == "cuda":
+            cuda = {
+                "allocated_bytes": torch.cuda.memory_allocated(self.device),
+                "reserved_bytes": torch.cuda.memory_reserved(self.device),
+                "peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device),
+                "device_total_bytes": torch.cuda.get_device_properties(self.device).total_memory,
+            }
+        self.telemetry.memory(self.memory_report(), **cuda)

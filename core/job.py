@@ -1,0 +1,52 @@
+"""What `distui launch` tells a rank: its configuration and its telemetry; both have defaults for a script run alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from distui.core.config import Config
+from distui.core.errors import ConfigError, Problem
+from distui.core.paths import current_run
+from distui.core.settings import load
+from distui.core.telemetry.source import NullSource, TelemetrySource, current, open_source
+
+
+def job_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Return the launched job's configuration with `sections` (of `Engine(...)`) over it.
+
+    Raises: ConfigError with every problem.
+    """
+    run = current_run()
+    config = load(run.config, {}, environ={}).config if run is not None else Config()
+    values = config.model_dump()
+    problems = []
+    for name, section in sections.items():
+        if name not in values:
+            problems.append(
+                Problem(name, "is no section of the configuration", f"Engine got {name}=...", f"use one of {', '.join(values)}")
+            )
+            continue
+        values[name].update(section)
+    if not problems:
+        try:
+            return Config.model_validate(values)
+        except ValidationError as error:
+            for found in error.errors():
+                path = ".".join(str(part) for part in found["loc"][:2])
+                problems.append(Problem(path, found["msg"], f"got {found['input']!r}", "see `distui config show`"))
+    raise ConfigError(problems)
+
+
+def job_telemetry(rank: int, local_rank: int, world_size: int) -> TelemetrySource | NullSource:
+    """Return the process's telemetry source, opening it where the launcher has not; silent outside a job."""
+    source = current()
+    if source is not None:
+        return source
+    run = current_run()
+    if run is None:
+        return NullSource()
+    settings = load(run.config, {}, environ={}).config.telemetry
+    return open_source(rank, local_rank, world_size, run, settings)

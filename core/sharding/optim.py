@@ -1,0 +1,311 @@
+"""The user's own optimizer, stepping flat shards.
+
+Its parameter groups keep their hyper-parameters and get new parameters: for each unit the contiguous ranges of this
+rank's shard that belong to the group. So a step is a few fused calls on long flat tensors, learning-rate schedulers go
+on working, and the optimizer's states are sharded because its parameters are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distui.core.errors import UserError
+from distui.core.sharding.elementwise import why_not_elementwise
+from distui.core.sharding.schedule import Schedule
+from distui.core.sharding.transport import Transport
+from distui.core.sharding.unit import Unit
+
+_FUSED = {"Adam", "AdamW", "SGD", "Adagrad"}
+
+
+@dataclass(slots=True)
+class FlatRun:
+    """A contiguous range of one unit's shard, stepped as one parameter."""
+
+    unit: Unit
+    indices: tuple[int, ...]
+    """The unit's parameters that lie in it."""
+    start: int
+    end: int
+    param: nn.Parameter
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """What `engine.prepare(optimizer)` returns: steps the flat shards, then brings the weights to all ranks."""
+
+    def __init__(
+        self, inner: torch.optim.Optimizer, schedule: Schedule, units: list[Unit], transport: Transport | None
+    ) -> None:
+        # Not Optimizer.__init__: parameters, groups and states are the inner optimizer's.
+        self.inner = inner
+        self._schedule, self._units, self._transport = schedule, units, transport
+        self.step_was_skipped = False
+        self.grad_factor = 1.0
+        """Multiplied into the gradients at the next step: clipping and loss scaling, each without a pass of its own."""
+        self.step_allowed: Callable[[], bool] = lambda: True
+        """False while gradients accumulate: `step` and `zero_grad` then do nothing."""
+        self.before_step: Callable[[ShardedOptimizer], None] = lambda _: None
+        self.after_step: Callable[[ShardedOptimizer], None] = lambda _: None
+        self.skip_next = False
+        """Set before a step that must not happen (fp16 overflow, on all ranks alike)."""
+        self.unscaled = False
+        """Whether the loss scale is in `grad_factor` already."""
+        self.runs: list[list[FlatRun]] = []
+        self._place = {id(param): (unit, index) for unit in units for index, param in enumerate(unit.params)}
+        self._rebind()
+
+    # ---- the torch interface -------------------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's groups; `params` are flat shards."""
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's states, by flat shard."""
+        return self.inner.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.inner.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's default hyper-parameters."""
+        return self.inner.defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's part of the states, for the same number of ranks; `save_state` writes what reshards."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` of this rank returned."""
+        self.inner.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: units are laid out when the model is prepared."""
+        raise UserError(
+            "a parameter group cannot be added after prepare",
+            "the flat buffers are laid out already",
+            "add every group before engine.prepare(model, optimizer)",
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients (no memory is written); nothing while they accumulate."""
+        if self.step_allowed():
+            self._schedule.discard_gradients()
+            self.grad_factor = 1.0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step the shards, then start to bring the weights to all ranks. Collective: all ranks.
+
+        Nothing while gradients accumulate. Sets `step_was_skipped` where an overflow forbade the step.
+        """
+        if closure is not None:
+            raise UserError(
+                "optimizer.step(closure) is not supported",
+                "a closure runs the model again inside the step",
+                "call engine.backward(loss) and then optimizer.step()",
+            )
+        if not self.step_allowed():
+            return
+        self._schedule.finish_gradients()
+        self.before_step(self)
+        factor, self.grad_factor = self.grad_factor, 1.0
+        self.step_was_skipped, self.skip_next = self.skip_next, False
+        if not self.step_was_skipped:
+            # What is still being gathered reads the shards that the step writes.
+            self._schedule.finish_gathers()
+            self._set_gradients(factor)
+            self.inner.step()
+            self._schedule.publish()
+        self.after_step(self)
+
+    def train(self) -> None:
+        """Put the inner optimizer into training mode, where it has one (schedule-free optimizers)."""
+        if callable(getattr(self.inner, "train", None)):
+            self.inner.train()  # type: ignore[attr-defined]
+
+    def eval(self) -> None:
+        """Put the inner optimizer into evaluation mode, where it has one."""
+        if callable(getattr(self.inner, "eval", None)):
+            self.inner.eval()  # type: ignore[attr-defined]
+
+    # ---- shards --------------------------------------------------------------------------------------------------------
+
+    def _rebind(self) -> None:
+        reason = why_not_elementwise(self.inner)
+        sharded = bool(self._units) and self._units[0].placement.shards_optimizer
+        if reason and (sharded or "closure" in reason):
+            raise UserError(
+                f"the optimizer {type(self.inner).__name__} cannot step sharded parameters",
+                reason,
+                "use strategy.zero_stage=0, or an element-wise optimizer such as torch.optim.AdamW(fused=True)",
+            )
+        states = dict(self.inner.state)
+        groups_params = [list(group["params"]) for group in self.inner.param_groups]
+        self.inner.state.clear()
+        for group, params in zip(self.inner.param_groups, groups_params, strict=True):
+            self._prefer_fused(group)
+            by_unit: dict[int, list[int]] = {}
+            unit_of = {}
+            for param in params:
+                if not param.requires_grad:
+                    continue
+                if id(param) not in self._place:
+                    raise UserError(
+                        "the optimizer has a parameter that the model does not have",
+                        f"a tensor of shape {tuple(param.shape)} in one of its groups",
+                        "build the optimizer from model.parameters() of the model that is prepared with it",
+                    )
+                unit, index = self._place[id(param)]
+                unit_of[id(unit)] = unit
+                by_unit.setdefault(id(unit), []).append(index)
+            runs = []
+            for unit_id, indices in by_unit.items():
+                unit = unit_of[unit_id]
+                if reason:  # replicated states: whole matrices can be given
+                    runs += [self._whole(unit, index) for index in indices]
+                    continue
+                for start, end in unit.layout.runs(indices, unit.rank):
+                    inside = tuple(
+                        index
+                        for index in indices
+                        if unit.layout.spans[index].end > unit.layout.shard(unit.rank)[0] + start
+                        and unit.layout.spans[index].offset < unit.layout.shard(unit.rank)[0] + end
+                    )
+                    param = nn.Parameter(unit.master[start:end])
+                    runs.append(FlatRun(unit, inside, start, end, param))
+            self.runs.append(runs)
+            group["params"] = [run.param for run in runs]
+            self._carry_states(states, params, runs)
+
+    @staticmethod
+    def _whole(unit: Unit, index: int) -> FlatRun:
+        span = unit.layout.spans[index]
+        param = nn.Parameter(unit.master[span.offset : span.end].view(span.shape))
+        return FlatRun(unit, (index,), span.offset, span.end, param)
+
+    @staticmethod
+    def _prefer_fused(group: dict[str, Any]) -> None:
+        # torch's fused kernels read and write each state once; the default loops over several passes.
+        if group.get("fused", False) is None and group.get("foreach") is None:
+            group["fused"] = not (group.get("differentiable") or group.get("capturable"))
+
+    def _carry_states(self, states: dict[Any, Any], params: list[Any], runs: list[FlatRun]) -> None:
+        """Take over states that the optimizer had already (a resumed script)."""
+        if not states:
+            return
+        for run in runs:
+            owner_states = {index: states.get(param) for param, index in self._indices(params, run.unit)}
+            present = [owner_states[index] for index in run.indices if owner_states.get(index)]
+            if not present:
+                continue
+            flat_state: dict[str, Any] = {}
+            base = run.unit.layout.shard(run.unit.rank)[0]
+            for key, value in present[0].items():
+                if not (isinstance(value, torch.Tensor) and value.dim()):
+                    flat_state[key] = value
+                    continue
+                flat = torch.zeros(run.end - run.start, dtype=value.dtype, device=value.device)
+                for index in run.indices:
+                    span = run.unit.layout.spans[index]
+                    low = max(span.offset, base + run.start)
+                    high = min(span.end, base + run.end)
+                    source = owner_states[index]
+                    if source and low < high:
+                        part = source[key].reshape(-1)[low - span.offset : high - span.offset]
+                        flat[low - base - run.start : high - base - run.start].copy_(part)
+                flat_state[key] = flat.view(run.param.shape)
+            self.inner.state[run.param] = flat_state
+
+    def _indices(self, params: list[Any], unit: Unit) -> Iterable[tuple[Any, int]]:
+        for param in params:
+            place = self._place.get(id(param))
+            if place is not None and place[0] is unit:
+                yield param, place[1]
+
+    def _set_gradients(self, factor: float) -> None:
+        for unit in self._units:
+            if unit.trainable and unit.grad_shard is not None and factor != 1.0:
+                unit.grad_shard.mul_(factor)
+        for runs in self.runs:
+            for run in runs:
+                assert run.unit.grad_shard is not None
+                grad = run.unit.grad_shard[run.start : run.end].view(run.param.shape)
+                run.param.grad = grad if grad.dtype == run.param.dtype else grad.to(run.param.dtype)
+
+    def grad_norm(self, units_and_indices: dict[int, set[int]] | None, norm_type: float) -> torch.Tensor:
+        """Return the norm of all gradients over all shards, times the factor of the next step.
+
+        Collective: all ranks (one number travels). Shapes: a scalar, on the shards' device.
+        """
+        self._schedule.finish_gradients()
+        parts = []
+        for unit in self._units:
+            if not unit.trainable or unit.grad_shard is None:
+                continue
+            if units_and_indices is None:
+                pieces = [unit.grad_shard]
+            else:
+                wanted = units_and_indices.get(id(unit), set())
+                pieces = [unit.grad_shard[start:end] for start, end in unit.layout.runs(wanted, unit.rank)]
+            parts += [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float32) for piece in pieces]
+        device = self._units[0].device if self._units else torch.device("cpu")
+        norms = torch.stack(parts) if parts else torch.zeros(1, device=device)
+        if math.isinf(norm_type):
+            total = norms.max()
+            op = dist.ReduceOp.MAX
+        else:
+            total = norms.double().pow(norm_type).sum() if norms.device.type == "cpu" else norms.pow(norm_type).sum()
+            op = dist.ReduceOp.SUM
+        sharded = bool(self._units) and self._units[0].placement.shards_optimizer
+        if sharded and self._transport is not None:
+            self._transport.all_reduce(total, op=op).wait()
+        if not math.isinf(norm_type):
+            total = total.pow(1.0 / norm_type)
+        return total.float() * abs(self.grad_factor)
+
+    def scale_gradients(self, factor: float, units_and_indices: dict[int, set[int]] | None) -> None:
+        """Multiply gradients by `factor`: all of them at the next step, in one pass with it, or some of them now."""
+        if units_and_indices is None:
+            self.grad_factor *= factor
+            return
+        for unit in self._units:
+            if unit.grad_shard is not None:
+                for start, end in unit.layout.runs(units_and_indices.get(id(unit), ()), unit.rank):
+                    unit.grad_shard[start:end].mul_(factor)
+
+    def clamp_gradients(self, limit: float) -> None:
+        """Clamp every gradient element to [-limit, limit]."""
+        self._schedule.finish_gradients()
+        factor, self.grad_factor = self.grad_factor, 1.0
+        for unit in self._units:
+            if unit.trainable and unit.grad_shard is not None:
+                if factor != 1.0:
+                    unit.grad_shard.mul_(factor)
+                unit.grad_shard.clamp_(-limit, limit)
+
+    def place_of(self, params: Iterable[torch.Tensor]) -> dict[int, set[int]] | None:
+        """Return which parameters of which units are meant; None if all that are trainable."""
+        wanted: dict[int, set[int]] = {}
+        for param in params:
+            place = self._place.get(id(param))
+            if place is not None and place[0].trainable:
+                wanted.setdefault(id(place[0]), set()).add(place[1])
+        everything = all(
+            len(wanted.get(id(unit), ())) == len(unit.params) for unit in self._units if unit.trainable
+        )
+        return None if everything else wanted

@@ -1,0 +1,39 @@
+"""Flat buffers that are handed out and given back: allocated once, because fresh pages cost more than a copy."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+
+
+class BufferPool:
+    """Free buffers by size, dtype and device.
+
+    `take` never blocks: where no buffer of that kind is free a new one is made, so the pool is as large as the most
+    that was ever in use at once. A new buffer is zero; one that was used before holds whatever it held.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
+        self.allocated_bytes = 0
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return a flat buffer of `numel` elements; the caller owns it until `give`."""
+        free = self._free[(numel, dtype, device)]
+        if free:
+            return free.pop()
+        buffer = torch.zeros(numel, dtype=dtype, device=device)
+        self.allocated_bytes += buffer.numel() * buffer.element_size()
+        return buffer
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Take `buffer` back; nothing may be in flight on it."""
+        self._free[(buffer.numel(), buffer.dtype, buffer.device)].append(buffer)
+
+    def clear(self) -> None:
+        """Forget the free buffers."""
+        for free in self._free.values():
+            for buffer in free:
+                self.allocated_bytes -= buffer.numel() * buffer.element_size()
+        self._free.clear()

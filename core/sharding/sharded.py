@@ -1,0 +1,258 @@
+"""A model under ZeRO: its units, the hooks that move them, and full weights for whoever asks between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distui.core.errors import UserError
+from distui.core.sharding.optim import ShardedOptimizer
+from distui.core.sharding.partition import partition, split_by_kind
+from distui.core.sharding.pool import BufferPool
+from distui.core.sharding.schedule import Schedule
+from distui.core.sharding.transport import Transport
+from distui.core.sharding.unit import Placement, Unit
+
+
+class ShardedModel:
+    """Lays a model out in flat buffers and hooks the collectives of its stage around it; the model stays what it was."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        stage: int,
+        group: dist.ProcessGroup | None,
+        compute_dtype: torch.dtype | None = None,
+        reduce_in_fp32: bool = True,
+    ) -> None:
+        """Prepare `model` in place. Collective: all ranks of `group` (None: one rank)."""
+        if any(isinstance(param, nn.parameter.UninitializedParameter) for param in model.parameters()):
+            raise UserError(
+                "the model has lazy parameters that are not initialised",
+                "their shapes are not known before the first forward",
+                "run one forward before engine.prepare(model)",
+            )
+        num_ranks = dist.get_world_size(group) if group is not None else 1
+        rank = dist.get_rank(group) if group is not None else 0
+        self.model = model
+        self.placement = Placement(stage, rank, num_ranks, compute_dtype, reduce_in_fp32)
+        self.pool = BufferPool()
+        self.transport: Transport | None = None
+        self.gathers: Transport | None = None
+        if group is not None and num_ranks > 1:
+            self.transport = Transport(group, "data_parallel", self.pool)
+            self.gathers = self.transport
+            if self.placement.shards_parameters:
+                # Reductions and gathers have an order each; on one communicator they would need a common one.
+                second = dist.new_group(dist.get_process_group_ranks(group))
+                assert second is not None
+                self.gathers = Transport(second, "data_parallel_gather", self.pool)
+            self._same_start()
+        self.units = self._build_units()
+        self.schedule = Schedule(model, self.units, stage if num_ranks > 1 else 0, num_ranks)
+        self.optimizers: list[ShardedOptimizer] = []
+        self._guard_reads()
+
+    def _build_units(self) -> list[Unit]:
+        units = []
+        for spec in partition(self.model):
+            for dtype, trainable, params in split_by_kind(spec):
+                if not trainable and not self.placement.shards_parameters:
+                    compute = self.placement.compute_dtype or dtype
+                    for _, param in params:
+                        param.data = param.data.to(compute)
+                    continue
+                units.append(
+                    Unit(
+                        spec.name,
+                        params,
+                        spec.modules,
+                        spec.is_root,
+                        self.placement,
+                        self.pool,
+                        self.transport,
+                        self.gathers,
+                    )
+                )
+        return units
+
+    def _same_start(self) -> None:
+        """Give every rank the parameters and buffers of rank 0, and refuse models that differ in shape."""
+        assert self.transport is not None
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        mine = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]
+        of_rank_0: list[Any] = [mine if self.placement.rank == 0 else None]
+        dist.broadcast_object_list(of_rank_0, group=self.transport.group, group_src=0)
+        differing = [pair for pair in zip(of_rank_0[0], mine, strict=False) if pair[0] != pair[1]]
+        same = torch.tensor(int(not differing and len(mine) == len(of_rank_0[0])))
+        dist.all_reduce(same, op=dist.ReduceOp.MIN, group=self.transport.group)
+        if not same.item():
+            why = f"rank 0 has {differing[0][0]}, rank {self.placement.rank} {differing[0][1]}" if differing else (
+                f"rank 0 has {len(of_rank_0[0])} tensors, rank {self.placement.rank} {len(mine)}"
+            )
+            raise UserError("the ranks hold different models", why, "build the same model on every rank")
+        for _, tensor in named:
+            if tensor.numel():
+                dist.broadcast(tensor.detach(), group=self.transport.group, group_src=0)
+
+    def _guard_reads(self) -> None:
+        # Weights may be on their way after a step (stage 1, 2): whoever lists them between steps waits for them.
+        if not self.placement.shards_optimizer or self.placement.shards_parameters:
+            return
+        named_parameters, schedule = self.model.named_parameters, self.schedule
+
+        def waiting(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+            schedule.finish_gathers()
+            return named_parameters(*args, **kwargs)
+
+        self.model.named_parameters = waiting  # type: ignore[method-assign]
+        self.model.register_state_dict_pre_hook(lambda *_: schedule.finish_gathers())
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
+        """Rebind `optimizer` to this model's flat shards."""
+        prepared = ShardedOptimizer(optimizer, self.schedule, self.units, self.transport)
+        self.optimizers.append(prepared)
+        return prepared
+
+    # ---- full weights --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def full_parameters(self, writeback: bool = False) -> Iterator[nn.Module]:
+        """Give the model with every parameter whole and up to date; with `writeback` keep what is written to them.
+
+        Collective: all ranks, for entering and leaving. With `writeback` all ranks must write the same.
+        """
+        self.schedule.finish_gathers()
+        if not self.placement.shards_parameters:
+            yield self.model
+            if writeback:
+                self.refresh_masters()
+            return
+        slots = []
+        for unit in self.units:
+            assert unit.full is not None and unit.transport is not None and unit.gathers is not None
+            slots.append(unit.full)
+            whole = torch.zeros_like(unit.full)
+            unit.gathers.all_gather(whole, unit.shard).wait()
+            unit.bind(whole)
+        try:
+            yield self.model
+        finally:
+            for unit, slot in zip(self.units, slots, strict=True):
+                whole = unit.full
+                assert whole is not None
+                if writeback:
+                    start, end = unit.layout.shard(unit.rank)
+                    unit.shard.copy_(whole[start:end])
+                unit.bind(slot)
+            if writeback:
+                self.refresh_masters()
+                assert self.schedule.slots is not None
+                self.schedule.slots.invalidate()
+
+    def refresh_masters(self) -> None:
+        """Take weights that somebody wrote between steps into the optimizer's fp32 copies."""
+        for unit in self.units:
+            if unit.trainable:
+                unit.refresh_master()
+
+    def full_state_dict(self, to_cpu: bool = True, only_rank_0: bool = False) -> dict[str, Any]:
+        """Return the model's whole state, as plain torch would save it. Collective: all ranks.
+
+        fp32 masters stand for the parameters that have them. With `only_rank_0` the others get an empty dict.
+        """
+        keep = not only_rank_0 or self.placement.rank == 0
+        place = {id(param): (unit, index) for unit in self.units for index, param in enumerate(unit.params)}
+        whole: dict[int, torch.Tensor] = {}
+        self.schedule.finish_gathers()
+        for unit in self.units:
+            source = unit.master if unit.trainable else unit.shard
+            if unit.layout.num_shards == 1 or unit.gathers is None:
+                flat = source
+            else:
+                flat = torch.zeros(unit.layout.padded_numel, dtype=source.dtype, device=source.device)
+                unit.gathers.all_gather(flat, source).wait()
+            if keep:
+                for param, span in zip(unit.params, unit.layout.spans, strict=True):
+                    piece = flat[span.offset : span.end].view(span.shape)
+                    whole[id(param)] = piece.cpu().clone() if to_cpu else piece.clone()
+        if not keep:
+            return {}
+        params = dict(self.model.named_parameters(remove_duplicate=False))
+        state = self.model.state_dict()
+        for name, value in state.items():
+            param = params.get(name)
+            if param is not None and id(param) in place:
+                state[name] = whole[id(param)]
+            elif isinstance(value, torch.Tensor) and to_cpu:
+                state[name] = value.detach().cpu().clone()
+        return state
+
+    def load_full_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:
+        """Take a whole state, as `full_state_dict` or plain torch gives it. Collective: all ranks, each with `state`.
+
+        Masters take the precision of `state`.
+        """
+        with self.full_parameters():
+            missing_and_unexpected = self.model.load_state_dict(state, strict=strict)
+            params = dict(self.model.named_parameters(remove_duplicate=False))
+            named = {id(param): state[name] for name, param in params.items() if name in state}
+            for unit in self.units:
+                assert unit.full is not None
+                start, end = unit.layout.shard(unit.rank)
+                unit.shard.copy_(unit.full[start:end])
+                if not unit.trainable or unit.master is unit.shard:
+                    continue
+                for index, param in enumerate(unit.params):
+                    low, high = unit.layout.owned(index, unit.rank)
+                    if low < high and id(param) in named:
+                        at = unit.layout.spans[index].offset + low - start
+                        unit.master[at : at + high - low].copy_(named[id(param)].reshape(-1)[low:high])
+        if self.schedule.slots is not None:
+            self.schedule.slots.invalidate()
+        return missing_and_unexpected
+
+    # ---- accounting ----------------------------------------------------------------------------------------------------
+
+    def memory_by_category(self) -> dict[str, int]:
+        """Return bytes of this rank: parameters, gradients, optimizer_states, and buffers (transient and module buffers)."""
+        seen: set[int] = set()
+
+        def count(tensors: list[torch.Tensor | None]) -> int:
+            total = 0
+            for tensor in tensors:
+                if tensor is None or tensor.untyped_storage().data_ptr() in seen:
+                    continue
+                seen.add(tensor.untyped_storage().data_ptr())
+                total += tensor.untyped_storage().nbytes()
+            return total
+
+        sharded = self.placement.shards_parameters
+        parameters = count([unit.shard if sharded else unit.full for unit in self.units])
+        parameters += count([] if sharded else [param.data for param in self.model.parameters()])
+        gradients = count(
+            [unit.grad_shard if self.placement.shards_gradients else unit.grad_full for unit in self.units]
+        )
+        states = count([unit.master for unit in self.units if unit.trainable])
+        for optimizer in self.optimizers:
+            for state in optimizer.inner.state.values():
+                states += count([value for value in state.values() if isinstance(value, torch.Tensor)])
+        slots = self.schedule.slots.allocated_bytes if self.schedule.slots is not None else 0
+        buffers = slots + self.pool.allocated_bytes + count([buffer.data for buffer in self.model.buffers()])
+        return {
+            "parameters": parameters,
+            "gradients": gradients,
+            "optimizer_states": states,
+            "buffers": buffers,
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters, tied ones once."""
+        return sum(param.numel() for param in self.model.parameters())

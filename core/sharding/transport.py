@@ -1,0 +1,150 @@
+"""The collectives of the engine, as one seam: NCCL takes the tensor forms, gloo the fastest form measured for it.
+
+Gloo's own reduce_scatter is an all-reduce inside and its all_gather copies through lists, so on gloo both are direct
+exchanges of views between peers (`benchmarks/collectives.py` has the figures). Everything runs in place on flat buffers and is
+asynchronous: a call returns a `Pending`, whose `wait` must be called once on every rank, in the same order everywhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from distui.core.sharding.pool import BufferPool
+from distui.core.telemetry.source import NullSource, current
+
+_TAG_REDUCE_SCATTER = 7_001
+_TAG_ALL_GATHER = 7_002
+
+
+class Work(Protocol):
+    """What torch.distributed returns for a collective in flight."""
+
+    def wait(self) -> Any:
+        """Wait until done: on CUDA the current stream waits, on the CPU the calling thread."""
+
+
+class Pending:
+    """A collective in flight; `wait` finishes it once and is free afterwards."""
+
+    __slots__ = ("_finish", "_token", "_transport", "_works")
+
+    def __init__(self, transport: Transport, works: list[Work], token: int, finish: Callable[[], None] | None) -> None:
+        self._transport, self._works, self._token, self._finish = transport, works, token, finish
+
+    def wait(self) -> None:
+        """Block until the result is in its buffer, and account the time as exposed communication."""
+        works = self._works
+        if not works:
+            return
+        self._works = []
+        transport = self._transport
+        telemetry = transport.telemetry
+        telemetry.waiting(self._token)
+        start = time.perf_counter()
+        for work in works:
+            work.wait()
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
+        seconds = time.perf_counter() - start
+        transport.exposed_s += seconds
+        telemetry.waiting(None)
+        telemetry.blocked(self._token, seconds)
+        telemetry.collective_end(self._token)
+
+
+
+class Transport:
+    """Collectives over one process group, counted in the telemetry ledger under `name`."""
+
+    def __init__(self, group: dist.ProcessGroup, name: str, pool: BufferPool) -> None:
+        self.group, self.name, self._pool = group, name, pool
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.exposed_s = 0.0
+        """Seconds that the training thread was blocked here; the engine reads and resets it each step."""
+        self.telemetry = current() or NullSource()
+        self._peers = [(self.rank + hop) % self.world_size for hop in range(1, self.world_size)]
+
+    def _begin(self, op: str, tensor: torch.Tensor) -> int:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        nbytes = tensor.numel() * tensor.element_size()
+        return self.telemetry.collective_begin(self.name, op, dtype, nbytes, self.world_size)
+
+    def _is_gloo(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "cpu"
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
+        """Sum `tensor` over the group, in place. Collective: all ranks of the group."""
+        token = self._begin("all_reduce", tensor)
+        work = dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
+        return Pending(self, [work], token, None)
+
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> Pending:
+        """Send `tensor` of group rank `source` to all, in place. Collective: all ranks of the group."""
+        token = self._begin("broadcast", tensor)
+        work = dist.broadcast(tensor, group=self.group, async_op=True, group_src=source)
+        return Pending(self, [work], token, None)
+
+    def all_gather(self, full: torch.Tensor, shard: torch.Tensor) -> Pending:
+        """Fill `full` with every rank's `shard`, in rank order. Collective: all ranks of the group.
+
+        Shapes: full [world_size * n], shard [n]. `shard` may be this rank's own part of `full`; if not, it is copied.
+        """
+        token = self._begin("all_gather", shard)
+        if not self._is_gloo(full):
+            work = dist.all_gather_into_tensor(full, shard, group=self.group, async_op=True)
+            return Pending(self, [work], token, None)
+        chunks = full.chunk(self.world_size)
+        works: list[Work] = [self.group.recv([chunks[peer]], peer, _TAG_ALL_GATHER) for peer in self._peers]
+        works += [self.group.send([shard], peer, _TAG_ALL_GATHER) for peer in self._peers]
+        own = chunks[self.rank]
+        if own.data_ptr() != shard.data_ptr():
+            own.copy_(shard)
+        return Pending(self, works, token, None)
+
+    def reduce_scatter(self, full: torch.Tensor, shard: torch.Tensor, accumulate: bool = False) -> Pending:
+        """Sum `full` over the group and leave this rank's part in `shard`. Collective: all ranks of the group.
+
+        Shapes: full [world_size * n], shard [n]. `shard` may be this rank's own part of `full`. With `accumulate` the
+        sum is added to what `shard` holds. `full` must not be written before the wait, and is spent after it.
+        """
+        token = self._begin("reduce_scatter", full)
+        if not self._is_gloo(full):
+            if not accumulate:
+                work = dist.reduce_scatter_tensor(shard, full, group=self.group, async_op=True)
+                return Pending(self, [work], token, None)
+            summed = self._pool.take(shard.numel(), shard.dtype, shard.device)
+            work = dist.reduce_scatter_tensor(summed, full, group=self.group, async_op=True)
+
+            def add() -> None:
+                shard.add_(summed)
+                self._pool.give(summed)
+
+            return Pending(self, [work], token, add)
+
+        chunks = full.chunk(self.world_size)
+        parts = [self._pool.take(shard.numel(), full.dtype, full.device) for _ in self._peers]
+        works: list[Work] = [
+            self.group.recv([part], peer, _TAG_REDUCE_SCATTER) for part, peer in zip(parts, self._peers, strict=True)
+        ]
+        works += [self.group.send([chunks[peer]], peer, _TAG_REDUCE_SCATTER) for peer in self._peers]
+        own = chunks[self.rank]
+
+        def reduce() -> None:
+            if accumulate:
+                shard.add_(own)
+                for part in parts:
+                    shard.add_(part)
+            else:
+                torch.add(own, parts[0], out=shard)
+                for part in parts[1:]:
+                    shard.add_(part)
+            for part in parts:
+                self._pool.give(part)
+
+        return Pending(self, works, token, reduce)
