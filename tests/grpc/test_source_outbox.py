@@ -1,0 +1,99 @@
+"""What the sender keeps: bounded by number and age, sent again in order, dropped with a count."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from distui.core.telemetry import outbox as outbox_module
+from distui.core.telemetry.outbox import Outbox
+from distui.core.telemetry.ring import Ring
+from distui.proto import telemetry_pb2 as pb
+
+
+def records(first: int, last: int) -> list[pb.Record]:
+    return [pb.Record(seq=seq, step=pb.Step(step=seq)) for seq in range(first, last + 1)]
+
+
+def taken(outbox: Outbox) -> list[int]:
+    return [record.seq for record in outbox.take(lambda: True)]
+
+
+def test_what_is_not_acknowledged_waits_again_before_what_is_new() -> None:
+    outbox = Outbox(100)
+    outbox.put(records(1, 4))
+    assert taken(outbox) == [1, 2, 3, 4]
+    outbox.acknowledge(2)
+    outbox.put(records(5, 6))
+    outbox.rewind()
+    assert taken(outbox) == [3, 4, 5, 6] and outbox.num_unacknowledged() == 4
+    outbox.acknowledge(6)
+    assert outbox.num_unacknowledged() == 0 and outbox.dropped == 0 and outbox.wait_empty(0, lambda: True)
+
+
+def test_too_many_lose_the_oldest_but_for_who_the_rank_is() -> None:
+    outbox = Outbox(4)
+    outbox.put([pb.Record(seq=1, rank_started=pb.RankStarted(device="cpu"))])
+    outbox.put(records(2, 5))
+    assert taken(outbox) == [2, 3, 4, 5]
+    outbox.put(records(6, 8))
+    assert outbox.dropped == 3
+    outbox.rewind()
+    assert taken(outbox) == [1, 5, 6, 7, 8]
+    outbox.acknowledge(8)
+    outbox.rewind()
+    assert outbox.num_unacknowledged() == 0
+
+
+def test_what_is_too_old_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(outbox_module.time, "monotonic", lambda: now)
+    outbox = Outbox(100, max_age_s=60.0)
+    outbox.put(records(1, 3))
+    now += 59
+    outbox.put(records(4, 4))
+    assert outbox.dropped == 0
+    now += 2
+    outbox.put([])
+    assert outbox.dropped == 3 and taken(outbox) == [4]
+
+
+def test_a_batch_is_bounded_by_number_and_bytes() -> None:
+    outbox = Outbox(10_000)
+    outbox.put(records(1, 600))
+    assert len(taken(outbox)) == outbox_module.MAX_BATCH_RECORDS and len(taken(outbox)) == 88
+    message = "x" * (outbox_module.MAX_BATCH_BYTES // 2)
+    outbox.put([pb.Record(seq=seq, event=pb.Event(message=message)) for seq in range(601, 606)])
+    assert [len(taken(outbox)) for _ in range(3)] == [2, 2, 1]
+
+
+def test_a_stream_that_ends_takes_nothing() -> None:
+    outbox = Outbox(10)
+    is_open = True
+    found: list[list[pb.Record]] = []
+    taker = threading.Thread(target=lambda: found.append(outbox.take(lambda: is_open)))
+    taker.start()
+    is_open = False
+    outbox.notify()
+    outbox.put(records(1, 2))
+    taker.join(10)
+    assert found == [[]] and taken(outbox) == [1, 2]
+
+
+def test_a_ring_counts_what_it_loses_whatever_the_order_of_threads() -> None:
+    ring = Ring(100)
+
+    def put() -> None:
+        for number in range(1000):
+            ring.put("event", (number,))
+
+    threads = [threading.Thread(target=put) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    found = lost = 0
+    while any(thread.is_alive() for thread in threads):
+        items, more = ring.drain()
+        found, lost = found + len(items), lost + more
+    items, more = ring.drain()
+    assert found + len(items) + lost + more == 4000
