@@ -11,7 +11,7 @@ from distui.core.config import Config
 from distui.core.errors import ConfigError, Problem
 from distui.core.paths import current_run
 from distui.core.settings import load
-from distui.core.telemetry.source import NullSource, TelemetrySource, current, open_source
+from distui.core.telemetry.source import NullSource, TelemetrySource, open_source
 
 
 def job_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
@@ -26,7 +26,12 @@ def job_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
     for name, section in sections.items():
         if name not in values:
             problems.append(
-                Problem(name, "is no section of the configuration", f"Engine got {name}=...", f"use one of {', '.join(values)}")
+                Problem(
+                    name,
+                    "is no section of the configuration",
+                    f"Engine got {name}=...",
+                    f"use one of {', '.join(values)}",
+                )
             )
             continue
         values[name].update(section)
@@ -41,10 +46,7 @@ def job_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
 
 
 def job_telemetry(rank: int, local_rank: int, world_size: int) -> TelemetrySource | NullSource:
-    """Return the process's telemetry source, opening it where the launcher has not; silent outside a job."""
-    source = current()
-    if source is not None:
-        return source
+    """Return the process's telemetry source, which counts its users; silent outside a job."""
     run = current_run()
     if run is None:
         return NullSource()

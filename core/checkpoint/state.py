@@ -1,9 +1,9 @@
 """What a checkpoint holds, and how an engine's state goes into it and out of it.
 
-    <folder>/manifest.json      facts, and size and checksum of every file; written last
-    <folder>/*.distcp, .metadata  parameters, optimizer states and buffers (torch.distributed.checkpoint), flattened
-    <folder>/state.pt           schedulers, scaler, loaders, registered objects, parameter groups
-    <folder>/rank<R>.pt         random states of rank R
+<folder>/manifest.json      facts, and size and checksum of every file; written last
+<folder>/*.distcp, .metadata  parameters, optimizer states and buffers (torch.distributed.checkpoint), flattened
+<folder>/state.pt           schedulers, scaler, loaders, registered objects, parameter groups
+<folder>/rank<R>.pt         random states of rank R
 """
 
 from __future__ import annotations

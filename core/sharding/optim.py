@@ -305,7 +305,5 @@ class ShardedOptimizer(torch.optim.Optimizer):
             place = self._place.get(id(param))
             if place is not None and place[0].trainable:
                 wanted.setdefault(id(place[0]), set()).add(place[1])
-        everything = all(
-            len(wanted.get(id(unit), ())) == len(unit.params) for unit in self._units if unit.trainable
-        )
+        everything = all(len(wanted.get(id(unit), ())) == len(unit.params) for unit in self._units if unit.trainable)
         return None if everything else wanted

@@ -93,8 +93,10 @@ class ShardedModel:
         same = torch.tensor(int(not differing and len(mine) == len(of_rank_0[0])))
         dist.all_reduce(same, op=dist.ReduceOp.MIN, group=self.transport.group)
         if not same.item():
-            why = f"rank 0 has {differing[0][0]}, rank {self.placement.rank} {differing[0][1]}" if differing else (
-                f"rank 0 has {len(of_rank_0[0])} tensors, rank {self.placement.rank} {len(mine)}"
+            why = (
+                f"rank 0 has {differing[0][0]}, rank {self.placement.rank} {differing[0][1]}"
+                if differing
+                else (f"rank 0 has {len(of_rank_0[0])} tensors, rank {self.placement.rank} {len(mine)}")
             )
             raise UserError("the ranks hold different models", why, "build the same model on every rank")
         for _, tensor in named:

@@ -58,7 +58,6 @@ class Pending:
         telemetry.collective_end(self._token)
 
 
-
 class Transport:
     """Collectives over one process group, counted in the telemetry ledger under `name`."""
 

@@ -397,9 +397,3 @@ def test_a_script_that_closes_nothing_loses_nothing(run: RunFolder, server: Serv
     done = script("source.step(step=1, step_s=0.1)", run)
     assert (done.returncode, done.stderr) == (0, "")
     assert server.steps() == [1] and not server.of("rank_finished")
-
-
-def test_importing_the_source_is_cheap() -> None:
-    code = "import sys, distui.core.telemetry.source\nprint(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"grpc", "google.protobuf", "zmq", "torch", "pydantic", "psutil"} & set(loaded)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -97,3 +99,9 @@ def test_a_ring_counts_what_it_loses_whatever_the_order_of_threads() -> None:
         found, lost = found + len(items), lost + more
     items, more = ring.drain()
     assert found + len(items) + lost + more == 4000
+
+
+def test_importing_the_source_is_cheap() -> None:
+    code = "import sys, distui.core.telemetry.source\nprint(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"grpc", "google.protobuf", "zmq", "torch", "pydantic", "psutil"} & set(loaded)

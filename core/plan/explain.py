@@ -1,0 +1,191 @@
+"""Every number of a plan with its formula and where the formula is from. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from distui.core.hardware import Hardware
+from distui.core.plan.memory import (
+    CPU_PROCESS_BYTES,
+    Footprint,
+    Strategy,
+    activation_elements,
+    bytes_per_parameter,
+    footprint,
+    local_parameters,
+)
+from distui.core.plan.time import (
+    CPU_EFFICIENCY,
+    HOPPER_FACTOR,
+    LINK_EFFICIENCY,
+    OVERLAP_SLOWDOWN,
+    Rates,
+    Timing,
+    link,
+    rates_of,
+    step_time,
+)
+from distui.core.plan.types import ModelSpec, Plan, Term
+
+ZERO = "ZeRO, arXiv 1910.02054, section 3 and 5"
+ENGINE = "distui's engine: core/sharding/slots.py, pool.py, transport.py"
+ACTIVATIONS = "arXiv 2205.05198, section 4, without dropout and with flash attention; GPT-2 measured to 0.3%"
+MEGATRON = "Megatron-LM, arXiv 2104.04473"
+
+
+def explain(
+    plan: Plan, model: ModelSpec, hardware: Hardware, *, sequence_length: int | None = None, nproc: int | None = None
+) -> list[Term]:
+    """Return every number of `plan` with its formula and source. Options as they were given to `plan_all`."""
+    if sequence_length is not None:
+        model = replace(model, sequence_length=sequence_length)
+    ranks = nproc or max(1, plan.world_size // hardware.nodes)
+    homes = plan.offload_homes
+    strategy = Strategy(
+        zero_stage=plan.zero_stage,
+        optimizer_home=homes["optimizer"],
+        params_home=homes["params"],
+        activation_checkpointing=plan.activation_checkpointing,
+        micro_size=plan.micro_size,
+        accumulation=plan.accumulation,
+        tensor_parallel=plan.tensor_parallel,
+        pipeline_parallel=plan.pipeline_parallel,
+        data_parallel=plan.data_parallel,
+        dtype=plan.precision,
+        reduce_dtype=plan.reduce_dtype,
+        optimizer=plan.optimizer,
+    )
+    rates = rates_of(hardware, plan.precision, ranks)
+    memory = footprint(model, strategy, rates.device_kind)
+    return terms_of(model, strategy, hardware, rates, memory, step_time(model, strategy, rates))
+
+
+def terms_of(
+    model: ModelSpec, strategy: Strategy, hardware: Hardware, rates: Rates, memory: Footprint, timing: Timing
+) -> list[Term]:
+    """Return the terms of memory, then of time; a time term whose rate is unknown is left out."""
+    return [
+        *_memory(model, strategy, memory, rates),
+        *_rates(strategy, hardware, rates, timing),
+        *_time(timing, strategy),
+    ]
+
+
+def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rates) -> list[Term]:
+    c, g, o = bytes_per_parameter(strategy.dtype, strategy.reduce_dtype, strategy.optimizer)
+    P, B, R = local_parameters(model, strategy.tensor_parallel, strategy.pipeline_parallel)
+    N, stage = strategy.data_parallel, strategy.zero_stage
+
+    def over(first_stage: int) -> str:
+        return f" / N={N}" if stage >= first_stage else ""
+
+    b, s, h = strategy.micro_size, model.sequence_length, model.hidden_size
+    moved = "; its home is {}".format
+    optimizer_home = moved(strategy.optimizer_home) if strategy.optimizer_home != "none" else ""
+    params_home = moved(strategy.params_home) if strategy.params_home != "none" else ""
+    layer = {
+        "none": "l x E",
+        "selective": "(l - l/2) x E + l/2 x h + one layer computed again (E)",
+        "full": "l x h + one layer computed again (E)",
+    }[strategy.activation_checkpointing]
+    elements = activation_elements(model)
+    framework = (
+        "driver context 0.5 GiB" + (", NCCL 0.3 GiB" if strategy.world_size > 1 else "")
+        if rates.device_kind == "cuda"
+        else f"process with torch loaded, {CPU_PROCESS_BYTES >> 20} MiB"
+    )
+    note = "torch's out-of-memory messages; NCCL's part is an assumption" if rates.device_kind == "cuda" else "measured"
+    terms = [
+        Term("parameters of a rank's part (P)", P, "1", f"{model.source}; over TP x PP", "shapes"),
+        Term("parameters", memory.parameters, "bytes", f"c={c} x P{over(3)}{params_home}", ZERO),
+        Term("gradients", memory.gradients, "bytes", f"g={g} x P{over(2)}", ZERO),
+        Term("optimizer_states", memory.optimizer_states, "bytes", f"o={o} x P{over(1)}{optimizer_home}", ZERO),
+        Term(
+            "buffers",
+            memory.buffers,
+            "bytes",
+            f"stage 3: c(2B + R); stage 2, 3: g(2B + R); gloo, stage 1 up: g(2B + R)(N-1)/N; optimizer elsewhere: "
+            f"2 o max(B, R)/N; with B={B:,.0f}, R={R:,.0f}",
+            ENGINE,
+        ),
+        Term(
+            "activations",
+            memory.activations,
+            "bytes",
+            f"c x s={s} x b={b} x ({layer} + 3h + backward's own), l={model.num_layers}, E={elements}, h={h}",
+            ACTIVATIONS,
+        ),
+        Term("logits", memory.logits, "bytes", f"3c x s x b x V={model.vocab_size}", "logits, log-softmax, gradient"),
+        Term("framework", memory.framework, "bytes", framework, note),
+        Term("memory of a rank", memory.total, "bytes", "sum of the seven", ""),
+    ]
+    if memory.host:
+        terms.append(Term("host memory of a rank", memory.host, "bytes", "states whose home is cpu", ZERO))
+    if memory.nvme:
+        terms.append(Term("NVMe of a rank", memory.nvme, "bytes", "states whose home is nvme", ZERO))
+    return terms
+
+
+def _rates(strategy: Strategy, hardware: Hardware, rates: Rates, timing: Timing) -> list[Term]:
+    terms = []
+    measured = "measured by distui doctor"
+    source = hardware.gpus_per_node[0].facts_source if hardware.gpus_per_node else measured
+    if rates.peak_flops is not None:
+        terms.append(Term("peak of a rank", rates.peak_flops, "FLOP/s", f"dense {strategy.dtype}", source))
+        formula = "by hidden size over TP" + (f", x {HOPPER_FACTOR} from Hopper on" if rates.is_hopper_or_later else "")
+        origin = f"{MEGATRON}, table 1; Llama 3, arXiv 2407.21783, table 4"
+        if rates.device_kind == "cpu":
+            formula, origin = f"{CPU_EFFICIENCY} of the measured matrix rate", "assumption"
+        terms.append(Term("achieved share of the peak", timing.efficiency, "1", formula, origin))
+    if rates.memory_bandwidth is not None:
+        terms.append(Term("memory bandwidth of a rank", rates.memory_bandwidth, "bytes/s", "", source))
+    if strategy.data_parallel > 1:
+        beta, alpha = link(rates, strategy.data_parallel, strategy.tensor_parallel)
+        if beta is not None:
+            crosses = strategy.data_parallel * strategy.tensor_parallel > rates.ranks_per_node
+            over = "network between nodes" if crosses else rates.intra_name
+            origin = hardware.node_bandwidth_source if crosses else source
+            formula = f"{over}, x {LINK_EFFICIENCY} achieved" if rates.device_kind == "cuda" else over
+            terms.append(Term("data-parallel bandwidth", beta, "bytes/s", formula, origin))
+            terms.append(Term("latency of a collective", alpha, "s", "base + hops", "NCCL, src/graph/tuning.cc"))
+    return terms
+
+
+def _time(timing: Timing, strategy: Strategy) -> list[Term]:
+    if timing.missing:
+        return []
+    volume = {
+        0: "all-reduce of gradients: 2 x gP(N-1)/N under the last backward",
+        1: "reduce-scatter gP(N-1)/N under the last backward, all-gather cP(N-1)/N under the next forward",
+        2: "reduce-scatter gP(N-1)/N under each backward, all-gather cP(N-1)/N under the next forward",
+        3: "all-gather cP(N-1)/N under each forward and backward, reduce-scatter gP(N-1)/N under each backward",
+    }[strategy.zero_stage]
+    peak = "FLOPs / (peak x share)"
+    rows = [
+        ("forward", timing.forward_s, f"(2 P + 4 l h s) tokens, {peak}", "PaLM, arXiv 2204.02311, appendix B"),
+        ("backward", timing.backward_s, "2 x forward", "PaLM, arXiv 2204.02311, appendix B"),
+        ("recomputation", timing.recompute_s, "checkpointed share x forward", "arXiv 2205.05198"),
+        ("pipeline bubble", timing.bubble_s, "(PP - 1) x micro-batch", f"{MEGATRON}, section 2.2"),
+        ("model-parallel communication", timing.tensor_s, "4 all-reduces a layer, sends between stages", MEGATRON),
+        (
+            "exposed communication",
+            timing.exposed_s,
+            f"{volume}; what outlasts it, and the root",
+            ZERO,
+        ),
+        ("hidden communication", timing.hidden_s, "costs nothing but the next line", ZERO),
+        ("slowdown by overlap", timing.overlap_s, f"{OVERLAP_SLOWDOWN} x hidden communication", "arXiv 2507.03114"),
+        ("optimizer", timing.optimizer_s, "bytes read and written / memory bandwidth", "fused AdamW: 28 bytes in fp32"),
+        (
+            "offload",
+            timing.offload_s,
+            "bytes over the link to the home, both ways at once",
+            "ZeRO-Infinity, 2104.07857",
+        ),
+    ]
+    terms = [Term(name, value, "s", formula, source) for name, value, formula, source in rows if value]
+    total = timing.total_s
+    if total is not None:
+        terms.append(Term("step", total, "s", "sum, hidden communication left out", ""))
+        terms.append(Term("FLOPs of a rank", timing.flops, "FLOP", "with recomputation", ""))
+    return terms

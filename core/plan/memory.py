@@ -1,0 +1,222 @@
+"""Device memory of one rank, term by term: model states, transient buffers of the engine, activations. Torch-free.
+
+Legend: P parameters of one rank's part of the model, N data-parallel ranks, B parameters of the largest unit, R of the
+root units, s sequence length, b micro-batch, h hidden size, i intermediate size, c bytes of the compute format, g bytes
+of a gradient, o bytes of optimizer state. Units: bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from distui.core.plan.types import GIB, ModelSpec
+
+OPTIMIZER_STATE_BYTES = {"adamw": 8, "adam": 8, "sgd": 0, "sgd_momentum": 4, "lion": 4, "adafactor": 0, "muon": 4}
+"""fp32 moments a parameter. Adafactor's are rows plus columns of a matrix: below 0.1% of it, counted as 0."""
+
+SMALL_UNIT_PARAMETERS = 1 << 18
+"""The engine joins neighbouring blocks up to this size into one unit (core/sharding/partition.py)."""
+
+CUDA_CONTEXT_BYTES = GIB // 2
+"""Driver context and libraries: what torch's out-of-memory messages show beyond what PyTorch allocated (0.5 GiB)."""
+
+NCCL_BYTES = 3 * GIB // 10
+"""Channels and buffers of one communicator or two; an assumption, in the range of 0.2-0.5 GiB seen on 8 GPUs."""
+
+CPU_PROCESS_BYTES = 220 << 20
+"""Resident set of a process that has imported torch 2.13 for CPUs, measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """One point of the search: who holds what, where, in which format, in which portions."""
+
+    zero_stage: int
+    optimizer_home: str
+    params_home: str
+    activation_checkpointing: str
+    micro_size: int
+    accumulation: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
+    dtype: str
+    reduce_dtype: str
+    optimizer: str
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of one rank by category, and what it keeps elsewhere."""
+
+    parameters: int
+    gradients: int
+    optimizer_states: int
+    buffers: int
+    activations: int
+    logits: int
+    framework: int
+    host: int = 0
+    nvme: int = 0
+
+    @property
+    def model_states(self) -> int:
+        """Parameters, gradients and optimizer states on the device."""
+        return self.parameters + self.gradients + self.optimizer_states
+
+    @property
+    def total(self) -> int:
+        """All of the device."""
+        return self.model_states + self.buffers + self.activations + self.logits + self.framework
+
+    def by_category(self) -> dict[str, int]:
+        """Return the device's bytes by category; they add up to `total`."""
+        return {
+            "parameters": self.parameters,
+            "gradients": self.gradients,
+            "optimizer_states": self.optimizer_states,
+            "buffers": self.buffers,
+            "activations": self.activations,
+            "logits": self.logits,
+            "framework": self.framework,
+        }
+
+
+def bytes_per_parameter(dtype: str, reduce_dtype: str, optimizer: str) -> tuple[int, int, int]:
+    """Return c, g, o: bytes of a parameter, of its gradient, of its optimizer state with the master copy.
+
+    Source: ZeRO, arXiv 1910.02054, section 3.1 (2 + 2 + 12 for Adam in mixed precision; here g is 4 when gradients are
+    summed in fp32, the default).
+    """
+    compute = 4 if dtype == "fp32" else 2
+    gradient = 4 if reduce_dtype == "fp32" else compute
+    master = 0 if compute == 4 else 4
+    return compute, gradient, OPTIMIZER_STATE_BYTES[optimizer] + master
+
+
+def local_parameters(model: ModelSpec, tensor_parallel: int, pipeline_parallel: int) -> tuple[float, float, float]:
+    """Return P, B, R of the rank that holds most."""
+    block, root, layers = model.block_parameters, model.root_parameters, model.num_layers
+    if pipeline_parallel > 1:
+        layers = -(-layers // pipeline_parallel)
+        # The first stage has the embeddings, the last one the output projection; tied ones are held by both.
+        head = model.head_parameters or root
+        root = max(model.embedding_parameters or head, head) + model.hidden_size
+    unit = block
+    if block < SMALL_UNIT_PARAMETERS:
+        unit = block * min(layers, max(1, SMALL_UNIT_PARAMETERS // max(1, block)))
+    return (
+        (layers * block + root) / tensor_parallel,
+        unit / tensor_parallel,
+        root / tensor_parallel,
+    )
+
+
+def activation_elements(model: ModelSpec) -> int:
+    """Return what autograd keeps of one layer, in elements a token.
+
+    Input and output of both norms (4h), q, k, v and the attention's output (flash attention keeps no scores), and the
+    feed-forward's tensors: 2i for an activation between two matrices, 4i for a gated one, once an expert. GPT-2 shapes
+    give 16h, 32 bytes in 16-bit formats, as measured to 0.3%. Source: arXiv 2205.05198, section 4, without dropout.
+    """
+    head = model.head_size or model.hidden_size // model.num_heads
+    attention = (2 * model.num_heads + 2 * model.num_kv_heads) * head
+    experts = model.experts_per_token
+    mlp = (4 if model.gated_mlp else 2) * model.intermediate_size * experts
+    routed = model.hidden_size * experts if model.num_experts > 1 else 0
+    return 4 * model.hidden_size + attention + mlp + routed
+
+
+def footprint(model: ModelSpec, strategy: Strategy, device_kind: str) -> Footprint:
+    """Return the memory of one rank at the peak of a step (the start of backward)."""
+    c, g, o = bytes_per_parameter(strategy.dtype, strategy.reduce_dtype, strategy.optimizer)
+    P, B, R = local_parameters(model, strategy.tensor_parallel, strategy.pipeline_parallel)
+    N, stage = strategy.data_parallel, strategy.zero_stage
+    parameters = c * P / (N if stage >= 3 else 1)
+    gradients = g * P / (N if stage >= 2 else 1)
+    states = o * P / (N if stage >= 1 else 1)
+    host = nvme = 0.0
+    buffers = transient_buffers(strategy, c, g, o, B, R, model.num_layers, device_kind)
+    if strategy.optimizer_home != "none":
+        host, nvme = (host + states, nvme) if strategy.optimizer_home == "cpu" else (host, nvme + states)
+        states = 0.0
+    if strategy.params_home != "none":
+        host, nvme = (host + parameters, nvme) if strategy.params_home == "cpu" else (host, nvme + parameters)
+        parameters = 0.0
+    activations, logits = activation_bytes(model, strategy, c)
+    if device_kind == "cuda":
+        framework = CUDA_CONTEXT_BYTES + (NCCL_BYTES if strategy.world_size > 1 else 0)
+    else:
+        framework = CPU_PROCESS_BYTES
+    return Footprint(
+        parameters=math.ceil(parameters),
+        gradients=math.ceil(gradients),
+        optimizer_states=math.ceil(states),
+        buffers=math.ceil(buffers),
+        activations=math.ceil(activations),
+        logits=math.ceil(logits),
+        framework=framework,
+        host=math.ceil(host),
+        nvme=math.ceil(nvme),
+    )
+
+
+def transient_buffers(
+    strategy: Strategy, c: int, g: int, o: int, B: float, R: float, num_layers: int, device_kind: str
+) -> float:
+    """Return what the engine allocates beyond the model states (core/sharding: slots.py, pool.py, transport.py).
+
+    Stage 3: two slots of parameters (2cB) and the root's (cR). Stages 2 and 3: full gradients of two units in flight
+    (2gB) and of the root (gR). On gloo, reduce-scatter receives each peer's part: (N-1)/N of two units and the root.
+    Offloaded optimizer states stream through two pieces of the largest unit.
+    """
+    N, stage = strategy.data_parallel, strategy.zero_stage
+    in_flight = min(2, num_layers) * B + R
+    bytes_ = 0.0
+    if stage >= 3 and (N > 1 or strategy.params_home != "none"):
+        bytes_ += c * in_flight
+    if N > 1 and stage >= 2:
+        bytes_ += g * in_flight
+    if N > 1 and stage >= 1 and device_kind == "cpu":
+        bytes_ += g * in_flight * (N - 1) / N
+    if strategy.optimizer_home != "none":
+        bytes_ += 2 * o * max(B, R) / N
+    return bytes_
+
+
+def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[float, float]:
+    """Return the bytes of stored activations (with the working set of backward) and of the logits.
+
+    With full checkpointing a layer keeps its input (h) and one layer at a time is computed again; selective does so
+    for every second layer. Logits: the logits, their log-softmax, and the gradient, 3cV a token (arXiv 2205.05198 has
+    2..6 bytes a token and entry).
+    """
+    tokens = strategy.micro_size * model.sequence_length
+    tensor, pipeline = strategy.tensor_parallel, strategy.pipeline_parallel
+    layers = -(-model.num_layers // pipeline)
+    h = model.hidden_size
+    layer = c * tokens * activation_elements(model) / tensor
+    kept_input = c * tokens * h / tensor
+    if strategy.activation_checkpointing == "full":
+        stored = layers * kept_input + layer
+    elif strategy.activation_checkpointing == "selective":
+        stored = (layers - layers // 2) * layer + (layers // 2) * kept_input + layer
+    else:
+        stored = layers * layer
+    ends = 3 * kept_input  # the embeddings' output, the last norm's input and output
+    logits = 3 * c * tokens * model.vocab_size / tensor
+    widest = 2 * model.intermediate_size * model.experts_per_token + 2 * h
+    working = c * tokens * widest / tensor
+    if pipeline > 1:
+        # One forward, one backward: the first stage keeps the most micro-batches, the last one has the logits.
+        first = min(strategy.accumulation, pipeline) * stored + working
+        last = stored + ends + max(logits, logits / 3 + working)
+        return (first, 0.0) if first >= last else (last - logits, logits)
+    # Backward's own tensors come when two of the three logits tensors are gone.
+    return stored + ends + max(0.0, working - 2 * logits / 3), logits

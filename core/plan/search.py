@@ -1,0 +1,275 @@
+"""Every strategy for a model on given hardware, ranked, with the reason for those that do not fit. Torch-free."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Literal
+
+from distui.core.errors import UserError
+from distui.core.hardware import Hardware
+from distui.core.plan.advice import smallest_change
+from distui.core.plan.explain import explain
+from distui.core.plan.memory import OPTIMIZER_STATE_BYTES, Footprint, Strategy, footprint
+from distui.core.plan.reasons import fits_in, is_available, misfits, offload_word, strategy_name, why
+from distui.core.plan.request import DEFAULT_MARGIN, Request, default_dtype
+from distui.core.plan.time import Rates, Timing, rates_of, step_time
+from distui.core.plan.types import ModelSpec, Plan
+
+__all__ = ["Goal", "Request", "default_dtype", "explain", "plan_all", "strategies"]
+
+Goal = Literal["throughput", "memory", "cost"]
+
+MICRO_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+MAX_MICRO_TOKENS = 16384
+"""A micro-batch of more tokens no longer makes matrices faster; accumulation does the rest."""
+
+ENOUGH_MICRO_TOKENS = 4096
+
+
+def plan_all(
+    model: ModelSpec,
+    hardware: Hardware,
+    *,
+    nproc: int | None = None,
+    global_size: int | None = None,
+    micro_size: int | None = None,
+    sequence_length: int | None = None,
+    dtype: str | None = None,
+    reduce_dtype: str = "fp32",
+    optimizer: str = "adamw",
+    margin: float = DEFAULT_MARGIN,
+    goal: Goal = "throughput",
+    available_only: bool = False,
+) -> list[Plan]:
+    """Return every strategy with its best micro-batch: those that fit first, ranked by `goal`, then the others.
+
+    `nproc` is ranks a node. Without `global_size` the optimizer steps after one micro-batch. Raises: UserError where
+    an option cannot be.
+    """
+    if sequence_length is not None:
+        model = replace(model, sequence_length=sequence_length)
+    request = Request(
+        model=model,
+        hardware=hardware,
+        ranks_per_node=_ranks_per_node(hardware, nproc),
+        dtype=dtype or default_dtype(hardware),
+        reduce_dtype=reduce_dtype,
+        optimizer=optimizer,
+        margin=margin,
+        global_size=global_size,
+        micro_size=micro_size,
+    )
+    _check(request)
+    requests = [request]
+    if goal == "cost" and nproc is None and hardware.nodes == 1:
+        # Fewer ranks cost less: every power of two of them is a choice of its own.
+        fewer = [1 << power for power in range(10) if 1 << power < request.ranks_per_node]
+        requests += [replace(request, ranks_per_node=n, name_suffix=f", nproc {n}") for n in fewer]
+    plans = [plan for each in requests for plan in plan_request(each, available_only)]
+    return sorted(plans, key=lambda plan: _rank(plan, goal))
+
+
+def _ranks_per_node(hardware: Hardware, nproc: int | None) -> int:
+    if nproc is None:
+        return hardware.ranks_per_node
+    if nproc < 1 or (hardware.gpus_per_node and nproc > len(hardware.gpus_per_node)):
+        raise UserError(
+            f"nproc={nproc} ranks a node cannot be",
+            f"{hardware.name} has {len(hardware.gpus_per_node)} GPUs a node",
+            f"set nproc to 1..{max(1, hardware.ranks_per_node)}",
+        )
+    return nproc
+
+
+def _check(request: Request) -> None:
+    for name, value in (("global_size", request.global_size), ("micro_size", request.micro_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} is no batch size", "it counts samples", f"set {name} to 1 or more")
+    if request.dtype not in ("fp32", "bf16", "fp16"):
+        raise UserError(f"dtype={request.dtype} is unknown", "formats are fp32, bf16, fp16", "write one of these")
+    if request.optimizer not in OPTIMIZER_STATE_BYTES:
+        known = ", ".join(OPTIMIZER_STATE_BYTES)
+        raise UserError(f"optimizer {request.optimizer!r} is unknown", f"known are {known}", "write one of these")
+    if request.model.sequence_length < 1 or not 0 <= request.margin < 1:
+        raise UserError(
+            f"sequence length {request.model.sequence_length} or margin {request.margin} cannot be",
+            "a sequence has at least one token; a margin is a share of the memory from 0 to below 1",
+            "give a positive length, and a margin such as 0.08",
+        )
+
+
+def plan_request(request: Request, available_only: bool = False) -> Iterator[Plan]:
+    """Yield one plan for each combination of stage, homes, checkpointing and model parallelism."""
+    rates = rates_of(request.hardware, request.dtype, request.ranks_per_node)
+    for strategy in strategies(request):
+        if available_only and not is_available(strategy):
+            continue
+        yield best_micro(request, strategy, rates)
+
+
+def strategies(request: Request) -> Iterator[Strategy]:
+    """Yield every legal combination, with micro_size 1 and accumulation 1."""
+    world = request.world_size
+    for tensor, pipeline in _model_parallel(request):
+        data = world // (tensor * pipeline)
+        for stage, optimizer_home, params_home in _placements(request.hardware, data, pipeline):
+            for mode in ("none", "selective", "full"):
+                yield Strategy(
+                    zero_stage=stage,
+                    optimizer_home=optimizer_home,
+                    params_home=params_home,
+                    activation_checkpointing=mode,
+                    micro_size=1,
+                    accumulation=1,
+                    tensor_parallel=tensor,
+                    pipeline_parallel=pipeline,
+                    data_parallel=data,
+                    dtype=request.dtype,
+                    reduce_dtype=request.reduce_dtype,
+                    optimizer=request.optimizer,
+                )
+
+
+def _model_parallel(request: Request) -> Iterator[tuple[int, int]]:
+    """Yield (tensor, pipeline) sizes: tensor within a node and dividing the heads, a layer a stage at least."""
+    model, world = request.model, request.world_size
+    sizes = [1 << power for power in range(8)]
+    for tensor, pipeline in itertools.product(sizes, sizes):
+        if tensor > request.ranks_per_node or world % (tensor * pipeline) or pipeline > model.num_layers:
+            continue
+        if model.num_heads % tensor or (model.num_kv_heads % tensor and tensor % model.num_kv_heads):
+            continue
+        # Ranks of a CPU host gain nothing from cutting the model.
+        if tensor * pipeline > 1 and request.hardware.device_kind == "cpu":
+            continue
+        yield tensor, pipeline
+
+
+def _placements(hardware: Hardware, data: int, pipeline: int) -> Iterator[tuple[int, str, str]]:
+    """Yield (stage, home of the optimizer, home of the parameters)."""
+    # A pipeline runs many micro-batches a step, and stages 2 and 3 would reduce and gather for each.
+    stages: Iterable[int] = (0,) if data == 1 else (0, 1) if pipeline > 1 else (0, 1, 2, 3)
+    for stage in stages:
+        yield stage, "none", "none"
+    # Host memory is the device memory of a CPU rank: only NVMe is another place.
+    homes = ["cpu"] if hardware.device_kind == "cuda" else []
+    if hardware.source == "named" or any(disk.is_nvme is not False for disk in hardware.disks):
+        homes.append("nvme")
+    for home in homes:
+        for stage in (1,) if pipeline > 1 else (1, 2, 3):
+            if data > 1 or stage == 1:
+                yield stage, home, "none"
+        if pipeline == 1:
+            yield 3, home, home
+    if "cpu" in homes and "nvme" in homes and pipeline == 1:
+        yield 3, "nvme", "cpu"
+
+
+def micro_sizes(request: Request, strategy: Strategy) -> list[tuple[int, int]]:
+    """Return the (micro_size, accumulation) to try, smallest first; empty where the global batch cannot be divided."""
+    data, fixed = strategy.data_parallel, request.micro_size
+    if request.global_size is None:
+        accumulation = 4 * strategy.pipeline_parallel if strategy.pipeline_parallel > 1 else 1
+        cap = max(1, MAX_MICRO_TOKENS // request.model.sequence_length)
+        sizes = [fixed] if fixed else [size for size in MICRO_SIZES if size <= cap]
+        return [(size, accumulation) for size in sizes]
+    if request.global_size % data:
+        return []
+    share = request.global_size // data
+    if fixed:
+        return [(fixed, share // fixed)] if share % fixed == 0 else []
+    cap = max(1, MAX_MICRO_TOKENS // request.model.sequence_length)
+    return [(size, share // size) for size in MICRO_SIZES if share % size == 0 and size <= cap]
+
+
+def best_micro(request: Request, strategy: Strategy, rates: Rates) -> Plan:
+    """Return the plan of `strategy` with the fastest micro-batch that fits, else with the smallest."""
+    sizes = micro_sizes(request, strategy)
+    if not sizes:
+        micro = request.micro_size or 1
+        strategy = replace(strategy, micro_size=micro)
+        return make_plan(request, strategy, footprint(request.model, strategy, rates.device_kind), None)
+    best: tuple[Strategy, Footprint, Timing] | None = None
+    best_speed = 0.0
+    for micro, accumulation in sizes:
+        candidate = replace(strategy, micro_size=micro, accumulation=accumulation)
+        memory = footprint(request.model, candidate, rates.device_kind)
+        if best is not None and not fits_in(request, candidate, memory):
+            break
+        timing = step_time(request.model, candidate, rates)
+        total = timing.total_s
+        # Where the speed is not known, matrices of some thousand tokens are taken to be large enough.
+        tokens = min(micro * request.model.sequence_length, ENOUGH_MICRO_TOKENS)
+        speed = micro * accumulation / total if total else float(tokens)
+        # A larger micro-batch must earn its memory with 1% of speed.
+        if best is None or speed > 1.01 * best_speed:
+            best, best_speed = (candidate, memory, timing), speed
+    assert best is not None
+    return make_plan(request, *best)
+
+
+def make_plan(request: Request, strategy: Strategy, memory: Footprint, timing: Timing | None) -> Plan:
+    """Return the plan with its sentence. `timing` None says that the global batch cannot be divided."""
+    problems = misfits(request, strategy, memory)
+    data = strategy.data_parallel
+    if timing is None:
+        per_step = data * (request.micro_size or 1)
+        problems.append(
+            f"global_size={request.global_size} is not a multiple of {per_step} "
+            f"({data} data-parallel ranks x micro_size {request.micro_size or 1})"
+        )
+    limit, available = request.limit_bytes, is_available(strategy)
+    unknown_limit = limit is None
+    fits = not problems and not unknown_limit
+    step_s = timing.total_s if timing else None
+    global_size = strategy.micro_size * strategy.accumulation * data
+    tokens_per_s = global_size * request.model.sequence_length / step_s if step_s else None
+    ranks = request.ranks_per_node
+    too_large = limit is not None and memory.total > limit * (1 - request.margin)
+    change = smallest_change(request, strategy) if too_large and timing else ""
+    return Plan(
+        name=strategy_name(strategy) + request.name_suffix,
+        backend="native",
+        zero_stage=strategy.zero_stage,
+        offload=offload_word(strategy),
+        tensor_parallel=strategy.tensor_parallel,
+        pipeline_parallel=strategy.pipeline_parallel,
+        activation_checkpointing=strategy.activation_checkpointing,
+        micro_size=strategy.micro_size,
+        accumulation=strategy.accumulation,
+        precision=strategy.dtype,
+        fits=fits,
+        memory_per_rank_bytes=memory.total,
+        memory=memory.by_category(),
+        memory_limit_bytes=limit,
+        host_memory_bytes=memory.host * ranks,
+        nvme_bytes=memory.nvme * ranks,
+        step_s=step_s,
+        tokens_per_s=tokens_per_s,
+        why=why(request, strategy, memory, timing, problems, available, change),
+        available=available,
+        world_size=strategy.world_size,
+        global_size=global_size,
+        reduce_dtype=strategy.reduce_dtype,
+        optimizer=strategy.optimizer,
+        smallest_change=change,
+    )
+
+
+def _rank(plan: Plan, goal: Goal) -> tuple[float, ...]:
+    """Return the sort key: what fits, then what can run, then the goal."""
+    order = {"none": 0.0, "selective": 1.0, "full": 2.0}[plan.activation_checkpointing]
+    # Without rates: less recomputation first, then less communication, both of which cost time on any machine.
+    unknown = (float(plan.offload != "none"), order, float(plan.zero_stage))
+    speed = plan.tokens_per_s
+    known = (0.0, -speed) if speed is not None else (1.0, 0.0)
+    if goal == "memory":
+        key: tuple[float, ...] = (float(plan.memory_per_rank_bytes), *known)
+    elif goal == "cost":
+        key = (known[0], known[1] / plan.world_size, *unknown)
+    else:
+        key = (*known, *unknown)
+    misfit = 0.0 if plan.fits else plan.memory_per_rank_bytes / (plan.memory_limit_bytes or 1)
+    return (float(not plan.fits), misfit, *key, float(not plan.available))
