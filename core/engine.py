@@ -15,6 +15,7 @@ Names and semantics follow Accelerate's `Accelerator` wherever it has a name for
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -73,7 +74,7 @@ class Engine(Tracking, ProcessState):
         self._loaders: list[PreparedLoader] = []
         self._registered: list[Any] = []
 
-    # ---- prepare -------------------------------------------------------------------------------------------------------
+    # ---- prepare -------------------------------------------------------------------------------------------------
 
     def prepare(self, *objects: Any) -> Any:
         """Make models, optimizers, loaders and schedulers work on all ranks, and return them in the same order.
@@ -108,7 +109,7 @@ class Engine(Tracking, ProcessState):
         self.clock.watch(prepared)
         self._models.append(prepared)
         num_parameters = sum(param.numel() for model in self._models for param in model.parameters())
-        self.telemetry.rank_started(self.device_text, self.device_name, num_parameters)
+        self.telemetry.rank_started(str(self.device), self._device_name(), num_parameters)
         return prepared
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -152,13 +153,13 @@ class Engine(Tracking, ProcessState):
         self._schedulers.append(prepared)
         return prepared
 
-    # ---- a training step -----------------------------------------------------------------------------------------------
+    # ---- a training step -----------------------------------------------------------------------------------------
 
     @contextmanager
     def accumulate(self, *models: nn.Module) -> Iterator[None]:
-        """Run one micro-batch; gradients travel and the optimizer steps on the last of each step's, or of the loader."""
+        """Run one micro-batch; gradients travel and the optimizer steps on the last of a step, or of the loader."""
         self._micro_step += 1
-        at_end = any(loader.end_of_dataloader for loader in self._loaders if loader.is_active)
+        at_end = bool(self.active_loaders) and self.active_loaders[-1].end_of_dataloader
         if at_end or self._micro_step % self.gradient_accumulation_steps == 0:
             self._micro_step = 0
             self._set_sync(True)
@@ -268,7 +269,7 @@ class Engine(Tracking, ProcessState):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[dtype])
 
-    # ---- across ranks --------------------------------------------------------------------------------------------------
+    # ---- across ranks --------------------------------------------------------------------------------------------
 
     def gather(self, tensors: Any) -> Any:
         """Concatenate every rank's tensors along dimension 0. Collective."""
@@ -276,11 +277,8 @@ class Engine(Tracking, ProcessState):
 
     def gather_for_metrics(self, data: Any, use_gather_object: bool = False) -> Any:
         """Gather, without the samples that were repeated to even out the last batch. Collective."""
-        gathered = ops.gather_object(data) if use_gather_object else ops.gather(data)
-        for loader in self._loaders:
-            if loader.is_active and loader.end_of_dataloader and loader.remainder > 0:
-                return ops.take_first(gathered, loader.remainder)
-        return gathered
+        num_real = self.active_loaders[-1].remainder if self.active_loaders else -1
+        return ops.gather_for_metrics(data, num_real, use_gather_object)
 
     def reduce(self, tensors: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """Sum or average every rank's tensors. Collective."""
@@ -290,7 +288,7 @@ class Engine(Tracking, ProcessState):
         """Pad to the largest size over ranks along `dim`. Collective."""
         return ops.pad_across_processes(tensors, dim, pad_index, pad_first)
 
-    # ---- weights and states --------------------------------------------------------------------------------------------
+    # ---- weights and states --------------------------------------------------------------------------------------
 
     def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True) -> nn.Module:
         """Return the model as it was given: preparing does not wrap it."""
@@ -305,7 +303,7 @@ class Engine(Tracking, ProcessState):
         return self.backend.load_full_state_dict(model, state, strict)
 
     def full_parameters(self, model: nn.Module, writeback: bool = False) -> AbstractContextManager[nn.Module]:
-        """Enter with every parameter of `model` whole and current, to read it, or with `writeback` to change it. Collective."""
+        """Enter with every parameter of `model` whole and current; with `writeback` changes are kept. Collective."""
         return self.backend.full_parameters(model, writeback)
 
     def register_for_checkpointing(self, *objects: Any) -> None:
@@ -344,9 +342,12 @@ class Engine(Tracking, ProcessState):
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget everything that was prepared; returns a None for each object, to rebind the names."""
         for held in (self._models, self._optimizers, self._schedulers, self._loaders):
-            held.clear()  # type: ignore[attr-defined]
+            held.clear()
         self.backend = load_backend(self.config, self.backend.group)
         return [None for _ in objects]
+
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
 
     def memory_report(self) -> dict[str, int]:
         """Return this rank's bytes of parameters, gradients, optimizer_states and buffers."""

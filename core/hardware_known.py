@@ -61,7 +61,7 @@ KNOWN_GPUS: tuple[GpuFacts, ...] = (
              "NVIDIA H100 datasheet (PCIe)"),
     GpuFacts("H100-NVL-94GB", r"H100 NVL", 93.1, (9, 0), _rates(60, 835), 3900 * G, None, 5,
              "NVIDIA H100 datasheet (NVL)"),
-    GpuFacts("H200-141GB", r"H200", 139.8, (9, 0), _rates(67, 989.4), 4800 * G, 450 * G, 5,
+    GpuFacts("H200-141GB", r"H200(?! NVL)", 139.8, (9, 0), _rates(67, 989.4), 4800 * G, 450 * G, 5,
              "NVIDIA H200 datasheet (SXM)", 400e9, _DGX_H100),
     GpuFacts("B200-180GB", r"B200", 178.3, (10, 0), _rates(75, 2250), 7700 * G, 900 * G, 5,
              "NVIDIA HGX B200 datasheet", 400e9, "NVIDIA DGX B200 datasheet: eight 400 Gb/s ports for eight GPUs"),
@@ -85,7 +85,7 @@ KNOWN_GPUS: tuple[GpuFacts, ...] = (
              "NVIDIA GA102 white paper (GeForce RTX 3090)"),
     GpuFacts("RTX4090-24GB", r"RTX 4090", 23.64, (8, 9), _rates(82.6, 165.2), 1008 * G, None, 4,
              "NVIDIA Ada white paper (GeForce RTX 4090)"),
-    GpuFacts("RTX5090-32GB", r"RTX 5090", 31.36, (12, 0), _rates(104.8, 209.5), 1792 * G, None, 5,
+    GpuFacts("RTX5090-32GB", r"RTX 5090(?! D)", 31.36, (12, 0), _rates(104.8, 209.5), 1792 * G, None, 5,
              "NVIDIA RTX Blackwell white paper (GeForce RTX 5090)"),
     GpuFacts("MI300X-192GB", r"MI300X", 191.98, None, _rates(163.4, 1307.4), 5300 * G, 448 * G, 5,
              "AMD Instinct MI300X datasheet; Infinity Fabric, seven links of 64 GB/s each way"),
@@ -97,6 +97,8 @@ _ROWS = {facts.name: facts for facts in KNOWN_GPUS}
 
 def gpu_facts(nvml_name: str) -> GpuFacts | None:
     """Return the datasheet of the GPU that NVML calls `nvml_name`, None where it is not in the table."""
+    if re.search(r"laptop|mobile|max-q|\bD$", nvml_name, re.IGNORECASE):
+        return None  # slower variants that carry a desktop card's name
     for facts in KNOWN_GPUS:
         if re.search(rf"(?<![A-Za-z0-9])(?:{facts.pattern})(?![A-Za-z0-9])", nvml_name, re.IGNORECASE):
             return facts

@@ -1,4 +1,4 @@
-"""What an engine must do so that a training script can run on it; a plug-in registers its class under `distui.backends`."""
+"""What an engine must do so that a training script can run on it; plug-ins register theirs as `distui.backends`."""
 
 from __future__ import annotations
 

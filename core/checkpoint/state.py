@@ -151,7 +151,7 @@ def save(engine: Engine, output_dir: str) -> str:
         mine += ["state.pt", ".metadata"]
     files = ops.gather_object([folders.describe(working, mine)])
     if engine.is_main_process:
-        facts = {
+        facts: dict[str, object] = {
             "step": engine.clock.step,
             "world_size": engine.num_processes,
             "zero_stage": engine.config.strategy.zero_stage,
@@ -160,6 +160,11 @@ def save(engine: Engine, output_dir: str) -> str:
                 f"model{index}.{name}": list(param.shape)
                 for index, sharded in enumerate(models)
                 for name, param in nn.Module.named_parameters(sharded.model)
+            },
+            "buffer_shapes": {
+                f"model{index}.{name}": list(buffer.shape)
+                for index, sharded in enumerate(models)
+                for name, buffer in sharded.model.named_buffers()
             },
         }
         folders.commit(target, {name: fact for part in files for name, fact in part.items()}, facts)

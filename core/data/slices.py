@@ -1,4 +1,4 @@
-"""The index arithmetic of data parallelism: pure, for indices and for streams of samples alike.
+"""The index arithmetic of data parallelism: pure, for indices, batches and samples alike.
 
 Global micro-batch k is `order[k*m*N : (k+1)*m*N]` for micro-batches of m samples on N ranks; rank r gets the r-th m of
 them. So N ranks see the batches that one process with batches of m*N sees. The last, shorter micro-batch is cut into N
@@ -7,8 +7,9 @@ equal parts; where N does not divide it, the first samples of the order are repe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -20,15 +21,26 @@ class Slice(Generic[T]):
 
     items: list[T]
     num_real: int
-    """Samples of the whole micro-batch without repeats."""
-    num_repeated: int
-    """Repeats at the end of the whole micro-batch."""
-    is_last: bool
-    """Whether the order ends with it."""
+    """Samples of the whole micro-batch, over all ranks, without repeats."""
+    num_repeats: int
+    """Samples that are repeated at the end of the whole micro-batch."""
 
 
 def _one(item: object) -> int:
     return 1
+
+
+def cut(
+    group: Sequence[T], first: Sequence[T], num_ranks: int, rank: int, weight: Callable[[T], int] = _one
+) -> Slice[T]:
+    """Return rank `rank`'s part of a global micro-batch, evened out with the items of `first`.
+
+    `weight` counts the samples of an item, where items are batches.
+    """
+    each = -(-len(group) // num_ranks)
+    repeats = [first[index % len(first)] for index in range(each * num_ranks - len(group))]
+    items = [*group, *repeats][rank * each : (rank + 1) * each]
+    return Slice(items, sum(map(weight, group)), sum(map(weight, repeats)))
 
 
 def rank_slices(
@@ -39,57 +51,32 @@ def rank_slices(
     drop_last: bool = False,
     weight: Callable[[T], int] = _one,
 ) -> Iterator[Slice[T]]:
-    """Yield rank `rank`'s slice of each global micro-batch of `order`, which is read one item ahead.
-
-    `weight` counts the samples of an item, where items are batches. With `drop_last` a micro-batch that is not full is
-    left out.
-    """
+    """Yield rank `rank`'s slice of each global micro-batch; with `drop_last` only of those that are full."""
     size = micro_size * num_ranks
     iterator = iter(order)
-    first: list[T] = []
-    """The items that a short last micro-batch may repeat: fewer than the ranks."""
-    group: list[T] = []
-    for item in iterator:
-        if len(group) == size:
-            yield _cut(group, group, num_ranks, rank, weight, is_last=False)
-            group = []
-        if len(first) < num_ranks:
-            first.append(item)
-        # A full group is only yielded once the next item shows that it was not the last; with drop_last, once a whole
-        # group follows.
-        group.append(item)
-        if drop_last and len(group) == size:
-            break
-    else:
-        if group and not (drop_last and len(group) < size):
-            yield _cut(group, first, num_ranks, rank, weight, is_last=True)
-        return
-    yield from _full_groups(iterator, group, size, num_ranks, rank, weight)
+    first: list[T] | None = None
+    while group := list(islice(iterator, size)):
+        if drop_last and len(group) < size:
+            return
+        if first is None:
+            first = group[:num_ranks]
+        yield cut(group, first, num_ranks, rank, weight)
 
 
-def _full_groups(
-    iterator: Iterator[T], group: list[T], size: int, num_ranks: int, rank: int, weight: Callable[[T], int]
-) -> Iterator[Slice[T]]:
-    following: list[T] = []
-    for item in iterator:
-        following.append(item)
-        if len(following) == size:
-            yield _cut(group, group, num_ranks, rank, weight, is_last=False)
-            group, following = following, []
-    yield _cut(group, group, num_ranks, rank, weight, is_last=True)
-
-
-def _cut(
-    group: list[T], first: list[T], num_ranks: int, rank: int, weight: Callable[[T], int], is_last: bool
-) -> Slice[T]:
-    each = -(-len(group) // num_ranks)
-    num_repeats = each * num_ranks - len(group)
-    repeats = [first[index % len(first)] for index in range(num_repeats)]
-    items = (group + repeats)[rank * each : (rank + 1) * each]
-    return Slice(items, sum(map(weight, group)), sum(map(weight, repeats)), is_last)
-
-
-def num_slices(num_samples: int, micro_size: int, num_ranks: int, drop_last: bool = False) -> int:
-    """Return how many slices `rank_slices` yields for an order of `num_samples`."""
+def num_slices(num_items: int, micro_size: int, num_ranks: int, drop_last: bool = False) -> int:
+    """Return how many slices `rank_slices` yields for an order of `num_items`."""
     size = micro_size * num_ranks
-    return num_samples // size if drop_last else -(-num_samples // size)
+    return num_items // size if drop_last else -(-num_items // size)
+
+
+def mark_last(values: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Yield each value with whether it is the last; reads one value ahead."""
+    iterator = iter(values)
+    try:
+        value = next(iterator)
+    except StopIteration:
+        return
+    for following in iterator:
+        yield value, False
+        value = following
+    yield value, True

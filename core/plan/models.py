@@ -162,8 +162,8 @@ def typical_model(num_parameters: int, sequence_length: int | None = None) -> Mo
     _, layers, hidden, heads = nearest
     # Below the smallest row the width shrinks with the square root, so that the blocks still hold most parameters.
     if num_parameters < TYPICAL_SHAPES[0][0]:
-        hidden = max(16, int(hidden * math.sqrt(num_parameters / TYPICAL_SHAPES[0][0])) // 16 * 16)
-        heads = max(1, hidden // 64)
+        hidden = max(32, int(hidden * math.sqrt(num_parameters / TYPICAL_SHAPES[0][0])) // 32 * 32)
+        heads = hidden // 32
     vocab = min(32000, max(256, num_parameters // (8 * hidden)))
     root = 2 * vocab * hidden + hidden
     return ModelSpec(

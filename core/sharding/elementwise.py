@@ -66,7 +66,7 @@ def _difference(optimizer: torch.optim.Optimizer) -> str:
         return f"it failed on a flattened piece of a matrix: {type(error).__name__}: {error}"
     apart = (whole.detach().flatten() - torch.cat([piece.detach() for piece in pieces])).abs().max().item()
     if apart > 1e-5:
-        return f"on flattened pieces of a 6x8 matrix it gives other weights than on the matrix (they differ by {apart:.2g})"
+        return f"on flattened pieces of a 6x8 matrix it gives weights that differ by {apart:.2g}"
     return ""
 
 

@@ -52,6 +52,13 @@ class FlatLayout:
         return sum(span.numel for span in self.spans)
 
     @property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of padding: layouts with the same gaps may take turns on a buffer."""
+        ends = [0, *(span.end for span in self.spans)]
+        starts = [*(span.offset for span in self.spans), self.padded_numel]
+        return tuple((end, start) for end, start in zip(ends, starts, strict=True) if end < start)
+
+    @property
     def shard_numel(self) -> int:
         """Elements of one rank's shard."""
         return self.padded_numel // self.num_shards
@@ -61,7 +68,7 @@ class FlatLayout:
         return rank * self.shard_numel, (rank + 1) * self.shard_numel
 
     def owned(self, index: int, rank: int) -> tuple[int, int]:
-        """Return the part of parameter `index` that `rank` owns, as start and end within the parameter; empty if none."""
+        """Return the part of parameter `index` that `rank` owns: start and end within the parameter."""
         span = self.spans[index]
         start, end = self.shard(rank)
         low = min(max(start - span.offset, 0), span.numel)

@@ -61,10 +61,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._place = {id(param): (unit, index) for unit in units for index, param in enumerate(unit.params)}
         self._rebind()
 
-    # ---- the torch interface -------------------------------------------------------------------------------------------
+    # ---- the torch interface -------------------------------------------------------------------------------------
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's groups; `params` are flat shards."""
         return self.inner.param_groups
 
@@ -73,7 +73,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.inner.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The inner optimizer's states, by flat shard."""
         return self.inner.state
 
@@ -143,7 +143,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if callable(getattr(self.inner, "eval", None)):
             self.inner.eval()  # type: ignore[attr-defined]
 
-    # ---- shards --------------------------------------------------------------------------------------------------------
+    # ---- shards --------------------------------------------------------------------------------------------------
 
     def _rebind(self) -> None:
         reason = why_not_elementwise(self.inner)
@@ -215,7 +215,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 continue
             flat_state: dict[str, Any] = {}
             base = run.unit.layout.shard(run.unit.rank)[0]
-            for key, value in present[0].items():
+            for key, value in (present[0] or {}).items():
                 if not (isinstance(value, torch.Tensor) and value.dim()):
                     flat_state[key] = value
                     continue

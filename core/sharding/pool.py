@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 
@@ -15,21 +16,24 @@ class BufferPool:
     """
 
     def __init__(self) -> None:
-        self._free: dict[tuple[int, torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
+        self._free: dict[tuple[Any, torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
         self.allocated_bytes = 0
 
-    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return a flat buffer of `numel` elements; the caller owns it until `give`."""
-        free = self._free[(numel, dtype, device)]
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device, kind: Any = None) -> torch.Tensor:
+        """Return a flat buffer of `numel` elements; the caller owns it until `give` with the same `kind`.
+
+        Buffers of one kind hold padding at the same places, so that it stays zero.
+        """
+        free = self._free[((numel, kind), dtype, device)]
         if free:
             return free.pop()
         buffer = torch.zeros(numel, dtype=dtype, device=device)
         self.allocated_bytes += buffer.numel() * buffer.element_size()
         return buffer
 
-    def give(self, buffer: torch.Tensor) -> None:
+    def give(self, buffer: torch.Tensor, kind: Any = None) -> None:
         """Take `buffer` back; nothing may be in flight on it."""
-        self._free[(buffer.numel(), buffer.dtype, buffer.device)].append(buffer)
+        self._free[((buffer.numel(), kind), buffer.dtype, buffer.device)].append(buffer)
 
     def clear(self) -> None:
         """Forget the free buffers."""

@@ -55,7 +55,7 @@ class Schedule:
         self._gather_lazily = stage in (1, 2) and num_ranks > 1
         self._register()
 
-    # ---- hooks -------------------------------------------------------------------------------------------------------
+    # ---- hooks ---------------------------------------------------------------------------------------------------
 
     def _register(self) -> None:
         blocks: dict[int, tuple[nn.Module, list[Unit]]] = {}
@@ -187,7 +187,7 @@ class Schedule:
 
         return hook
 
-    # ---- reductions --------------------------------------------------------------------------------------------------
+    # ---- reductions ----------------------------------------------------------------------------------------------
 
     def _launch_ready(self) -> None:
         while self._next < len(self.order):
@@ -267,7 +267,7 @@ class Schedule:
             for param in unit.params:
                 param.grad = None
 
-    # ---- parameters --------------------------------------------------------------------------------------------------
+    # ---- parameters ----------------------------------------------------------------------------------------------
 
     def publish(self) -> None:
         """After the optimizer: new weights to where forward reads them. Collective: all ranks."""

@@ -20,7 +20,7 @@ from distui.core.sharding.unit import Placement, Unit
 
 
 class ShardedModel:
-    """Lays a model out in flat buffers and hooks the collectives of its stage around it; the model stays what it was."""
+    """Lays a model out in flat buffers and hooks the collectives of its stage around it; nothing is wrapped."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class ShardedModel:
         self.optimizers.append(prepared)
         return prepared
 
-    # ---- full weights --------------------------------------------------------------------------------------------------
+    # ---- full weights --------------------------------------------------------------------------------------------
 
     @contextmanager
     def full_parameters(self, writeback: bool = False) -> Iterator[nn.Module]:
@@ -147,11 +147,9 @@ class ShardedModel:
             yield self.model
         finally:
             for unit, slot in zip(self.units, slots, strict=True):
-                whole = unit.full
-                assert whole is not None
-                if writeback:
+                if writeback and unit.full is not None:
                     start, end = unit.layout.shard(unit.rank)
-                    unit.shard.copy_(whole[start:end])
+                    unit.shard.copy_(unit.full[start:end])
                 unit.bind(slot)
             if writeback:
                 self.refresh_masters()
@@ -189,9 +187,8 @@ class ShardedModel:
         params = dict(self.model.named_parameters(remove_duplicate=False))
         state = self.model.state_dict()
         for name, value in state.items():
-            param = params.get(name)
-            if param is not None and id(param) in place:
-                state[name] = whole[id(param)]
+            if name in params and id(params[name]) in place:
+                state[name] = whole[id(params[name])]
             elif isinstance(value, torch.Tensor) and to_cpu:
                 state[name] = value.detach().cpu().clone()
         return state
@@ -220,10 +217,10 @@ class ShardedModel:
             self.schedule.slots.invalidate()
         return missing_and_unexpected
 
-    # ---- accounting ----------------------------------------------------------------------------------------------------
+    # ---- accounting ----------------------------------------------------------------------------------------------
 
     def memory_by_category(self) -> dict[str, int]:
-        """Return bytes of this rank: parameters, gradients, optimizer_states, and buffers (transient and module buffers)."""
+        """Return this rank's bytes: parameters, gradients, optimizer_states, buffers (transient and the model's)."""
         seen: set[int] = set()
 
         def count(tensors: list[torch.Tensor | None]) -> int:

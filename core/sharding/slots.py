@@ -69,7 +69,7 @@ class SlotRing:
             unit.finish_gather()
         self._valid.clear()
 
-    # ---- a pass over the model -----------------------------------------------------------------------------------------
+    # ---- a pass over the model -----------------------------------------------------------------------------------
 
     def begin_forward(self, roots: list[Unit]) -> None:
         """Gather the root and start on the first block."""

@@ -1,8 +1,8 @@
 """The collectives of the engine, as one seam: NCCL takes the tensor forms, gloo the fastest form measured for it.
 
 Gloo's own reduce_scatter is an all-reduce inside and its all_gather copies through lists, so on gloo both are direct
-exchanges of views between peers (`benchmarks/collectives.py` has the figures). Everything runs in place on flat buffers and is
-asynchronous: a call returns a `Pending`, whose `wait` must be called once on every rank, in the same order everywhere.
+exchanges of views between peers. Everything runs in place on flat buffers and is asynchronous: a call returns a
+`Pending`, whose `wait` must be called once on every rank, in the same order everywhere.
 """
 
 from __future__ import annotations

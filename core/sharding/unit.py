@@ -85,6 +85,7 @@ class Unit:
         num_shards = placement.num_ranks if placement.shards_optimizer else 1
         self.layout: FlatLayout = plan_layout([(n, p.shape) for n, p in named_params], num_shards)
         self.rank = placement.rank if num_shards > 1 else 0
+        self._gaps = self.layout.gaps
         self.inverse_ranks = 1.0 / placement.num_ranks
 
         full = self._flatten(low_precision)
@@ -154,7 +155,7 @@ class Unit:
             self._views[buffer.data_ptr()] = views
         return views
 
-    # ---- backward ----------------------------------------------------------------------------------------------------
+    # ---- backward ------------------------------------------------------------------------------------------------
 
     def accept(self, index: int, grad: torch.Tensor) -> bool:
         """Take the gradient of parameter `index`; return True when it was the last one missing."""
@@ -163,7 +164,7 @@ class Unit:
             self.reopen()
         buffer = self.grad_full
         if buffer is None:
-            buffer = self.grad_full = self.pool.take(self.layout.padded_numel, self.grad_dtype, self.device)
+            buffer = self.grad_full = self._take_gradient()
         view = self.views(buffer)[index]
         if grad.is_sparse:
             grad = grad.to_dense()
@@ -177,6 +178,9 @@ class Unit:
             self.arrived[index] = True
             self.num_arrived += 1
         return self.num_arrived == len(self.params)
+
+    def _take_gradient(self) -> torch.Tensor:
+        return self.pool.take(self.layout.padded_numel, self.grad_dtype, self.device, self._gaps)
 
     def reopen(self) -> None:
         """Take gradients again after a reduction: a second backward before the step, or a second reentrant checkpoint.
@@ -198,7 +202,7 @@ class Unit:
     def fill_missing(self) -> None:
         """Count gradients that did not come as zero (parameters that the loss does not depend on)."""
         if self.grad_full is None:
-            self.grad_full = self.pool.take(self.layout.padded_numel, self.grad_dtype, self.device)
+            self.grad_full = self._take_gradient()
         if not self.holds_gradient:
             views = self.views(self.grad_full)
             for index, arrived in enumerate(self.arrived):
@@ -245,7 +249,7 @@ class Unit:
             self._forget_arrivals()
             if self.placement.shards_gradients:
                 if self.grad_full is not None:
-                    self.pool.give(self.grad_full)
+                    self.pool.give(self.grad_full, self._gaps)
                     self.grad_full = None
                 self.state = GradState.FILLING
             else:
@@ -257,17 +261,17 @@ class Unit:
             self.pending.wait()
             self.pending = None
         if self.placement.shards_gradients and self.grad_full is not None:
-            self.pool.give(self.grad_full)
+            self.pool.give(self.grad_full, self._gaps)
             self.grad_full = None
         self._forget_arrivals()
         self.holds_gradient = False
         self.shard_holds_gradient = False
         self.state = GradState.FILLING
 
-    # ---- parameters --------------------------------------------------------------------------------------------------
+    # ---- parameters ----------------------------------------------------------------------------------------------
 
     def publish(self) -> None:
-        """After the optimizer stepped: bring the new weights into the compute format and, in stage 1 and 2, to all ranks.
+        """Bring weights that the optimizer stepped into the compute format and, in stage 1 and 2, to all ranks.
 
         Collective: all ranks. The gather is waited for by `finish_gather`.
         """

@@ -44,7 +44,7 @@ def test_runs_hold_the_wanted_elements_and_only_padding_beside(
     owner = {}
     for index, span in enumerate(layout.spans):
         owner.update(dict.fromkeys(range(span.offset, span.end), index))
-    covered = set()
+    covered: set[int] = set()
     for rank in range(num_shards):
         base, end = layout.shard(rank)
         for low, high in layout.runs(wanted, rank):

@@ -1,0 +1,104 @@
+"""The order of samples in an epoch: the same on every rank, and for any number of ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, SequentialSampler
+
+from distui.core import ops
+from distui.core.process import ProcessState
+
+GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
+"""Spreads the seeds of epochs, so that (seed 1, epoch 0) is not (seed 0, epoch 1)."""
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return the generator's seed for an epoch; epoch 0 has `seed` itself."""
+    return (seed + epoch * GOLDEN_RATIO_64) % 2**63
+
+
+def call_set_epoch(value: Any, epoch: int) -> None:
+    """Tell a sampler or data set, and the sampler inside a batch sampler, which epoch begins, if it wants to know."""
+    if callable(set_epoch := getattr(value, "set_epoch", None)):
+        set_epoch(epoch)
+    if isinstance(value, BatchSampler):
+        call_set_epoch(value.sampler, epoch)
+
+
+def _draw(generator: torch.Generator) -> int:
+    return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
+
+
+def _is_sized(value: Any) -> bool:
+    try:
+        len(value)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
+class SampleOrder:
+    """Draws what a sampler (or batch sampler) yields, so that all ranks get the same.
+
+    - A sampler with no generator of its own is lent one, seeded by (seed, epoch). Its first epoch has the order of
+      `DataLoader(..., generator=torch.Generator().manual_seed(seed))` in one process.
+    - A sampler with the user's generator goes on drawing from it; rank 0's generator state goes to all ranks first.
+    - Any other sampler with a length: rank 0 draws, and all ranks get its order. Without a length every rank draws
+      for itself, and the user sees to it that they draw the same.
+    """
+
+    def __init__(self, sampler: Iterable[Any], generator: torch.Generator | None, seed: int, process: ProcessState):
+        """`generator` is the data loader's, from which plain torch draws the seed of the workers."""
+        self.sampler, self.seed = sampler, seed
+        self._loader_generator, self._process = generator, process
+        self._generator_state: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def draw(self, epoch: int) -> tuple[Iterator[Any], int]:
+        """Return the order of `epoch` and a seed for workers. Collective, unless distui seeds the sampler."""
+        call_set_epoch(self.sampler, epoch)
+        seed = epoch_seed(self.seed, epoch)
+        sampler = self.sampler
+        own = getattr(sampler, "generator", False)
+        if own is None:
+            lent = torch.Generator().manual_seed(seed)
+            sampler = copy.copy(sampler)
+            sampler.generator = lent  # type: ignore[attr-defined]
+            # Plain torch draws the workers' seed from a loader's generator before the sampler draws its order.
+            return iter(sampler), _draw(lent)
+        if isinstance(own, torch.Generator):
+            if self._process.use_distributed:
+                own.set_state(ops.broadcast_object(own.get_state()))
+            self._generator_state = own.get_state()
+        if self._loader_generator is not None:
+            seed = _draw(self._loader_generator)
+        if self._process.use_distributed and not self._same_anyway(own):
+            mine = list(sampler) if self._process.is_main_process else None
+            return iter(ops.broadcast_object(mine)), seed
+        return iter(sampler), seed
+
+    def _same_anyway(self, own: Any) -> bool:
+        return (
+            isinstance(self.sampler, SequentialSampler)
+            or isinstance(own, torch.Generator)
+            or not _is_sized(self.sampler)
+        )
+
+    def state_dict(self, inside: bool) -> dict[str, Any]:
+        """Return what the current epoch's order was drawn from, or with `inside` False, the next one's will be."""
+        own = getattr(self.sampler, "generator", None)
+        state = own.get_state() if isinstance(own, torch.Generator) and not inside else self._generator_state
+        return {"seed": self.seed, "generator": state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Draw the next order from what `state` was."""
+        self.seed = state["seed"]
+        own = getattr(self.sampler, "generator", None)
+        if state["generator"] is not None and isinstance(own, torch.Generator):
+            own.set_state(state["generator"])
