@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -36,6 +37,10 @@ class UserError(DistuiError):
     def __init__(self, what: str, why: str, fix: str) -> None:
         super().__init__(f"{what}: {why}")
         self.what, self.why, self.fix = what, why, fix
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the three parts, so that the error can come from another process."""
+        return type(self), (self.what, self.why, self.fix)
 
     def report(self) -> str:
         """Return the three lines for stderr."""
@@ -63,6 +68,10 @@ class ConfigError(UserError):
         first = problems[0]
         super().__init__(f"{first.path}: {first.what}", first.why, first.fix)
         self.problems = list(problems)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the problems."""
+        return type(self), (self.problems,)
 
     def report(self) -> str:
         """Return three lines a problem."""

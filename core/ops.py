@@ -266,6 +266,8 @@ def gather_for_metrics(data: Any, num_real: int, use_gather_object: bool = False
 def reduce(data: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
     """Combine every rank's tensors by "sum", "mean" or "max", times `scale`; `data` stays as it is. Collective.
 
+    The mean of whole numbers is a float.
+
     Raises: UserError for another reduction, or shapes or dtypes that differ over ranks.
     """
     if reduction not in REDUCTIONS:
@@ -278,8 +280,8 @@ def reduce(data: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
         result = tensor.detach().clone(memory_format=torch.contiguous_format)
         if _world() > 1:
             dist.all_reduce(result, op=op)
-            if reduction == "mean":
-                result = result / _world()
+        if reduction == "mean":
+            result = result / _world()
         return result * scale if scale != 1.0 else result
 
     return map_structure(reduce_one, data, strict=True)

@@ -63,7 +63,7 @@ class FlatShard(torch.Tensor):
         return f"FlatShard([{self.start}, {self.start + self.local.numel()}) of {self.numel()})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
         raise NotImplementedError(f"a FlatShard only travels through torch.distributed.checkpoint; {func} was called")

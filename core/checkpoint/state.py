@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,14 @@ def _set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
+def _with_dcp(function: Callable[..., Any], items: dict[str, Any], folder: Path, alone: bool) -> None:
+    with warnings.catch_warnings():
+        # One process is what we ask for, and our tensors are what they say they are.
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninitialized.*")
+        warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
+        function(items, checkpoint_id=folder, no_dist=alone)
+
+
 def save(engine: Engine, output_dir: str) -> str:
     """Write the engine's whole state to `output_dir`. Collective. Returns the folder's path."""
     target = Path(output_dir).absolute()
@@ -140,9 +149,7 @@ def save(engine: Engine, output_dir: str) -> str:
     for index, optimizer in enumerate(engine._optimizers):
         assert isinstance(optimizer, ShardedOptimizer)
         items.update(_optimizer_items(f"optimizer{index}", optimizer))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assum.*no process group.*|.*torch.distributed is.*unavailable.*")
-        dcp.save(items, checkpoint_id=working, no_dist=engine.num_processes == 1)
+    _with_dcp(dcp.save, items, working, engine.num_processes == 1)
     rank = engine.process_index
     torch.save({"random": _random_states()}, working / f"rank{rank}.pt")
     mine = [f"rank{rank}.pt"] + [path.name for path in working.glob(f"__{rank}_*.distcp")]
@@ -216,7 +223,7 @@ def load(engine: Engine, input_dir: str) -> None:
         assert isinstance(optimizer, ShardedOptimizer)
         _allocate_states(f"optimizer{index}", optimizer, saved)
         items.update(_optimizer_items(f"optimizer{index}", optimizer))
-    dcp.load(items, checkpoint_id=source, no_dist=engine.num_processes == 1)
+    _with_dcp(dcp.load, items, source, engine.num_processes == 1)
 
     for sharded in models:
         for unit in sharded.units:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from distui.core.plan.memory import Strategy, footprint
+from distui.core.plan.reasons import is_available
 from distui.core.plan.request import Request
 from distui.core.plan.types import GIB, ModelSpec
 
@@ -15,7 +16,8 @@ MAX_RANKS = 1 << 14
 def smallest_change(request: Request, strategy: Strategy) -> str:
     """Return the first change in this order that fits: batch, checkpointing, stage, more ranks, offload, sequence.
 
-    The order is by what a change costs the user; only one thing is changed at a time. Empty where none helps.
+    The order is by what a change costs the user. What this version can run goes before what it cannot. Empty where
+    nothing helps.
     """
     limit = request.limit_bytes
     if limit is None:
@@ -30,25 +32,35 @@ def smallest_change(request: Request, strategy: Strategy) -> str:
             return None
         return memory.total / GIB if memory.total <= room else None
 
+    later = ""
+    for words, changed, model in _candidates(request, strategy, kind, lambda changed: fits(changed) is not None):
+        found = fits(changed, model)
+        if found is None:
+            continue
+        if is_available(changed) or not is_available(strategy):
+            return f"{words} ({found:.1f} GiB)"
+        later = later or f"{words} ({found:.1f} GiB), which this version cannot run yet"
+    return later
+
+
+def _candidates(
+    request: Request, strategy: Strategy, kind: str, fits: Callable[[Strategy], bool]
+) -> Iterator[tuple[str, Strategy, ModelSpec]]:
+    """Yield what may be changed, the least first."""
+    model = request.model
     for words, changed in _changes(strategy, kind):
-        found = fits(changed)
-        if found is not None:
-            return f"{words} ({found:.1f} GiB)"
+        yield words, changed, model
     if strategy.zero_stage > 0:
-        ranks = _least_ranks(strategy, lambda changed: fits(changed) is not None)
-        if ranks is not None:
-            return f"{ranks} ranks instead of {strategy.world_size}"
+        data_parallel = _least_data_parallel(strategy, fits)
+        if data_parallel is not None:
+            wider = replace(strategy, data_parallel=data_parallel)
+            yield f"{wider.world_size} ranks instead of {strategy.world_size}", wider, model
     for words, changed in _offloads(strategy, kind):
-        found = fits(changed)
-        if found is not None:
-            return f"{words} ({found:.1f} GiB)"
-    length = request.model.sequence_length // 2
+        yield words, changed, model
+    length = model.sequence_length // 2
     while length >= 128:
-        found = fits(strategy, replace(request.model, sequence_length=length))
-        if found is not None:
-            return f"sequences of {length} tokens ({found:.1f} GiB)"
+        yield f"sequences of {length} tokens", strategy, replace(model, sequence_length=length)
         length //= 2
-    return ""
 
 
 def _changes(strategy: Strategy, kind: str) -> Iterator[tuple[str, Strategy]]:
@@ -83,8 +95,8 @@ def _offloads(strategy: Strategy, kind: str) -> Iterator[tuple[str, Strategy]]:
         yield "ZeRO-3, optimizer and parameters on cpu, full activation checkpointing", changed
 
 
-def _least_ranks(strategy: Strategy, fits: Callable[[Strategy], bool]) -> int | None:
-    """Return the least world size that fits, by doubling and then halving the interval."""
+def _least_data_parallel(strategy: Strategy, fits: Callable[[Strategy], bool]) -> int | None:
+    """Return the least number of data-parallel ranks that fits, by doubling and then halving the interval."""
     cut = strategy.tensor_parallel * strategy.pipeline_parallel
     low, high = strategy.data_parallel, strategy.data_parallel * 2
     while not fits(replace(strategy, data_parallel=high)):
@@ -97,4 +109,4 @@ def _least_ranks(strategy: Strategy, fits: Callable[[Strategy], bool]) -> int | 
             high = middle
         else:
             low = middle
-    return high * cut
+    return high

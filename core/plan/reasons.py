@@ -9,11 +9,15 @@ from distui.core.plan.request import Request
 from distui.core.plan.time import Timing
 from distui.core.plan.types import GIB
 
+AVAILABLE_CHECKPOINTING = ("none",)
+"""Modes of activation checkpointing that the engine has."""
+
 
 def is_available(strategy: Strategy) -> bool:
     """Tell whether this version of distui runs the strategy (see also distui.core.config_check)."""
     offloads = strategy.optimizer_home != "none" or strategy.params_home != "none"
-    return strategy.tensor_parallel == strategy.pipeline_parallel == 1 and not offloads
+    cut = strategy.tensor_parallel * strategy.pipeline_parallel > 1
+    return not cut and not offloads and strategy.activation_checkpointing in AVAILABLE_CHECKPOINTING
 
 
 def fits_in(request: Request, strategy: Strategy, memory: Footprint) -> bool:

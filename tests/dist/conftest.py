@@ -30,7 +30,7 @@ def rank_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     """Give the session's warm worker processes."""
     pool = _load_ranks().RankPool(tmp_path_factory.mktemp("ranks"))
     yield pool
-    pool.close()
+    pool.close(kill=True)
 
 
 @pytest.fixture
