@@ -25,13 +25,16 @@ import torch
 from torch import nn
 
 from distui.core import checkpoint, ops
+from distui.core.activation_checkpointing import apply_activation_checkpointing
 from distui.core.backends.base import Backend
 from distui.core.backends.registry import load_backend
 from distui.core.batch import solve_batch
 from distui.core.config import Config
-from distui.core.data.loader import PreparedLoader, prepare_loader
+from distui.core.control import StepControl
+from distui.core.data.loader import PreparedLoader, prepare_loader, skip_first_batches
 from distui.core.errors import UserError
 from distui.core.job import job_config, job_telemetry
+from distui.core.paths import current_run
 from distui.core.precision import DTYPES, LossScaler, apply_border_casts
 from distui.core.process import ProcessState
 from distui.core.scheduler import PreparedScheduler
@@ -73,6 +76,8 @@ class Engine(Tracking, ProcessState):
         self._schedulers: list[PreparedScheduler] = []
         self._loaders: list[PreparedLoader] = []
         self._registered: list[Any] = []
+        run = current_run()
+        self._control = StepControl(self, run) if run is not None else None
 
     # ---- prepare -------------------------------------------------------------------------------------------------
 
@@ -102,6 +107,7 @@ class Engine(Tracking, ProcessState):
         if any(model is known for known in self._models):
             return model
         model.to(self.device)
+        apply_activation_checkpointing(model, self.config.activation_checkpointing.mode)
         prepared = self.backend.prepare_model(model)
         dtype = self.config.precision.dtype
         if dtype != "fp32":
@@ -140,6 +146,10 @@ class Engine(Tracking, ProcessState):
         prepared.on_batch = self.clock.batch
         self._loaders.append(prepared)
         return prepared
+
+    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> PreparedLoader:
+        """Return a view of `dataloader` that leaves out its first batches, to go on in the middle of an epoch."""
+        return skip_first_batches(self.prepare_data_loader(dataloader), num_batches)
 
     def prepare_scheduler(self, scheduler: Any) -> PreparedScheduler:
         """Make `scheduler` step once an optimizer step, and not when that was skipped."""
@@ -254,6 +264,8 @@ class Engine(Tracking, ProcessState):
             loss_scale=self.scaler.scale if self.scaler is not None else None,
             skipped=optimizer.step_was_skipped,
         )
+        if self._control is not None:
+            self._control.after_step()
         if self.clock.step in (1, 2) or self.clock.step % 50 == 0:
             self._report_memory()
 

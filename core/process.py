@@ -46,7 +46,7 @@ class ProcessState:
         else:
             self.process_index, self.num_processes = self._launched()
         # A group that the user made says nothing of nodes: without a launcher's word it is one node.
-        schedulers = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+        schedulers = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK") if self.num_processes > 1 else ()
         self.local_process_index: int = _place(os.environ, "LOCAL_RANK", schedulers, self.process_index)
         """This rank, from 0, among those of its node."""
         self.device: torch.device = torch.device(device) if device is not None else self._own_device()

@@ -2,68 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distui.core.errors import UserError
 from distui.core.paths import current_run
+from distui.core.step_clock import StepClock
+from distui.core.telemetry.source import NullSource, TelemetrySource
 from distui.core.trackers import Tracker, metric_values, open_trackers
-
-if TYPE_CHECKING:
-    from distui.core.engine import Engine
 
 
 class Tracking:
-    """The part of `Engine` that logs; trackers live on rank 0 only."""
+    """The part of `Engine` that logs: to the dashboard from every rank, to trackers from rank 0."""
+
+    telemetry: TelemetrySource | NullSource
+    clock: StepClock
+    process_index: int
+    destroy: Callable[[], None]
 
     def __init__(self) -> None:
-        self._trackers: list[Tracker] = []
+        self.trackers: list[Tracker] = []
+        """What `init_trackers` started; empty on all ranks but 0."""
 
     def init_trackers(
-        self: Engine,  # type: ignore[misc]
+        self,
         project_name: str,
         config: Mapping[str, Any] | None = None,
         init_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
-        log_with: Any = "jsonl",
+        log_with: str | Tracker | Iterable[str | Tracker] = "jsonl",
         logging_dir: str | Path | None = None,
     ) -> None:
-        """Start the experiment trackers `log_with`: names (jsonl, csv, tensorboard) or objects of your own.
+        """Start trackers on rank 0: "jsonl", "csv", "tensorboard", or objects that are one.
 
-        They write to `logging_dir`; unset it is `trackers/` in the run's folder, or the working directory alone.
+        `config` is kept with them; `init_kwargs` holds options by tracker's name. They write under `logging_dir`, which
+        is the run's own folder in a launched job, else `trackers/` in the working directory.
+
+        Raises: UserError for an unknown tracker or a missing library.
         """
-        if not self.is_main_process:
+        if self.process_index != 0:
             return
         run = current_run()
-        folder = Path(logging_dir) if logging_dir is not None else (run.path if run else Path.cwd()) / "trackers"
-        self._trackers += open_trackers(log_with, project_name, folder, config, init_kwargs)
+        folder = Path(logging_dir) if logging_dir else run.path / "trackers" if run else Path("trackers")
+        self.trackers += open_trackers(log_with, project_name, folder, config, init_kwargs)
 
-    def log(self: Engine, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:  # type: ignore[misc]
-        """Report `values` to the dashboard and to the trackers; `step` unset is the optimizer's last step."""
-        at = self.clock.step if step is None else step
-        if not self.is_main_process:
-            return
+    def log(
+        self,
+        values: Mapping[str, Any],
+        step: int | None = None,
+        log_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Report `values` at `step`, or the engine's own count of optimizer steps, to the dashboard and trackers.
+
+        Raises: UserError for a value that is not one number.
+        """
         numbers = metric_values(values)
+        at = self.clock.step if step is None else step
         self.telemetry.metrics(at, numbers)
-        for tracker in self._trackers:
-            tracker.log(numbers, step=at, **kwargs)
+        for tracker in self.trackers:
+            tracker.log(numbers, step=at, **(log_kwargs or {}).get(tracker.name, {}))
 
-    def get_tracker(self: Engine, name: str, unwrap: bool = False) -> Any:  # type: ignore[misc]
-        """Return the tracker `name`, or with `unwrap` what it wraps; None on other ranks than 0."""
-        if not self.is_main_process:
+    def get_tracker(self, name: str, unwrap: bool = False) -> Any:
+        """Return rank 0's tracker called `name`, or with `unwrap` what it writes with; None on other ranks."""
+        if self.process_index != 0:
             return None
-        for tracker in self._trackers:
+        for tracker in self.trackers:
             if tracker.name == name:
                 return tracker.tracker if unwrap else tracker
+        started = ", ".join(tracker.name for tracker in self.trackers) or "none"
         raise UserError(
-            f"there is no tracker {name!r}",
-            f"started are: {', '.join(tracker.name for tracker in self._trackers) or 'none'}",
-            f"call engine.init_trackers(..., log_with={name!r}) first",
+            f"no tracker {name!r} is running", f"started: {started}", "name it in init_trackers(log_with=...)"
         )
 
-    def end_training(self: Engine) -> None:  # type: ignore[misc]
-        """Finish the trackers and wait for the other ranks. Collective: all ranks."""
-        self.wait_for_everyone()
-        for tracker in self._trackers:
+    def end_training(self) -> None:
+        """Finish the trackers and leave the process group. Collective: all ranks, last."""
+        trackers, self.trackers = self.trackers, []
+        for tracker in trackers:
             tracker.finish()
-        self._trackers.clear()
+        self.destroy()

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import warnings
@@ -277,9 +276,3 @@ def _load_common(engine: Engine, common: dict[str, Any]) -> None:
     for optimizer, groups in zip(engine._optimizers, common["groups"], strict=True):
         for group, state in zip(optimizer.param_groups, groups, strict=True):
             group.update({key: value for key, value in state.items() if key not in ("fused", "foreach")})
-
-
-def newest(directory: Path) -> Path | None:
-    """Return the newest whole checkpoint in `directory`; None if there is none."""
-    found = [path.parent for path in directory.glob(f"*/{folders.MANIFEST}")]
-    return max(found, key=os.path.getmtime, default=None)

@@ -92,7 +92,7 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
     framework = (
         "driver context 0.5 GiB" + (", NCCL 0.3 GiB" if strategy.world_size > 1 else "")
         if rates.device_kind == "cuda"
-        else f"a rank that trains next to nothing, {CPU_PROCESS_BYTES >> 20} MiB"
+        else f"a rank beyond its tensors, {CPU_PROCESS_BYTES >> 20} MiB"
     )
     note = "torch's out-of-memory messages; NCCL's part is an assumption" if rates.device_kind == "cuda" else "measured"
     terms = [

@@ -9,7 +9,7 @@ from distui.core.plan.request import Request
 from distui.core.plan.time import Timing
 from distui.core.plan.types import GIB
 
-AVAILABLE_CHECKPOINTING = ("none",)
+AVAILABLE_CHECKPOINTING = ("none", "selective", "full")
 """Modes of activation checkpointing that the engine has."""
 
 

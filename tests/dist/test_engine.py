@@ -91,6 +91,34 @@ def _plain(num_epochs: int = 2) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "rate": scheduler.get_last_lr()[0], "state": model.state_dict()}
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_activation_checkpointing_changes_no_number(run_ranks: RunRanks, mode: str, stage: int) -> None:
+    expected = _plain()
+    for found in run_ranks(_train_recomputing, 2, stage, mode):
+        torch.testing.assert_close(found["losses"], expected["losses"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found["state"], dict(expected["state"]), atol=1e-5, rtol=1e-4)
+        assert found["forwards"] == {"full": [2, 2, 2], "selective": [2, 1, 2]}[mode], "forwards a backward, by block"
+
+
+def _train_recomputing(stage: int, mode: str) -> dict[str, Any]:
+    sections: dict[str, Any] = {"strategy": {"zero_stage": stage}, "activation_checkpointing": {"mode": mode}}
+    found = _train(1, **sections)
+    engine = distui.Engine(**sections)
+    model = _model()
+    counts = [0, 0, 0]
+    for index, layer in enumerate(model[1]):  # type: ignore[index,arg-type]
+
+        def count(*args: Any, index: int = index, forward: Any = layer.forward) -> Any:
+            counts[index] += 1
+            return forward(*args)
+
+        layer.forward = count
+    model, _ = engine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    engine.backward(_loss(model, _loader(4).dataset[:4][0]))
+    return found | {"forwards": counts}
+
+
 @pytest.mark.parametrize(("num_ranks", "accumulation"), [(1, 1), (2, 1), (2, 3), (3, 2)])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_documented_loop_is_plain_torch(run_ranks: RunRanks, stage: int, num_ranks: int, accumulation: int) -> None:

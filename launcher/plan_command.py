@@ -1,0 +1,238 @@
+"""`distui plan`: every strategy for a model on a machine, with its memory and speed, before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from distui.core.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from distui.core.hardware import Hardware
+    from distui.core.plan.types import ModelSpec, Plan, Term
+
+NUM_SHOWN = 12
+"""Rows of each table without --all."""
+
+SIZE_UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that `512GiB`, `512G` or `64 GB` mean; all units are powers of 1024.
+
+    Raises: UserError where it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UserError(f"{text!r} is no memory size", "it takes a number and a unit", "write for example 512GiB")
+    unit = match[2].upper()
+    return int(float(match[1]) * (1 if not unit else 1 << SIZE_UNITS[unit]))
+
+
+@click.command("plan", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model", "model_text", required=True, help="Preset, config.json, its folder, or a count such as 7B.")
+@click.option(
+    "--hardware", "hardware_text", default="detect", show_default=True, help="8xA100-40GB, 4x8xH100-80GB, ..."
+)
+@click.option("--seq", "sequence_length", type=click.IntRange(min=1), help="Tokens in a sequence.")
+@click.option("--global-size", type=click.IntRange(min=1), help="Samples in one optimizer step over all ranks.")
+@click.option("--micro-size", type=click.IntRange(min=1), help="Samples in one forward on a rank; else the best one.")
+@click.option("--nproc", type=click.IntRange(min=1), help="Ranks a node; else one for each GPU.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Format of parameters and compute.")
+@click.option("--reduce-dtype", type=click.Choice(["fp32", "same"]), default="fp32", show_default=True)
+@click.option("--optimizer", default="adamw", show_default=True, help="Optimizer whose states are counted.")
+@click.option("--goal", type=click.Choice(["throughput", "memory", "cost"]), default="throughput", show_default=True)
+@click.option("--margin", type=click.FloatRange(0, 0.9), default=0.08, show_default=True, help="Memory kept free.")
+@click.option("--host-memory", help="Host memory of a node of a named machine, such as 512GiB.")
+@click.option("--network-gbits", type=click.FloatRange(min=0.001), help="Network of a node in Gbit/s.")
+@click.option("--available", "available_only", is_flag=True, help="Only what this version of distui can run.")
+@click.option("--all", "show_all", is_flag=True, help="Every row.")
+@click.option("--explain", "explained", metavar="NAME", help="Every number of one plan, with formula and source.")
+@click.option("--json", "as_json", is_flag=True, help="For other programs.")
+def command(
+    model_text: str,
+    hardware_text: str,
+    sequence_length: int | None,
+    host_memory: str | None,
+    network_gbits: float | None,
+    show_all: bool,
+    explained: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Rank every strategy by predicted memory per rank and throughput, and say why the others do not fit."""
+    from distui.core.plan.models import load_model
+    from distui.core.plan.search import plan_all
+
+    model = load_model(model_text, sequence_length)
+    hardware = read_hardware(hardware_text, host_memory, network_gbits)
+    plans = plan_all(model, hardware, **options)
+    if explained is not None:
+        plan = find_plan(plans, explained)
+        terms = terms_of(plan, model, hardware)
+        if as_json:
+            rows = [asdict(term) for term in terms]
+            click.echo(json.dumps({"plan": plan.as_json(), "terms": rows}, indent=1))
+        else:
+            print_terms(plan, terms)
+        return
+    if as_json:
+        found = {"model": model.name, "hardware": hardware.name, "plans": [plan.as_json() for plan in plans]}
+        click.echo(json.dumps(found, indent=1))
+        return
+    print_plans(model, hardware, plans, None if show_all else NUM_SHOWN, options["margin"])
+
+
+def read_hardware(text: str, host_memory: str | None, network_gbits: float | None) -> Hardware:
+    """Return the hardware that the options describe."""
+    from distui.core.hardware import parse_hardware
+
+    hardware = parse_hardware(text)
+    if host_memory is not None:
+        size = parse_bytes(host_memory)
+        hardware = replace(hardware, memory_total_bytes=size, memory_available_bytes=size)
+    if network_gbits is not None:
+        bandwidth = network_gbits * 1e9 / 8
+        hardware = replace(hardware, node_bandwidth=bandwidth, node_bandwidth_source="--network-gbits")
+    return hardware
+
+
+def find_plan(plans: Sequence[Plan], name: str) -> Plan:
+    """Return the plan called `name`; a beginning that only one has is enough.
+
+    Raises: UserError with the nearest names.
+    """
+    wanted = name.strip().lower()
+    exact = [plan for plan in plans if plan.name.lower() == wanted]
+    matches = exact or [plan for plan in plans if plan.name.lower().startswith(wanted)]
+    if len(matches) == 1:
+        return matches[0]
+    names = [plan.name for plan in matches or plans]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
+    why = f"{len(matches)} plans begin so" if matches else f"there are {len(plans)} plans and none begins so"
+    raise UserError(f"no single plan is called {name!r}", why, f"write {' or '.join(repr(each) for each in near)}")
+
+
+def terms_of(plan: Plan, model: ModelSpec, hardware: Hardware) -> list[Term]:
+    """Return the plan's numbers with formula and source."""
+    from distui.core.plan.search import explain
+
+    return explain(plan, model, hardware)
+
+
+def _console() -> Console:
+    import shutil
+    import sys
+
+    from rich.console import Console
+
+    # In a pipe there is no width to fit: wide enough that nothing is cut.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+    return Console(width=width, highlight=False)
+
+
+def print_plans(
+    model: ModelSpec, hardware: Hardware, plans: Sequence[Plan], num_shown: int | None, margin: float
+) -> None:
+    """Print what fits as a ranked table, then why the others do not."""
+    from distui.tui.format import num_bytes, si
+
+    console = _console()
+    console.print(
+        f"{model.name}: {si(model.num_parameters)} parameters, {model.num_layers} layers, hidden {model.hidden_size}, "
+        f"{model.sequence_length} tokens ({model.source})",
+        markup=False,
+    )
+    first = plans[0] if plans else None
+    limit = first.memory_limit_bytes if first else None
+    ranks = ""
+    if first:
+        ranks = f"{first.world_size} rank{'' if first.world_size == 1 else 's'} in {first.precision}, "
+    console.print(f"{hardware.name}: {ranks}{num_bytes(limit)} a rank, {margin:.0%} kept free", markup=False)
+    fitting = [plan for plan in plans if plan.fits]
+    misfits = [plan for plan in plans if not plan.fits]
+    if fitting:
+        shown = fitting[:num_shown]
+        console.print(plan_table(shown))
+        if len(shown) < len(fitting):
+            console.print(f"{len(fitting) - len(shown)} more fit: --all shows them", style="dim")
+        notes = dict.fromkeys(
+            note for plan in shown for note in plan.why.split("; ") if note.startswith("tokens/s n/a")
+        )
+        for note in notes:
+            console.print(note, markup=False)
+        if any(not plan.available for plan in shown):
+            console.print("* not available in this version of distui: --available leaves them out", style="dim")
+    else:
+        console.print("nothing fits", style="bold")
+    if misfits:
+        console.print("\nwhat does not fit:")
+        for plan in misfits[:num_shown]:
+            console.print(f"  {plan.name}: {plan.why}", markup=False)
+        if num_shown is not None and len(misfits) > num_shown:
+            console.print(f"{len(misfits) - num_shown} more do not: --all shows them", style="dim")
+
+
+def plan_table(plans: Sequence[Plan]) -> Table:
+    """Return a row a plan; what is not known is n/a."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from distui.tui.format import num_bytes, seconds, si
+
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("strategy", overflow="fold")
+    for heading in ("micro", "memory a rank", "states", "activations", "step", "tokens/s"):
+        table.add_column(heading, justify="right")
+    for plan in plans:
+        memory = plan.memory
+        states = memory["parameters"] + memory["gradients"] + memory["optimizer_states"]
+        table.add_row(
+            f"{plan.name}{'' if plan.available else ' *'}",
+            str(plan.micro_size) if plan.accumulation == 1 else f"{plan.micro_size} x{plan.accumulation}",
+            num_bytes(plan.memory_per_rank_bytes),
+            num_bytes(states),
+            num_bytes(memory["activations"] + memory["logits"]),
+            seconds(plan.step_s),
+            si(plan.tokens_per_s),
+        )
+    return table
+
+
+def print_terms(plan: Plan, terms: Sequence[Term]) -> None:
+    """Print every number of one plan with its formula and source."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    console = _console()
+    console.print(f"{plan.name}: {plan.why}", markup=False)
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("term", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("formula", overflow="fold")
+    table.add_column("source", overflow="fold")
+    for term in terms:
+        table.add_row(term.name, format_value(term), term.formula, term.source)
+    console.print(table)
+
+
+def format_value(term: Term) -> str:
+    """Return the term's value with its unit."""
+    from distui.tui.format import num_bytes, seconds, si
+
+    if term.unit == "bytes":
+        return num_bytes(term.value)
+    if term.unit == "s":
+        return seconds(term.value)
+    if term.unit == "1":
+        return f"{term.value:.2f}" if term.value < 10 else si(term.value)
+    return si(term.value, term.unit.replace("bytes", "B"))
