@@ -1,4 +1,4 @@
-"""What a running job is asked from outside: checkpoint, profile and stop, each at one step on all ranks.
+"""What a running job is asked from outside: checkpoint and profile, each at one step on all ranks.
 
 A command reaches each rank's side thread at a time of its own. If a rank acted at once it would enter a collective
 alone and cause the very hang it is meant to look into. So ranks agree: every few steps they take the maximum of what
@@ -17,13 +17,13 @@ import torch.distributed as dist
 
 from distui.core import ops
 from distui.core.checkpoint import rotation
-from distui.core.paths import RunFolder, write_atomic
+from distui.core.paths import RunFolder
 from distui.core.telemetry.control import LATER, ControlCommand
 
 if TYPE_CHECKING:
     from distui.core.engine import Engine
 
-VERBS = ("checkpoint", "profile", "stop")
+VERBS = ("checkpoint", "profile")
 AGREE_EVERY_S = 0.5
 MAX_STEPS_BETWEEN = 64
 MAX_PROFILED_STEPS = 50
@@ -94,15 +94,11 @@ class StepControl:
     def _carry_out(self, verb: str, value: int, command: ControlCommand | None) -> None:
         if verb == "checkpoint":
             message = f"saved {self._save()}"
-        elif verb == "profile":
+        else:
             self._start_profile(value)
             message = f"profiling {value} steps into {self._run.path / 'profile'}"
-        else:
-            message = f"stopping after step {self._engine.clock.step}"
         if command is not None:
             command.done(message)
-        if verb == "stop":
-            self._stop(message)
 
     def _save(self) -> str:
         settings = self._engine.config.checkpoint
@@ -111,13 +107,6 @@ class StepControl:
         if self._engine.is_main_process:
             rotation.keep_newest(folder, settings.keep)
         return path
-
-    def _stop(self, message: str) -> None:
-        self._engine.telemetry.event("info", "stop", message, step=self._engine.clock.step)
-        if self._engine.is_main_process:
-            write_atomic(self._run.stop_marker, message)
-        self._engine.wait_for_everyone()
-        raise SystemExit(0)
 
     def _start_profile(self, num_steps: int) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]

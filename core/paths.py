@@ -132,11 +132,6 @@ class RunFolder:
         """errors/: rank<R>.json, the traceback of a rank that raised."""
         return self.path / "errors"
 
-    @property
-    def stop_marker(self) -> Path:
-        """stopped: rank 0 writes it when the job ends because somebody asked it to."""
-        return self.path / "stopped"
-
     def rank_log(self, rank: int) -> Path:
         """Return the log of global rank `rank`."""
         return self.logs / f"rank{rank}.log"

@@ -23,5 +23,9 @@ if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then
             $pip install --quiet -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
         fi
     fi
+    # torch's CUDA build brings the Triton that it needs; the CPU build brings none, and kernels are tested interpreted.
+    if ! "$venv/bin/python" -c 'import triton' 2>/dev/null; then
+        $pip install --quiet "triton==3.9.0; python_version >= '3.11'" "triton==3.8.0; python_version < '3.11'"
+    fi
 fi
 $pip install --quiet -c constraints.txt -e ".[dev]"

@@ -62,7 +62,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["launch", "--zro", "2", "x.py"], "No such option '--zro'", "--zero"),
         (["launch"], "Missing argument 'SCRIPT'", "distui launch --help"),
         (["launch", "--set", "strategy.zero_stage", "x.py"], "--set strategy.zero_stage sets nothing", "=8"),
-        (["control", "x", "explode"], "'explode' is not one of 'checkpoint', 'stacks', 'profile', 'stop'", "--help"),
+        (
+            ["control", "x", "explode"],
+            "'explode' is not one of 'checkpoint', 'stacks', 'profile', 'stop', 'log-level'",
+            "--help",
+        ),
         (["config", "import", "ds.json"], "distui config import is not available in this version", "by hand"),
         (["monitor", "--web"], "--web is not available in this version", "distui monitor RUN"),
         (["monitor", "--replay"], "--replay is not available in this version", "distui monitor RUN"),

@@ -124,8 +124,10 @@ def test_checkpoint_folder_is_made_later_but_must_be_possible(tmp_path: Path, mo
 
 
 def test_parallel_axes_must_divide_the_ranks() -> None:
-    overrides = {"strategy__tensor_parallel": "3", "cluster__nproc": "4", "cluster__nodes": "2"}
-    found = [problem for problem in found_in(**overrides, cluster__master_port="29500") if problem.path == "strategy"]
+    problems = found_in(
+        strategy__tensor_parallel="3", cluster__nproc="4", cluster__nodes="2", cluster__master_port="29500"
+    )
+    found = [problem for problem in problems if problem.path == "strategy"]
     assert "tensor x pipeline x context = 3 x 1 x 1 = 3; 8 = 2 x 3 + 2" in found[0].why
     assert found[0].fix == "start 6 or 9 ranks, or choose axes whose product divides 8: 1, 2, 4, 8"
 

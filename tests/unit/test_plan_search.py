@@ -100,9 +100,9 @@ def test_the_smallest_change_makes_it_fit() -> None:
     assert ddp.smallest_change in ddp.why
 
 
-def test_advice_prefers_what_this_version_can_run() -> None:
+def test_advice_names_checkpointing_before_a_higher_stage() -> None:
     two = named(plan_all(LLAMA, EIGHT_A100, micro_size=1), "ZeRO-2")
-    assert two.smallest_change.startswith("ZeRO-3 ("), "checkpointing would come first, if it could run"
+    assert "checkpointing" in two.smallest_change and "ZeRO-3" not in two.smallest_change
 
 
 def test_more_ranks_are_advised_when_nothing_smaller_helps() -> None:

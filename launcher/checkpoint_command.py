@@ -1,0 +1,94 @@
+"""`distui checkpoint`: look into what save_state wrote, and take plain weights out of it, in one process."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import click
+
+from distui.core.errors import UserError
+
+
+@click.group("checkpoint", context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Look into checkpoints, and merge them to safetensors."""
+
+
+@command.command("inspect")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="The manifest, for other programs.")
+def inspect_checkpoint(folder: Path, as_json: bool) -> None:
+    """Check every file of FOLDER against its checksum, and print what it holds."""
+    from distui.core.checkpoint.folder import find, verify
+    from distui.tui.format import count, num_bytes
+
+    source = find(folder.absolute())
+    manifest = verify(source)
+    if as_json:
+        click.echo(json.dumps(manifest, indent=1))
+        return
+    files, shapes = manifest["files"], manifest["shapes"]
+    assert isinstance(files, dict) and isinstance(shapes, dict)
+    total = sum(fact["bytes"] for fact in files.values())
+    click.echo(f"{source}: step {manifest['step']}, whole: {len(files)} files, {num_bytes(total)}, all checksums match")
+    click.echo(
+        f"saved by {manifest['world_size']} rank(s) under ZeRO-{manifest['zero_stage']}, {manifest['dtype']}; "
+        "any number of ranks and any stage loads it"
+    )
+    num_parameters = 0
+    for name, shape in shapes.items():
+        size = 1
+        for length in shape:
+            size *= length
+        num_parameters += size
+        click.echo(f"  {name}  {' x '.join(map(str, shape)) or 'scalar'}")
+    click.echo(f"{len(shapes)} parameters, {count(num_parameters)} values")
+
+
+@command.command("consolidate")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--max-shard-size", default="10GB", show_default=True, help="Largest file.")
+def consolidate(folder: Path, output: Path, max_shard_size: str) -> None:
+    """Write the weights in FOLDER to OUTPUT as safetensors, which Hugging Face loaders read."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from distui.core.checkpoint.export import parse_size, write_safetensors
+    from distui.core.checkpoint.folder import find, verify
+
+    limit = parse_size(max_shard_size)
+    source = find(folder.absolute())
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is there already", "nothing is overwritten", "name a new or an empty folder")
+    manifest = verify(source)
+    shapes: dict[str, list[int]] = {**manifest["shapes"], **manifest["buffer_shapes"]}  # type: ignore[dict-item]
+    models: dict[str, dict[str, torch.Tensor]] = {}
+    for key, found in dcp.FileSystemReader(source).read_metadata().state_dict_metadata.items():
+        model, _, name = key.partition(".")
+        if model.startswith("model") and isinstance(found, TensorStorageMetadata):
+            models.setdefault(model, {})[name] = torch.empty(found.size, dtype=found.properties.dtype)
+    wanted = {f"{model}.{name}": tensor for model, tensors in models.items() for name, tensor in tensors.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+        dcp.load(wanted, checkpoint_id=source, no_dist=True)
+    for model, tensors in models.items():
+        whole = {name: tensor.view(shapes[f"{model}.{name}"]) for name, tensor in tensors.items()}
+        place = output if len(models) == 1 else output / model
+        place.mkdir(parents=True, exist_ok=True)
+        names = write_safetensors(whole, place, limit)
+        click.echo(f"{place}: {len(whole)} tensors in {len(names)} file{'s' if len(names) > 1 else ''}")
+
+
+@command.command("reshard", context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def reshard(arguments: tuple[str, ...]) -> None:
+    """Not needed: any number of ranks and any ZeRO stage loads a checkpoint as it is."""
+    raise UserError(
+        "there is nothing to reshard",
+        "load_state reads a checkpoint of any number of ranks and any ZeRO stage",
+        "load it as it is; for plain weights, distui checkpoint consolidate FOLDER OUTPUT",
+    )

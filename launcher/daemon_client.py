@@ -1,0 +1,76 @@
+"""The launcher's blocking calls to the daemon. Import it late: it loads grpc."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # before grpc loads: this process starts others
+
+import grpc
+
+from distui.core.errors import DaemonUnavailable, UserError
+from distui.core.paths import RunFolder
+from distui.proto import telemetry_pb2 as pb
+from distui.proto import telemetry_pb2_grpc as rpc
+
+CALL_TIMEOUT_S = 5.0
+
+
+@contextmanager
+def channel_to(socket: Path) -> Iterator[grpc.Channel]:
+    """Open a channel to the daemon's Unix socket for the block.
+
+    Raises:
+        UserError: the daemon does not know the run, or refuses the request.
+        DaemonUnavailable: it does not answer.
+    """
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", 256 << 20)]
+    with grpc.insecure_channel(f"unix:{socket}", options=options) as channel:
+        try:
+            yield channel
+        except grpc.RpcError as error:
+            code, details = error.code(), error.details() or ""
+            if code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT):
+                raise UserError("the daemon refused the request", details, "distui status names the runs") from error
+            raise DaemonUnavailable(f"{code.name}: {details}") from error
+
+
+def publish(socket: Path, batch: pb.Batch, timeout_s: float = 2.0) -> int:
+    """Send one batch and return the sequence number that the daemon acknowledged."""
+    with channel_to(socket) as channel:
+        acked = 0
+        for ack in rpc.TelemetryStub(channel).Publish(iter([batch]), timeout=timeout_s, wait_for_ready=True):
+            acked = max(acked, ack.seq)
+        return acked
+
+
+def get_snapshot(socket: Path, run_id: str, timeout_s: float = CALL_TIMEOUT_S) -> pb.Snapshot:
+    """Return the daemon's view of a run; "" is the newest."""
+    with channel_to(socket) as channel:
+        return rpc.MonitorStub(channel).GetSnapshot(pb.SnapshotRequest(run_id=run_id), timeout=timeout_s)
+
+
+def snapshot_of(run: RunFolder) -> pb.Snapshot:
+    """Return a run's snapshot: the daemon's where one is alive and knows the run, else what is on disk."""
+    from distui.core.paths import daemon_socket
+    from distui.daemon.snapshot import read_snapshot
+    from distui.daemon.spawn import daemon_alive
+
+    if daemon_alive():
+        try:
+            return get_snapshot(daemon_socket(), run.run_id)
+        except (DaemonUnavailable, UserError):
+            return read_snapshot(run)  # it ended meanwhile, or keeps another folder of runs
+    return read_snapshot(run)
+
+
+def execute(
+    socket: Path, run_id: str, verb: str, arguments: Mapping[str, str], deadline_s: float
+) -> Iterator[pb.ControlReply]:
+    """Have the daemon act on a run and yield what each rank answers."""
+    request = pb.ControlRequest(run_id=run_id, verb=verb, arguments=dict(arguments), deadline_s=deadline_s)
+    with channel_to(socket) as channel:
+        yield from rpc.ControlStub(channel).Execute(request, timeout=deadline_s + CALL_TIMEOUT_S)

@@ -1,0 +1,178 @@
+"""The one way in which ranks are started: resolve, check, make the run's folder, start, watch, tell the end.
+
+Torch-free: the screen is up while the agent process still imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distui.core.config import Config
+from distui.core.config_check import check
+from distui.core.errors import EXIT_OK, ConfigError, DaemonUnavailable
+from distui.core.hardware import Hardware, detect
+from distui.core.paths import JOB_ENV, RunFolder, daemon_socket, default_runs_dir, new_run_id, write_atomic
+from distui.core.settings import load, to_toml
+from distui.launcher import preflight
+from distui.launcher.announce import Announcer
+from distui.launcher.job import Job, write_spec
+from distui.launcher.outcome import Outcome
+from distui.launcher.plain import follow_plain, say_start
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """What the user asked for: the target with its arguments, as typed, and settings as `section.key` -> text."""
+
+    target: Sequence[str]
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    config_path: Path | None = None
+    no_tui: bool = False
+
+
+def launch(request: LaunchRequest) -> int:
+    """Run a job from beginning to end and return the exit status of `distui launch`.
+
+    Raises:
+        UserError: before anything is started.
+    """
+    os.environ.pop(JOB_ENV, None)  # a launch from within a rank is a job of its own
+    config = resolve(request)
+    run = create_run(request, config)
+    job = Job(run, dict(os.environ))
+    started_s = time.monotonic()
+    stopping = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it: the job outlives the terminal
+        stopping.append(signal.SIGHUP)
+    restored = {signum: signal.signal(signum, job.on_signal) for signum in stopping}
+    try:
+        screen = wants_screen(request) and config.telemetry.enabled
+        if not screen:
+            say_start(run)
+        outcome = _follow(config, job, _daemon(config), screen)
+    finally:
+        for signum, handler in restored.items():
+            signal.signal(signum, handler)
+    return _conclude(run, outcome, time.monotonic() - started_s)
+
+
+def resolve(request: LaunchRequest) -> Config:
+    """Return the configuration with every `auto` decided, after all checks of it and of this node.
+
+    Raises:
+        UserError: the first thing that stands against starting; all problems of the configuration at once.
+    """
+    config = load(request.config_path, request.overrides).config
+    preflight.check_target(request.target, Path.cwd())
+    hardware = detect()
+    config = decided(config, hardware)
+    if problems := check(config, hardware):
+        raise ConfigError(problems)
+    preflight.check_node(config, hardware)
+    preflight.check_port(config)
+    preflight.check_runs_dir(runs_dir(config))
+    if config.telemetry.enabled:
+        daemon_socket()  # refuses a folder of sockets that others may enter
+    return config
+
+
+def decided(config: Config, hardware: Hardware) -> Config:
+    """Return the configuration with numbers for `auto`: ranks, and threads a rank."""
+    config = config.model_copy(deep=True)
+    if config.cluster.nproc == "auto":
+        config.cluster.nproc = hardware.ranks_per_node
+    if config.cluster.threads_per_rank == 0:
+        cpu = hardware.cpu
+        cores = min(cpu.num_cores_physical or cpu.num_cores_usable, cpu.num_cores_usable) if cpu else 1
+        config.cluster.threads_per_rank = max(1, cores // config.cluster.nproc)
+    return config
+
+
+def runs_dir(config: Config) -> Path:
+    """Return the folder that holds the runs."""
+    return Path(config.run.dir).expanduser().absolute() if config.run.dir else default_runs_dir()
+
+
+def configured_runs_dir() -> Path:
+    """Return the folder of runs that `distui.toml` and the environment name, for commands that look at runs."""
+    return runs_dir(load(None, {}).config)
+
+
+def create_run(request: LaunchRequest, config: Config) -> RunFolder:
+    """Make the run's folder with run.json and config.toml."""
+    cluster = config.cluster
+    assert isinstance(cluster.nproc, int)
+    target = request.target[1] if request.target[0] == "-m" else Path(request.target[0]).stem
+    name = config.run.name or target
+    run = RunFolder(runs_dir(config) / new_run_id(f"{name}-node{cluster.node_rank}" if cluster.nodes > 1 else name))
+    run.create()
+    toml = to_toml(config)
+    write_atomic(run.config, toml)
+    spec = {
+        "run_id": run.run_id,
+        "name": name,
+        "command": list(request.target),
+        "strategy": config.summary(),
+        "world_size": cluster.nproc * cluster.nodes,
+        "num_nodes": cluster.nodes,
+        "config_toml": toml,
+        "planned_memory_bytes": {},
+    }
+    write_spec(run, spec)
+    return run
+
+
+def wants_screen(request: LaunchRequest) -> bool:
+    """Return whether the dashboard can and should be shown: a terminal on both sides, and nobody said no."""
+    said_no = request.no_tui or os.environ.get("DISTUI_NO_TUI") == "1" or os.environ.get("TERM", "dumb") == "dumb"
+    return not said_no and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _daemon(config: Config) -> Path | None:
+    """Return the daemon's socket, starting one where none answers; the job goes on without."""
+    if not config.telemetry.enabled:
+        return None
+    from distui.daemon.spawn import ensure_daemon
+
+    try:
+        return ensure_daemon()
+    except DaemonUnavailable as error:
+        print(f"distui: no daemon, so nothing to watch: {error}", file=sys.stderr)
+        return None
+
+
+def _follow(config: Config, job: Job, socket: Path | None, screen: bool) -> Outcome:
+    """Show the job until it has ended: on the dashboard, and in plain lines where there is none or the user left it."""
+    announcer = Announcer(job.run, socket)
+    announcer.started()
+    answer = ""
+    if screen and socket is None:
+        say_start(job.run)
+    elif screen and socket is not None:
+        from distui.tui.monitor.app import run_dashboard
+
+        answer = run_dashboard(socket, job.run.run_id, follow_job=job.ended, on_stop=job.stop)
+        if answer == "stop" and job.stopped_by is None:
+            job.stop()
+        elif answer == "quit":
+            say_start(job.run)
+    if answer in ("", "quit"):
+        follow_plain(job, config, socket, from_now=answer == "quit")
+    outcome = job.finish()
+    announcer.finished(outcome)
+    return outcome
+
+
+def _conclude(run: RunFolder, outcome: Outcome, elapsed_s: float) -> int:
+    from distui.launcher.report import end_line, failure_report
+
+    if outcome.exit_status != EXIT_OK and outcome.state == "failed":
+        print(failure_report(run, outcome), file=sys.stderr)
+    print(end_line(run, outcome, elapsed_s), file=sys.stderr)
+    return outcome.exit_status

@@ -1,0 +1,113 @@
+"""What the launcher says at the end: which rank failed and why, and where the run is kept."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from distui.core.paths import RunFolder
+from distui.launcher.outcome import Outcome, RankOutcome, last_step, read_rank_error, signal_name
+from distui.tui.format import duration, scalar
+from distui.tui.format import ranks as rank_list
+
+if TYPE_CHECKING:
+    from distui.proto.telemetry_pb2 import RankState
+
+TRACEBACK_LINES = 14
+LOG_LINES = 8
+
+_SIGNAL_HINTS: dict[int, str] = {
+    signal.SIGKILL: "probably the kernel's out-of-memory killer: compare the job's memory with the machine's "
+    "(dmesg names the process), or somebody sent kill -9",
+    signal.SIGSEGV: "a crash in compiled code: a bug in an extension, or memory that it must not touch",
+    signal.SIGABRT: "compiled code gave up: an assertion or a C++ exception; its message is in the log",
+    signal.SIGBUS: "shared memory or a memory-mapped file ran out: look at the size of /dev/shm",
+    signal.SIGILL: "compiled for another processor than this one",
+    signal.SIGTERM: "somebody, or the scheduler, asked this process to end",
+}
+
+
+def failure_report(run: RunFolder, outcome: Outcome) -> str:
+    """Return the report of the first failure: rank, host, last step, its own traceback or last words, and the log."""
+    if outcome.failed_rank is None:
+        return f"error: {outcome.message}"
+    rank = next(found for found in outcome.ranks if found.rank == outcome.failed_rank)
+    report = read_rank_error(run, rank.rank)
+    host = report["host"] if report else socket.gethostname()
+    step = report["step"] if report else last_step(run, rank.rank)
+    log = run.rank_log(rank.rank)
+    when = "last step n/a" if step is None else f"after step {step}" if step else "before its first step"
+    lines = [f"error: rank {rank.rank} failed on {host}, {when}"]
+    if report:
+        lines += [f"  {line}" for line in _shortened(report["traceback"].rstrip().splitlines())]
+    else:
+        lines.append(f"  {_cause(rank)}")
+        if tail := _tail(run, rank.rank):
+            lines += ["  its last lines:", *(f"    {line}" for line in tail)]
+    lines.append(f"  log: {log}")
+    if others := [found for found in outcome.ranks if found.rank != rank.rank]:
+        lines.append(f"  other ranks: {_others(others)}")
+    return "\n".join(lines)
+
+
+def _cause(rank: RankOutcome) -> str:
+    if rank.signal is not None:
+        hint = _SIGNAL_HINTS.get(rank.signal)
+        return f"it was killed by {signal_name(rank.signal)}" + (f": {hint}" if hint else "")
+    return f"it ended with exit status {rank.exit_status}, without an exception"
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    """Return the beginning and, above all, the end of a traceback."""
+    if len(lines) <= TRACEBACK_LINES:
+        return lines
+    left_out = len(lines) - TRACEBACK_LINES
+    return [*lines[:3], f"  ... {left_out} lines left out; the log has them all ...", *lines[3 + left_out :]]
+
+
+def _tail(run: RunFolder, rank: int) -> list[str]:
+    try:
+        with open(run.rank_log(rank), "rb") as log:
+            log.seek(max(0, log.seek(0, 2) - 4096))
+            text = log.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    return text.splitlines()[-LOG_LINES:]
+
+
+def _others(ranks: list[RankOutcome]) -> str:
+    """Return how the other ranks ended, the same endings together."""
+    groups: dict[str, list[int]] = {}
+    for rank in ranks:
+        if rank.signal in (signal.SIGTERM, signal.SIGKILL) and not rank.error.partition(":")[2]:
+            words = "ended by distui"
+        elif rank.error:
+            words = rank.error
+        else:
+            words = "finished" if rank.exit_status == 0 else "ended"
+        groups.setdefault(words, []).append(rank.rank)
+    return "; ".join(f"{rank_list(numbers)} {words}" for words, numbers in groups.items())
+
+
+def _rank_states(run: RunFolder) -> Sequence[RankState]:
+    """Return what telemetry knows of each rank; nothing where the run sent none."""
+    if not any(run.telemetry.iterdir()):
+        return ()
+    from distui.launcher.daemon_client import snapshot_of
+
+    return list(snapshot_of(run).ranks)
+
+
+def end_line(run: RunFolder, outcome: Outcome, elapsed_s: float) -> str:
+    """Return the last line: the state, steps, time, last loss, where the run is kept, how to look again."""
+    states = _rank_states(run)
+    steps = max((state.step for state in states if state.HasField("step")), default=0)
+    losses = [state.loss for state in states if state.HasField("loss")]
+    words = [f"distui: {outcome.state} after {duration(elapsed_s)}"]
+    if steps:
+        words.append(f"{steps} steps")
+    if losses:
+        words.append(f"last loss {scalar(sum(losses) / len(losses))}")
+    return f"{', '.join(words)}; kept in {run.path}\ndistui: to look at it again: distui monitor {run.run_id}"

@@ -1,0 +1,83 @@
+"""`distui status`: one snapshot of a run, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from distui.proto import telemetry_pb2 as pb
+
+
+@click.command("status", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("run", required=False)
+@click.option("--json", "as_json", is_flag=True, help="For other programs.")
+def command(run: str | None, as_json: bool) -> None:
+    """Print one snapshot of RUN (an id, a unique beginning of one, or a folder); without RUN, of the newest."""
+    from distui.daemon.runs import find_run
+    from distui.launcher.daemon_client import snapshot_of
+    from distui.launcher.launch import configured_runs_dir
+
+    snapshot = snapshot_of(find_run(run, configured_runs_dir()))
+    if as_json:
+        from distui.daemon.snapshot import snapshot_json
+
+        click.echo(json.dumps(snapshot_json(snapshot), indent=1))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for line in summary_lines(snapshot):
+        console.print(line, markup=False, soft_wrap=True)
+    if snapshot.ranks:
+        console.print(rank_table(snapshot))
+
+
+def summary_lines(snapshot: pb.Snapshot) -> list[str]:
+    """Return what is said above the table: the run, its state, and each diagnosis."""
+    from distui.tui.format import clock, count, duration
+
+    run = snapshot.run
+    ended = f", lasted {duration(run.finished_s - run.started_s)}" if run.HasField("finished_s") else ""
+    lines = [
+        f"{run.run_id}: {run.state}{f' ({run.message})' if run.message else ''}",
+        f"{run.strategy}; {run.world_size} ranks on {run.num_nodes} node{'s' if run.num_nodes != 1 else ''}; "
+        f"started {clock(run.started_s)}{ended}",
+        f"kept in {run.run_dir}",
+    ]
+    if snapshot.dropped:
+        lines.append(f"{count(snapshot.dropped)} telemetry records were dropped under load")
+    lines += [f"{found.kind}: {found.message}" for found in snapshot.diagnosis]
+    return lines
+
+
+def rank_table(snapshot: pb.Snapshot) -> Table:
+    """Return a row a rank; what is not known is n/a."""
+    from rich.table import Table
+
+    from distui.tui.format import count, num_bytes, scalar, seconds, si
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("rank", "node", "pid", "state", "step", "loss", "step time", "tokens/s", "memory"):
+        table.add_column(title, justify="left" if title in ("node", "state") else "right")
+    for rank in snapshot.ranks:
+
+        def known(name: str, state: pb.RankState = rank) -> float | None:
+            return getattr(state, name) if state.HasField(name) else None
+
+        table.add_row(
+            str(rank.rank),
+            rank.node or "n/a",
+            str(rank.pid) if rank.pid else "n/a",
+            rank.state,
+            count(known("step")),
+            scalar(known("loss")),
+            seconds(known("step_s")),
+            si(known("tokens_per_s")),
+            num_bytes(known("memory_bytes")),
+        )
+    return table

@@ -1,0 +1,199 @@
+"""The setup wizard: Hardware, Model, Strategy, Cluster, Review. Nothing is written before Review."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from rich.text import Text
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import Screen
+from textual.widgets import ContentSwitcher, Footer, Static
+
+from distui.core.errors import Problem, UserError
+from distui.core.hardware import Hardware
+from distui.tui.setup.cluster_step import ClusterStep
+from distui.tui.setup.dialogs import HelpScreen, QuitScreen
+from distui.tui.setup.hardware_step import HardwareStep
+from distui.tui.setup.model import WizardState
+from distui.tui.setup.model_step import ModelStep
+from distui.tui.setup.review_step import ReviewStep
+from distui.tui.setup.scripts import find_scripts
+from distui.tui.setup.step import Step
+from distui.tui.setup.strategy_step import StrategyStep
+from distui.tui.setup.widgets import StepBar
+
+WIDE = 110
+"""Columns from which panes stand side by side."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetupResult:
+    """How the wizard ended: the written file, or None where it was left; and what to launch."""
+
+    written: Path | None
+    launch: bool
+    script: str = ""
+    backup: Path | None = None
+    """The former file, where there was one that changed."""
+
+
+class WizardScreen(Screen[None]):
+    """Step bar, the current step, what is wrong, and the keys."""
+
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (WIDE, "-wide")]  # noqa: RUF012  declared as an instance variable
+
+    def __init__(self, steps: list[Step]) -> None:
+        super().__init__()
+        self._steps = steps
+
+    def compose(self) -> ComposeResult:
+        """Yield the frame around the steps."""
+        yield StepBar(tuple(step.TITLE for step in self._steps))
+        with ContentSwitcher(initial=self._steps[0].id, id="steps"):
+            yield from self._steps
+        with VerticalScroll(id="message-pane", can_focus=False):
+            yield Static("", id="message", markup=False)
+        yield Footer(show_command_palette=False)
+
+    def on_mount(self) -> None:
+        """Start with the first step."""
+        self._steps[0].enter()
+
+
+class SetupApp(App[SetupResult]):
+    """Turns the pages; the answers are in the state."""
+
+    CSS_PATH = Path(__file__).with_name("setup.tcss")
+    TITLE = "distui setup"
+    ENABLE_COMMAND_PALETTE = False
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("alt+right", "next", "Next", key_display="enter"),
+        Binding("escape,alt+left", "back", "Back", key_display="esc"),
+        Binding("tab", "app.focus_next", "Field", show=True),
+        Binding("f1,question_mark", "help", "Help", key_display="?", priority=True),
+        Binding("ctrl+q,ctrl+c", "quit", "Leave", key_display="^q", priority=True),
+    ]
+
+    def __init__(self, state: WizardState, *, hardware: Hardware | None = None) -> None:
+        """Make the app; `hardware` is this machine where it is known already, else it is detected."""
+        super().__init__()
+        self.state = state
+        self.current = 0
+        self.steps: list[Step] = [
+            HardwareStep(state, hardware),
+            ModelStep(state),
+            StrategyStep(state),
+            ClusterStep(state),
+            ReviewStep(state, find_scripts(Path.cwd())),
+        ]
+
+    def get_default_screen(self) -> Screen[None]:
+        """Return the wizard's only screen; dialogs stand above it."""
+        return WizardScreen(self.steps)
+
+    def show_step(self, index: int) -> None:
+        """Turn to a step and give it the focus."""
+        self._tell(None)
+        self.current = index
+        self.screen.query_one("#steps", ContentSwitcher).current = self.steps[index].id
+        self.screen.query_one(StepBar).current = index
+        self.steps[index].enter()
+
+    def on_step_completed(self) -> None:
+        """Go on from a step that was confirmed with Enter."""
+        self.action_next()
+
+    def on_step_told(self, event: Step.Told) -> None:
+        """Show what a step has to say."""
+        self._tell(event.trouble)
+
+    async def on_review_step_went_back(self) -> None:
+        """Go back from Review by its button."""
+        await self.action_back()
+
+    def on_review_step_decided(self, event: ReviewStep.Decided) -> None:
+        """Write the file and leave; what cannot be written is told, and the wizard stays."""
+        if event.launch and (problem := self.state.launch_problem()):
+            self._tell(problem)
+            return
+        try:
+            backup = self.state.write()
+        except UserError as error:
+            self._tell(error)
+            return
+        self.exit(SetupResult(self.state.path, event.launch, self.state.script if event.launch else "", backup))
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keep the wizard's keys out of its dialogs."""
+        if action in ("next", "back", "help", "quit"):
+            return isinstance(self.screen, WizardScreen)
+        return True
+
+    def action_next(self) -> None:
+        """Go to the next step if this one is complete."""
+        if self.steps[self.current].complete() and self.current + 1 < len(self.steps):
+            self.state.touched = self.state.touched or self.current > 0
+            self.show_step(self.current + 1)
+
+    async def action_back(self) -> None:
+        """Go to the step before; from the first one, leave."""
+        if self.current:
+            self.show_step(self.current - 1)
+        else:
+            await self.action_quit()
+
+    def action_help(self) -> None:
+        """Show what this step is for."""
+        step = self.steps[self.current]
+        self.push_screen(HelpScreen(step.TITLE, step.HELP))
+
+    async def action_quit(self) -> None:
+        """Leave without writing; ask first when something was chosen."""
+        if self.state.touched:
+            self.push_screen(QuitScreen(), self._leave)
+        else:
+            self._leave(True)
+
+    def _leave(self, answer: bool | None) -> None:
+        if answer:
+            self.exit(SetupResult(None, False))
+
+    def _tell(self, trouble: UserError | Problem | None) -> None:
+        message = self.screen.query_one("#message", Static)
+        self.screen.query_one("#message-pane").display = trouble is not None
+        if trouble is None:
+            message.update("")
+            return
+        text = Text(f"✗ {trouble.what}\n", style="bold")
+        text.append(f"  why: {trouble.why}\n  fix: {trouble.fix}", style="not bold")
+        message.update(text)
+
+
+def run_wizard(state: WizardState) -> SetupResult:
+    """Run the wizard on a prepared state in this terminal until it is left, and return what it wrote."""
+    result = SetupApp(state).run()
+    return result if result is not None else SetupResult(None, False)
+
+
+def run_setup(config_path: Path, *, model: str | None, import_file: Path | None) -> SetupResult:
+    """Run the wizard in this terminal until it is left, and return what it wrote.
+
+    Raises:
+        UserError: the path cannot be written, the existing file is wrong, or there is no such model; before the screen
+            opens.
+    """
+    if import_file is not None:
+        raise UserError(
+            f"cannot import {import_file}",
+            "importing DeepSpeed and Accelerate files is not available in this version",
+            "run distui setup without --from and answer its questions",
+        )
+    state = WizardState.open(config_path)
+    if model:
+        state.set_model(model)
+        state.touched = False
+    return run_wizard(state)

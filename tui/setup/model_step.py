@@ -1,0 +1,172 @@
+"""Step 2: which model, as a preset, a config.json or a number of parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.widgets import Input, OptionList, Static
+from textual.widgets.option_list import Option
+
+from distui.core.errors import Problem, UserError
+from distui.core.plan.models import load_model
+from distui.core.plan.presets import PRESETS
+from distui.core.plan.types import ModelSpec
+from distui.tui.format import si
+from distui.tui.setup.facts import UNKNOWN_MODEL_ROWS, grid, model_rows
+from distui.tui.setup.step import Field, Step, fill, pass_scroll
+
+UNKNOWN = "my script's model (size n/a)"
+TYPED_ID = "typed"
+UNKNOWN_ID = "unknown"
+
+
+class ModelStep(Step):
+    """One field that filters the presets and takes a path or a count, the list, and the highlighted model's facts."""
+
+    TITLE = "Model"
+    HELP = (
+        "The model's shapes decide what it needs. Type a part of a preset's name to filter the list, a number of "
+        "parameters such as 350M or 7B (typical shapes are assumed then), or the path of a Hugging Face config.json. "
+        "Up and Down move in the list. The sequence length decides the memory of activations, not of model states. "
+        "With the first entry nothing is predicted, and the safe strategy is offered."
+    )
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "move('cursor_up')", show=False),
+        Binding("down", "move('cursor_down')", show=False),
+        Binding("pageup", "move('page_up')", show=False),
+        Binding("pagedown", "move('page_down')", show=False),
+        Binding("shift+up", "scroll(-1)", show=False),
+        Binding("shift+down", "scroll(1)", show=False),
+    ]
+
+    def compose(self) -> ComposeResult:
+        """Yield the two fields, the list and the facts."""
+        with Horizontal(classes="line"):
+            yield Static("Model", classes="label")
+            yield Field(placeholder="filter, or 7B, or a path to config.json", id="model-name")
+            yield Static("Tokens a sample", classes="label second")
+            yield Field(placeholder="the model's", id="sequence-length")
+        yield Static("Its shapes decide memory and speed; longer samples need more activations.", classes="sentence")
+        with Horizontal(id="model-panes"):
+            yield OptionList(id="model-list", compact=True)
+            with Vertical(id="model-pane"):
+                yield Static("", id="model-title", markup=False)
+                with VerticalScroll(can_focus=False, id="model-facts"):
+                    yield Static("", id="model-rows", markup=False)
+
+    def enter(self) -> None:
+        """Show the model that is chosen."""
+        length = self.state.sequence_length
+        fill(self.query_one("#sequence-length", Input), "" if length is None else str(length))
+        is_preset = self.state.model_text in PRESETS
+        field = self.query_one("#model-name", Input)
+        fill(field, "" if is_preset else self.state.model_text)
+        self._list(field.value, self.state.model_text or UNKNOWN_ID)
+        field.focus()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Filter the list, or take the length, at once."""
+        event.stop()
+        self.state.touched = True
+        self.tell(None)
+        if event.input.id == "model-name":
+            self._list(event.value.strip())
+        else:
+            trouble = self.state.set_sequence_length(event.value)
+            self.tell(trouble)
+            self._show_highlighted()
+
+    def _list(self, text: str, wanted: str | None = None) -> None:
+        """Fill the list with what `text` may mean and highlight `wanted`, or the best match."""
+        options = []
+        if text and text not in PRESETS and self._loads(text):
+            options.append(Option(f"as typed: {text}", id=TYPED_ID))
+        lowered = text.lower()
+        options += [Option(name, id=name) for name in PRESETS if lowered in name]
+        if not text:
+            options.insert(0, Option(UNKNOWN, id=UNKNOWN_ID))
+        names = self.query_one("#model-list", OptionList)
+        names.clear_options()
+        names.add_options(options)
+        ids = [option.id for option in options]
+        target = TYPED_ID if wanted == text and TYPED_ID in ids else text if text in ids else wanted
+        names.highlighted = ids.index(target) if target in ids else 0 if options else None
+        self._show_highlighted()
+
+    @staticmethod
+    def _loads(text: str) -> bool:
+        try:
+            load_model(text)
+        except UserError:
+            return False
+        return True
+
+    def _highlighted(self) -> str | None:
+        """Return the text of the highlighted model, empty for the unknown one; None where the list is empty."""
+        option = self.query_one("#model-list", OptionList).highlighted_option
+        if option is None or option.id is None:
+            return None
+        typed = self.query_one("#model-name", Input).value.strip()
+        return {UNKNOWN_ID: "", TYPED_ID: typed}.get(option.id, option.id)
+
+    def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
+        """Show the facts of the highlighted model."""
+        event.stop()
+        self._show_highlighted()
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Take Enter in the list as `next`."""
+        event.stop()
+        self.post_message(self.Completed())
+
+    def _show_highlighted(self) -> None:
+        text = self._highlighted()
+        title, rows = self.query_one("#model-title", Static), self.query_one("#model-rows", Static)
+        if text is None:
+            title.update("no model of this name")
+            rows.update("Enter says what is known of the name.")
+        elif not text:
+            title.update("Your script's own model")
+            rows.update(grid(UNKNOWN_MODEL_ROWS))
+        else:
+            model = self._shaped(load_model(text))
+            title.update(f"{model.name}  {si(model.num_parameters)} parameters")
+            rows.update(grid(model_rows(model)))
+
+    def _shaped(self, model: ModelSpec) -> ModelSpec:
+        length = self.state.sequence_length
+        return model if length is None else replace(model, sequence_length=length)
+
+    def complete(self) -> bool:
+        """Take the highlighted model, or tell what is wrong with what was typed."""
+        typed = self.query_one("#model-name", Input).value.strip()
+        if trouble := self.state.set_sequence_length(self.query_one("#sequence-length", Input).value):
+            self.tell(trouble)
+            return False
+        text = self._highlighted()
+        try:
+            self.state.set_model(typed if text is None else text)
+        except UserError as error:
+            self.tell(_shortened(error))
+            return False
+        return True
+
+    def action_move(self, action: str) -> None:
+        """Move in the list while the field has the focus."""
+        names = self.query_one("#model-list", OptionList)
+        getattr(names, f"action_{action}")()
+
+    def action_scroll(self, lines: int) -> None:
+        """Scroll the facts while the field has the focus."""
+        pass_scroll(self.query_one("#model-facts"), lines)
+
+
+def _shortened(error: UserError) -> UserError | Problem:
+    """Return the error without the list of all presets, which is on the screen already."""
+    if error.why.startswith("presets are"):
+        return Problem("model", error.what, f"none of the {len(PRESETS)} presets has this name", error.fix)
+    return error

@@ -1,0 +1,229 @@
+"""Step 3: the ranked strategies with memory against the limit and predicted speed, and why each one fits or not."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, VerticalScroll
+from textual.widgets import Checkbox, DataTable, Input, Static
+
+from distui.core.errors import Problem, UserError
+from distui.tui.format import NA, num_bytes, si
+from distui.tui.setup.facts import grid, plan_rows
+from distui.tui.setup.model import WizardState
+from distui.tui.setup.planning import Choice, terms_of
+from distui.tui.setup.step import Field, Step, fill, pass_scroll
+from distui.tui.setup.widgets import memory_bar
+
+MAX_ROWS = 300
+BAR_WIDTH = 8
+BATCH_KEYS = {"micro": "batch.micro_size", "global": "batch.global_size"}
+
+
+class StrategyStep(Step):
+    """The table follows the batch fields and the filters; Enter takes the highlighted row."""
+
+    TITLE = "Strategy"
+    HELP = (
+        "Every strategy with its predicted memory on one rank against what a rank has, and the predicted tokens/s of "
+        "the whole job; n/a is what cannot be predicted. ✓ fits, ✗ does not, ? is not known, ○ is not in this version "
+        "yet. Micro is the samples of one forward on one rank: more means faster and more activations. Global is the "
+        "samples of one optimizer step: it changes the training itself. Empty leaves them to the planner. "
+        "m and g go to these fields, f and r switch the filters, [ and ] scroll the explanation."
+    )
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("m", "field('micro')", "Micro"),
+        Binding("g", "field('global')", "Global"),
+        Binding("f", "switch('fits-only')", "Fits"),
+        Binding("r", "switch('runs-only')", "Runs"),
+        Binding("left_square_bracket", "scroll(-3)", show=False),
+        Binding("right_square_bracket", "scroll(3)", show=False),
+    ]
+
+    def __init__(self, state: WizardState) -> None:
+        super().__init__(state)
+        self._choices: list[Choice] = []
+        """All, ranked."""
+        self._shown: list[Choice] = []
+
+    def compose(self) -> ComposeResult:
+        """Yield the fields and filters, the table and the pane that says why."""
+        with Horizontal(classes="line"):
+            yield Static("Micro", classes="label tight")
+            yield Field(placeholder="auto", id="micro", classes="short")
+            yield Static("Global", classes="label tight second")
+            yield Field(placeholder="auto", id="global", classes="short")
+            yield Checkbox("fits", False, compact=True, id="fits-only")
+            yield Checkbox("can run now", True, compact=True, id="runs-only")
+        yield Static("", id="batch-line", classes="sentence", markup=False)
+        with Horizontal(id="strategy-panes"):
+            yield DataTable(id="plans", cursor_type="row", zebra_stripes=False)
+            with VerticalScroll(id="why-pane", can_focus=False):
+                yield Static("", id="why", markup=False)
+
+    def on_mount(self) -> None:
+        """Make the columns."""
+        table: DataTable[RenderableType] = self.query_one("#plans", DataTable)
+        table.add_column(" ", width=1)
+        table.add_column("Strategy", width=34)
+        table.add_column("Memory a rank", width=BAR_WIDTH + 18, key="memory")
+        table.add_column("tokens/s", width=9)
+
+    def enter(self) -> None:
+        """Plan with the present answers, and highlight the chosen strategy or the best one."""
+        for name, key in BATCH_KEYS.items():
+            value = self.state.asked(key)
+            fill(self.query_one(f"#{name}", Input), "" if value is None else str(value))
+        self._plan()
+        self.query_one("#plans", DataTable).focus()
+
+    def _plan(self) -> None:
+        """Rank anew, keeping the highlighted strategy where it is still there."""
+        former = self._highlighted() or self.state.choice
+        try:
+            self._choices = self.state.choices()
+        except UserError as error:
+            self._choices = []
+            self.tell(error)
+        self._filter(former)
+
+    def _filter(self, former: Choice | None) -> None:
+        fits, runs = self.query_one("#fits-only", Checkbox).value, self.query_one("#runs-only", Checkbox).value
+        found = [
+            choice
+            for choice in self._choices
+            if (choice.fits is not False or not fits) and (choice.available or choice.is_kept or not runs)
+        ]
+        self._shown = found[:MAX_ROWS]
+        table: DataTable[RenderableType] = self.query_one("#plans", DataTable)
+        table.clear()
+        for choice in self._shown:
+            table.add_row(*_cells(choice))
+        table.move_cursor(row=self._best(former))
+        self._explain()
+
+    def _best(self, former: Choice | None) -> int:
+        """Return the row of `former`, else of what the file says, else of the first that runs and fits."""
+        for wanted in (former, self.state.kept()):
+            for row, choice in enumerate(self._shown):
+                if wanted is not None and choice.is_like(wanted):
+                    return row
+        for row, choice in enumerate(self._shown):
+            if choice.available and choice.fits is not False:
+                return row
+        return 0
+
+    def _highlighted(self) -> Choice | None:
+        row = self.query_one("#plans", DataTable).cursor_row
+        return self._shown[row] if 0 <= row < len(self._shown) else None
+
+    def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
+        """Say why."""
+        event.stop()
+        self._explain()
+
+    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
+        """Take Enter in the table as `next`."""
+        event.stop()
+        self.post_message(self.Completed())
+
+    def on_checkbox_changed(self, event: Checkbox.Changed) -> None:
+        """Apply the filters."""
+        event.stop()
+        self._filter(self._highlighted())
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Plan again with the typed batch sizes; say at once what is wrong with them."""
+        event.stop()
+        problem = self.state.set_value(BATCH_KEYS[event.input.id or ""], event.value)
+        self.tell(problem)
+        if problem is None:
+            self._plan()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Enter in a batch field goes back to the table."""
+        event.stop()
+        event.prevent_default()  # Textual also calls the base class's handler, which would turn the page
+        self.query_one("#plans", DataTable).focus()
+
+    def on_resize(self, event: events.Resize) -> None:
+        """Fold the explanation to the new width."""
+        self._explain()
+
+    def _explain(self) -> None:
+        choice = self._highlighted()
+        pane, line = self.query_one("#why", Static), self.query_one("#batch-line", Static)
+        if choice is None:
+            pane.update(
+                f"None of the {len(self._choices)} strategies passes the filters; "
+                "f shows those that do not fit, r those of later versions."
+            )
+            line.update("")
+            return
+        line.update(_batch_words(choice, self.state))
+        title = Text(choice.name, style="bold")
+        why = Text(choice.why)
+        if choice.plan is None:
+            pane.update(Group(title, why))
+            return
+        terms = terms_of(choice, self.state.shaped_model, self.state.hardware)
+        pane.update(Group(title, why, grid(plan_rows(choice.plan, terms), 19)))
+
+    def complete(self) -> bool:
+        """Take the highlighted strategy, if this version can run it and the batch fields are right."""
+        for name, key in BATCH_KEYS.items():
+            if problem := self.state.set_value(key, self.query_one(f"#{name}", Input).value):
+                self.tell(problem)
+                return False
+        choice = self._highlighted()
+        if choice is None:
+            self.tell(
+                Problem("strategy", "no strategy is shown", "the filters leave none", "press f or r to show more")
+            )
+            return False
+        if not choice.available:
+            self.tell(
+                Problem(
+                    "strategy", f"{choice.name} cannot run yet", choice.why, "take one without ○; r hides the others"
+                )
+            )
+            return False
+        self.state.choose(choice)
+        return True
+
+    def action_field(self, name: str) -> None:
+        """Go to a batch field."""
+        self.query_one(f"#{name}", Input).focus()
+
+    def action_switch(self, name: str) -> None:
+        """Switch a filter."""
+        self.query_one(f"#{name}", Checkbox).toggle()
+
+    def action_scroll(self, lines: int) -> None:
+        """Scroll the explanation while the table has the focus."""
+        pass_scroll(self.query_one("#why-pane"), lines)
+
+
+def _cells(choice: Choice) -> tuple[Text, Text, Text, Text]:
+    mark = "○" if not choice.available else {True: "✓", False: "✗", None: "?"}[choice.fits]
+    name = Text(choice.name, no_wrap=True, overflow="ellipsis", style="dim" if not choice.available else "")
+    plan = choice.plan
+    used, limit = (plan.memory_per_rank_bytes, plan.memory_limit_bytes) if plan else (None, None)
+    speed = Text(si(plan.tokens_per_s) if plan else NA, justify="right")
+    return Text(mark, style="bold"), name, memory_bar(used, limit, BAR_WIDTH), speed
+
+
+def _batch_words(choice: Choice, state: WizardState) -> str:
+    """Return what the batch sizes lead to, with bytes and tokens/s."""
+    plan = choice.plan
+    if plan is None:
+        micro, size = state.asked("batch.micro_size"), state.asked("batch.global_size")
+        return f"Micro-batch {micro or 'as the script has it'}, global batch {size or 'as it follows from that'}."
+    batch = f"{plan.global_size} = {plan.micro_size} x {plan.accumulation} x {plan.data_parallel} ranks"
+    activations = num_bytes(plan.memory.get("activations"))
+    return f"Batch {batch}: activations {activations} a rank, {si(plan.tokens_per_s, 'tokens/s')}."
