@@ -1,4 +1,4 @@
-"""Counts a run's collectives by (group, op), and how late each rank arrives at them."""
+"""What the ranks' collectives add up to: counts and times by (group, operation), who arrives late, who disagrees."""
 
 from __future__ import annotations
 
@@ -7,74 +7,141 @@ from dataclasses import dataclass, field
 
 from distui.proto import telemetry_pb2 as pb
 
-_MAX_OPEN = 8192
+MAX_OPEN = 1024
+"""Sequence numbers of a group that wait for the records of its other ranks."""
+MAX_KINDS = 512
+SAME_BYTES = frozenset({"all_reduce", "reduce_scatter", "reduce"})
+"""Operations in which every rank must bring as much as the others."""
+MIN_TO_BLAME = 3
 
 
 @dataclass(slots=True)
-class _Counts:
-    count: dict[int, int] = field(default_factory=dict)
-    num_bytes: dict[int, int] = field(default_factory=dict)
-    timed: int = 0
-    total_s: float = 0.0
+class _Totals:
+    count: int = 0
+    bytes: int = 0
+    time_s: float = 0.0
+    num_timed: int = 0
     max_s: float = 0.0
     blocked_s: float = 0.0
-    last_seq: dict[int, int] = field(default_factory=dict)
-    lateness: dict[int, tuple[float, int]] = field(default_factory=dict)
+    num_compared: int = 0
+    late_s: dict[int, float] = field(default_factory=dict)
 
 
-class CollectiveTable:
-    """One line for each (group, op). `count` and `bytes` are those of the rank that entered most."""
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Ranks that brought something else than the others to the same place; all of them where none can be blamed."""
+
+    group: str
+    seq: int
+    op: str
+    ranks: tuple[int, ...]
+    time_s: float
+    what: str
+
+
+class CollectiveTotals:
+    """The collectives of a run, summed up as they come."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, str], _Counts] = {}
-        self._arrivals: OrderedDict[tuple[str, str, int], dict[int, float]] = OrderedDict()
+        self._totals: dict[tuple[str, str], _Totals] = {}
+        self._open: dict[str, OrderedDict[int, dict[int, pb.Collective]]] = {}
+        self.last_seq: dict[str, dict[int, int]] = {}
+        """group -> rank -> last sequence number known to be entered."""
+        self.mismatch: Mismatch | None = None
+        """The first disagreement that was found."""
 
-    def add(self, rank: int, collective: pb.Collective) -> None:
-        """Take one rank's account of one collective."""
+    def entered(self, rank: int, last_seq: dict[str, int]) -> None:
+        """Take in a heartbeat's word on what a rank has entered."""
+        for group, seq in last_seq.items():
+            known = self.last_seq.setdefault(group, {})
+            known[rank] = max(seq, known.get(rank, 0))
+
+    def restarted(self, rank: int) -> None:
+        """Forget where a rank was: its next incarnation counts from 1 again."""
+        for known in self.last_seq.values():
+            known.pop(rank, None)
+        for waiting in self._open.values():
+            for ranks in waiting.values():
+                ranks.pop(rank, None)
+
+    def add(self, rank: int, collective: pb.Collective, world_size: int) -> None:
+        """Take in one collective of one rank."""
+        self.entered(rank, {collective.group: collective.seq})
         key = (collective.group, collective.op)
-        counts = self._counts.setdefault(key, _Counts())
-        counts.count[rank] = counts.count.get(rank, 0) + 1
-        counts.num_bytes[rank] = counts.num_bytes.get(rank, 0) + collective.bytes
-        counts.blocked_s += collective.blocked_s
-        counts.last_seq[rank] = max(collective.seq, counts.last_seq.get(rank, 0))
+        totals = self._totals.get(key)
+        if totals is None:
+            if len(self._totals) >= MAX_KINDS:
+                return
+            totals = self._totals[key] = _Totals()
+        totals.count += 1
+        totals.bytes += collective.bytes
+        totals.blocked_s += collective.blocked_s
         if collective.HasField("finished_s"):
             began_s = collective.started_s if collective.HasField("started_s") else collective.enqueued_s
-            duration_s = max(0.0, collective.finished_s - began_s)
-            counts.timed += 1
-            counts.total_s += duration_s
-            counts.max_s = max(counts.max_s, duration_s)
-        at = (*key, collective.seq)
-        arrivals = self._arrivals.setdefault(at, {})
-        arrivals[rank] = collective.enqueued_s
-        if len(arrivals) >= max(collective.group_size, 1):
-            self._close(at)
-        elif len(self._arrivals) > _MAX_OPEN:
-            self._arrivals.popitem(last=False)  # some rank never told it: nobody's lateness can be said
+            took_s = max(0.0, collective.finished_s - began_s)
+            totals.time_s += took_s
+            totals.num_timed += 1
+            totals.max_s = max(totals.max_s, took_s)
+        # Only a group of all ranks: two groups of one axis share their name, and a record does not say which it is of.
+        if collective.group_size == world_size and world_size > 1 and collective.op not in ("send", "recv"):
+            self._compare(rank, collective, world_size)
+
+    def _compare(self, rank: int, collective: pb.Collective, world_size: int) -> None:
+        waiting = self._open.setdefault(collective.group, OrderedDict())
+        ranks = waiting.setdefault(collective.seq, {})
+        ranks[rank] = collective
+        if len(ranks) == world_size:
+            del waiting[collective.seq]
+            found = compare(collective.group, collective.seq, {r: (c.op, c.bytes) for r, c in ranks.items()})
+            if found is not None:
+                self.mismatch = self.mismatch or Mismatch(*found[:4], collective.enqueued_s, found[4])
+                return
+            totals = self._totals[collective.group, collective.op]
+            first_s = min(other.enqueued_s for other in ranks.values())
+            totals.num_compared += 1
+            for number, other in ranks.items():
+                totals.late_s[number] = totals.late_s.get(number, 0.0) + other.enqueued_s - first_s
+        elif len(waiting) > MAX_OPEN:
+            waiting.popitem(last=False)
 
     def summaries(self) -> list[pb.CollectiveSummary]:
-        """Return the lines, by group and operation."""
-        return [_summary(key, counts) for key, counts in sorted(self._counts.items())]
+        """Return one row a (group, operation)."""
+        return [
+            pb.CollectiveSummary(
+                group=group,
+                op=op,
+                count=totals.count,
+                bytes=totals.bytes,
+                mean_s=totals.time_s / totals.num_timed if totals.num_timed else 0.0,
+                max_s=totals.max_s,
+                blocked_s=totals.blocked_s,
+                last_seq=self.last_seq.get(group, {}),
+                lateness_s={rank: late_s / totals.num_compared for rank, late_s in totals.late_s.items()},
+            )
+            for (group, op), totals in sorted(self._totals.items())
+        ]
 
-    def _close(self, at: tuple[str, str, int]) -> None:
-        arrivals = self._arrivals.pop(at)
-        if len(arrivals) < 2:
-            return
-        first_s = min(arrivals.values())
-        lateness = self._counts[at[:2]].lateness
-        for rank, arrived_s in arrivals.items():
-            total_s, count = lateness.get(rank, (0.0, 0))
-            lateness[rank] = (total_s + arrived_s - first_s, count + 1)
 
+def compare(
+    group: str, seq: int, ranks: dict[int, tuple[str, int]]
+) -> tuple[str, int, str, tuple[int, ...], str] | None:
+    """Compare what ranks brought to one collective, rank -> (operation, bytes); None where they agree.
 
-def _summary(key: tuple[str, str], counts: _Counts) -> pb.CollectiveSummary:
-    return pb.CollectiveSummary(
-        group=key[0],
-        op=key[1],
-        count=max(counts.count.values()),
-        bytes=max(counts.num_bytes.values()),
-        mean_s=counts.total_s / counts.timed if counts.timed else 0.0,
-        max_s=counts.max_s,
-        blocked_s=counts.blocked_s,
-        last_seq=counts.last_seq,
-        lateness_s={rank: total_s / count for rank, (total_s, count) in counts.lateness.items()},
-    )
+    Returns group, seq, the majority's operation, the ranks that differ from it (all, where fewer than three ranks or
+    no majority leave nobody to blame), and in words what differs.
+    """
+    signatures = {rank: (op, num_bytes if op in SAME_BYTES else 0) for rank, (op, num_bytes) in ranks.items()}
+    kinds = set(signatures.values())
+    if len(kinds) < 2:
+        return None
+    by_kind = {kind: sorted(rank for rank, other in signatures.items() if other == kind) for kind in kinds}
+    most = max(by_kind, key=lambda kind: len(by_kind[kind]))
+    clear = len(ranks) >= MIN_TO_BLAME and 2 * len(by_kind[most]) > len(ranks)
+    blamed = tuple(sorted(rank for rank, kind in signatures.items() if kind != most or not clear))
+    words = []
+    for (op, num_bytes), members in sorted(by_kind.items(), key=lambda item: item[1]):
+        who = f"rank{'s' if len(members) > 1 else ''} {', '.join(map(str, members[:8]))}"
+        words.append(
+            f"{who}{' ...' if len(members) > 8 else ''}: {op}{f' of {num_bytes:,} bytes' if num_bytes else ''}"
+        )
+    return group, seq, most[0], blamed, "; ".join(words)

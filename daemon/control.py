@@ -1,6 +1,6 @@
-"""Acts on a running job: Control.Execute towards watchers, a ZeroMQ ROUTER towards the ranks' side threads.
+"""Acting on running jobs: the control bus to the ranks of this node, and the Control service in front of it.
 
-The wire format of the bus is written down in `distui.core.telemetry.control`, its other end.
+The wire format of the bus is in `distui.core.telemetry.control`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ import asyncio
 import itertools
 import json
 import logging
-import math
-import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,228 +19,191 @@ import grpc
 import zmq
 import zmq.asyncio
 
-from distui.core.errors import UserError
-from distui.daemon.diagnosis import read_ledger
-from distui.daemon.registry import KeptRun, Runs
-from distui.daemon.state import RunState
+from distui.core.telemetry.control import DEFAULT_DEADLINE_S, HELLO_S
+from distui.daemon.live import LiveRun, LiveRuns
+from distui.daemon.monitor import found
+from distui.daemon.observe import DEAD, FINISHED, Observed, observe
+from distui.daemon.runs import FINAL_STATES
 from distui.proto import telemetry_pb2 as pb
-from distui.proto.telemetry_pb2_grpc import ControlServicer
+from distui.proto import telemetry_pb2_grpc as rpc
 
-VERBS = ("stacks", "log-level", "checkpoint", "profile", "stop")
-STEP_VERBS = frozenset({"checkpoint", "profile", "stop"})
-"""Done by all ranks at the same step: one rank alone would enter a collective and wait for ever."""
-DEFAULT_DEADLINE_S = 30.0
-SILENT_AFTER_S = 15.0
-_GATHER_S = 2.0
-_DELIVERY_S = 0.5
+VERBS = ("checkpoint", "log-level", "profile", "stacks", "stop")
+AT_STEP = frozenset({"checkpoint", "profile", "stop"})
+"""What all ranks must do at the same step: one alone would enter a collective and cause the hang itself."""
+AHEAD_STEPS = 2
+AHEAD_S = 0.2
+"""Time that a command takes to reach the last rank, in steps on top of `AHEAD_STEPS` where they are short."""
+GREET_S = 2.0
+"""A rank that lives but has not greeted (the daemon has just started) is waited for so long."""
+
 _log = logging.getLogger("distui.daemon")
 
 
 @dataclass(slots=True)
 class _Peer:
     identity: bytes
-    heard: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    rank: int
-    state: str
-    message: str
-    payload: str
+    pid: int
+    heard_s: float
 
 
 class ControlBus:
-    """Knows which rank is on which connection, and hands commands and replies over."""
+    """The ROUTER that the ranks' side threads connect to. Used on one event loop."""
 
     def __init__(self, socket: Path) -> None:
-        """Bind `socket`, open to its user only."""
+        """Bind `socket`, mode 0600 under the process's umask. Raises: zmq.ZMQError."""
         self._context = zmq.asyncio.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, 0)
-        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket = socket
+        self._router.bind(f"ipc://{socket}")
         self._peers: dict[tuple[str, int], _Peer] = {}
+        self._answers: dict[str, asyncio.Queue[dict[str, Any]]] = {}
         self._ids = itertools.count(1)
-        self._waiting: dict[str, tuple[int, asyncio.Queue[_Reply]]] = {}
-        self._joined = asyncio.Condition()
-        before = os.umask(0o177)
-        try:
-            self._router.bind(f"ipc://{socket}")
-        finally:
-            os.umask(before)
+        self._greeted = asyncio.Event()
 
     async def serve(self) -> None:
-        """Take what the ranks send, for ever."""
+        """Hear the ranks until cancelled."""
         while True:
-            frames = await self._router.recv_multipart()
+            identity, *frames = await self._router.recv_multipart()
             try:
-                await self._receive(frames[0], json.loads(frames[-1]))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                message = json.loads(frames[0])
+                self._hear(identity, message)
+            except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
                 _log.warning("a message on the control bus cannot be read: %s: %s", type(error).__name__, error)
 
     def close(self) -> None:
-        """Close the socket and remove its file."""
-        self._router.close(0)
+        """Close the socket."""
+        self._router.close()
         self._context.term()
-        self._socket.unlink(missing_ok=True)
 
-    def connected(self, run_id: str, ranks: set[int]) -> set[int]:
-        """Return those of the ranks that have been heard lately."""
-        oldest = time.monotonic() - SILENT_AFTER_S
-        found = {rank for rank in ranks if (run_id, rank) in self._peers}
-        return {rank for rank in found if self._peers[run_id, rank].heard >= oldest}
-
-    async def gather(self, run_id: str, ranks: set[int], timeout_s: float) -> set[int]:
-        """Wait until all the ranks are connected, or the time is over; return who is."""
-        async with self._joined:
-            try:
-                await asyncio.wait_for(
-                    self._joined.wait_for(lambda: self.connected(run_id, ranks) == ranks), max(0.0, timeout_s)
-                )
-            except asyncio.TimeoutError:
-                pass
-        return self.connected(run_id, ranks)
-
-    async def send(self, run_id: str, rank: int, verb: str, arguments: dict[str, str], deadline_s: float) -> str:
-        """Send a command to one rank and return its id; replies come to the queue given to `expect`."""
-        command_id = f"{next(self._ids)}"
-        message = {"id": command_id, "verb": verb, "arguments": arguments, "deadline_s": deadline_s}
-        await self._router.send_multipart([self._peers[run_id, rank].identity, json.dumps(message).encode()])
-        return command_id
-
-    def expect(self, command_id: str, rank: int, replies: asyncio.Queue[_Reply]) -> None:
-        """Hand the replies to a command to `replies` from now on."""
-        self._waiting[command_id] = (rank, replies)
-
-    def forget(self, command_ids: list[str]) -> None:
-        """Drop replies to these commands that come later."""
-        for command_id in command_ids:
-            self._waiting.pop(command_id, None)
-
-    async def _receive(self, identity: bytes, message: dict[str, Any]) -> None:
+    def _hear(self, identity: bytes, message: dict[str, Any]) -> None:
         kind = message["type"]
         if kind == "hello":
-            self._peers[str(message["run_id"]), int(message["rank"])] = _Peer(identity, time.monotonic())
-            async with self._joined:
-                self._joined.notify_all()
+            peer = _Peer(identity, int(message["pid"]), time.monotonic())
+            self._peers[str(message["run_id"]), int(message["rank"])] = peer
+            self._greeted.set()
+            self._greeted = asyncio.Event()
+        elif kind == "reply":
+            if (answers := self._answers.get(str(message["id"]))) is not None:
+                answers.put_nowait(message)
         elif kind == "bye":
-            self._peers = {key: peer for key, peer in self._peers.items() if peer.identity != identity}
-        elif kind == "reply" and (found := self._waiting.get(str(message["id"]))) is not None:
-            rank, replies = found
-            payload = message.get("payload") or ""
-            replies.put_nowait(_Reply(rank, str(message["state"]), str(message.get("message") or ""), str(payload)))
+            for key in [key for key, peer in self._peers.items() if peer.identity == identity]:
+                del self._peers[key]
 
+    def present(self, run_id: str, rank: int) -> bool:
+        """Tell whether a rank listens."""
+        peer = self._peers.get((run_id, rank))
+        if peer is not None and time.monotonic() - peer.heard_s > 3 * HELLO_S:
+            del self._peers[run_id, rank]
+            return False
+        return peer is not None
 
-class Control(ControlServicer):  # type: ignore[misc]
-    """Executes a verb on every rank of a run and streams what they answer."""
+    async def wait_present(self, run_id: str, ranks: list[int], timeout_s: float) -> None:
+        """Wait until these ranks listen, `timeout_s` at most."""
+        deadline = time.monotonic() + timeout_s
+        while not all(self.present(run_id, rank) for rank in ranks) and (left := deadline - time.monotonic()) > 0:
+            try:
+                await asyncio.wait_for(self._greeted.wait(), left)
+            except asyncio.TimeoutError:
+                return
 
-    def __init__(self, runs: Runs, bus: ControlBus) -> None:
-        self._runs, self._bus = runs, bus
-
-    async def Execute(  # noqa: N802
-        self, request: pb.ControlRequest, context: grpc.aio.ServicerContext[Any, Any]
+    async def ask(
+        self, run_id: str, rank: int, verb: str, arguments: dict[str, str], deadline_s: float
     ) -> AsyncIterator[pb.ControlReply]:
-        """Yield `accepted`, then `done` or `error` for each rank; an `error` for those that do not answer in time."""
+        """Have one rank do `verb` and yield what it answers; an error where it does not in time."""
+        id_ = str(next(self._ids))
+        answers = self._answers[id_] = asyncio.Queue()
+        deadline = time.monotonic() + deadline_s
+        command = {"id": id_, "verb": verb, "arguments": arguments, "deadline_s": deadline_s}
+        try:
+            identity = self._peers[run_id, rank].identity
+            await self._router.send_multipart([identity, json.dumps(command).encode()])
+            while True:
+                answer = await asyncio.wait_for(answers.get(), max(0.0, deadline - time.monotonic()))
+                yield pb.ControlReply(
+                    rank=rank,
+                    state=str(answer.get("state")),
+                    message=str(answer.get("message") or ""),
+                    payload=str(answer.get("payload") or "").encode(),
+                )
+                if answer.get("state") != "accepted":
+                    return
+        except asyncio.TimeoutError:
+            yield _error(rank, f"rank {rank} did not answer within {deadline_s:g} s")
+        finally:
+            del self._answers[id_]
+
+
+class Control(rpc.ControlServicer):
+    """Serves Execute."""
+
+    def __init__(self, runs: LiveRuns, bus: ControlBus, on_use: Callable[[], None]) -> None:
+        """Find runs in `runs` and reach their ranks over `bus`; `on_use` is called whenever somebody asks."""
+        self._runs, self._bus, self._on_use = runs, bus, on_use
+
+    async def Execute(
+        self, request: pb.ControlRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ControlReply]:
+        """Yield every rank's answers as they come; each rank's last is `done` or `error`."""
+        self._on_use()
+        live = await found(self._runs.find(request.run_id), context)
         if request.verb not in VERBS:
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, f"unknown verb {request.verb!r}; known: {', '.join(VERBS)}"
             )
-        try:
-            kept = await self._runs.find(request.run_id)
-        except UserError as error:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"{error}; {error.fix}")
-            return
-        state = kept.state
-        ranks = set(state.ranks) or set(range(state.info.world_size))
-        if state.is_final() or not ranks:
-            why = f"it has ended: {state.info.state}" if state.is_final() else "no rank of it has spoken yet"
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION, f"nothing to act on in {kept.folder.run_id}: {why}"
-            )
-        deadline = time.monotonic() + (request.deadline_s or DEFAULT_DEADLINE_S)
-        gone = {rank for rank in ranks if rank in state.ranks and _is_gone(state, rank)}
-        live = ranks - gone
-        for rank in sorted(gone):
-            yield _error(rank, _why(state, rank))
-        there = await self._bus.gather(
-            kept.folder.run_id, live, min(_GATHER_S, (deadline - time.monotonic()) / 2 if live else 0.0)
-        )
-        absent = ranks - there
-        if request.verb in STEP_VERBS and absent:
-            # A part of the ranks at a common step would wait there for the others for ever.
-            missing = ", ".join(f"{rank}: {_why(state, rank)}" for rank in sorted(absent))
-            for rank in sorted(live):
-                yield _error(
-                    rank, f"{request.verb} was sent to nobody, because not all ranks can be reached ({missing})"
-                )
-            return
-        async for reply in self._collect(kept, request, live, deadline):
-            yield reply
-
-    async def _collect(
-        self, kept: KeptRun, request: pb.ControlRequest, live: set[int], deadline: float
-    ) -> AsyncIterator[pb.ControlReply]:
-        replies: asyncio.Queue[_Reply] = asyncio.Queue()
+        state = live.snapshot().run.state
+        if state in FINAL_STATES:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{live.run.run_id} has ended: it is {state}")
+        deadline_s = request.deadline_s if request.deadline_s > 0 else DEFAULT_DEADLINE_S
+        deadline = time.monotonic() + deadline_s
+        ranks = {rank.rank: rank for rank in observe(live.state, time.time())}
+        alive = [number for number, rank in ranks.items() if rank.process not in (DEAD, FINISHED)]
+        await self._bus.wait_present(live.run.run_id, alive, min(GREET_S, deadline_s))
         arguments = dict(request.arguments)
-        if request.verb in STEP_VERBS:
-            arguments["at_step"] = str(target_step(kept.state))
-        sent: list[str] = []
-        open_ranks = set(live)
-        reached: set[int] = set()
+        if request.verb in AT_STEP:
+            arguments.setdefault("at_step", str(agreed_step(live)))
+        replies: asyncio.Queue[pb.ControlReply | None] = asyncio.Queue()
+
+        async def one(rank: int) -> None:
+            if self._bus.present(live.run.run_id, rank):
+                left_s = max(0.0, deadline - time.monotonic())
+                async for reply in self._bus.ask(live.run.run_id, rank, request.verb, arguments, left_s):
+                    replies.put_nowait(reply)
+            else:
+                replies.put_nowait(_error(rank, _why_absent(rank, ranks.get(rank))))
+            replies.put_nowait(None)
+
+        tasks = [asyncio.create_task(one(rank)) for rank in range(live.state.world_size())]
+        live.num_watchers += 1
         try:
-            while open_ranks and (left_s := deadline - time.monotonic()) > 0:
-                for rank in sorted(self._bus.connected(kept.folder.run_id, open_ranks - reached)):
-                    reached.add(rank)
-                    try:
-                        command_id = await self._bus.send(kept.folder.run_id, rank, request.verb, arguments, left_s)
-                    except zmq.ZMQError as error:
-                        open_ranks.discard(rank)
-                        yield _error(rank, f"its connection is gone: {error}")
-                        continue
-                    sent.append(command_id)
-                    self._bus.expect(command_id, rank, replies)
-                try:
-                    # Short turns while a rank is not connected yet: it may come within the deadline.
-                    found = await asyncio.wait_for(replies.get(), left_s if open_ranks <= reached else min(left_s, 0.2))
-                except asyncio.TimeoutError:
-                    continue
-                if found.state in ("done", "error"):
-                    open_ranks.discard(found.rank)
-                yield pb.ControlReply(
-                    rank=found.rank, state=found.state, message=found.message, payload=found.payload.encode()
-                )
-            for rank in sorted(open_ranks):
-                yield _error(rank, _why(kept.state, rank))
+            left = len(tasks)
+            while left:
+                reply = await replies.get()
+                if reply is None:
+                    left -= 1
+                else:
+                    yield reply
         finally:
-            self._bus.forget(sent)
+            live.num_watchers -= 1
+            for task in tasks:
+                task.cancel()
 
 
-def target_step(state: RunState) -> int:
-    """Return a step that no rank has reached and that all can hear of in time: the newest + 2, more where they fly."""
-    newest, step_s = 0, 0.0
-    for view in state.ranks.values():
-        ledger = read_ledger(state, view)
-        newest = max(newest, view.step(), ledger[0].step if ledger is not None else 0)
-        step_s = max(step_s, min((step.step_s for step in view.recent), default=0.0))
-    return newest + max(2, math.ceil(_DELIVERY_S / step_s) if step_s > 0 else 2)
+def agreed_step(live: LiveRun) -> int:
+    """Return a step that no rank has reached yet, nor will before the command has arrived everywhere."""
+    newest = max((rank.step for rank in observe(live.state, time.time())), default=0)
+    last = live.state.steps.history.last()
+    step_s = last.step_s if last is not None else 0.0
+    return newest + AHEAD_STEPS + (int(AHEAD_S / step_s) if step_s > 0 else 0)
 
 
-def _is_gone(state: RunState, rank: int) -> bool:
-    view = state.ranks[rank]
-    view.probe(time.time())
-    return view.finished is not None or not view.alive
-
-
-def _why(state: RunState, rank: int) -> str:
-    view = state.ranks.get(rank)
-    if view is None:
-        return "it has not spoken yet"
-    if _is_gone(state, rank):
-        return "the rank has finished" if view.finished is not None else f"the process is dead (pid {view.pid})"
-    if view.stopped:
-        return f"the process is stopped by a signal; kill -CONT {view.pid} lets it go on"
-    return f"no answer from pid {view.pid}"
+def _why_absent(rank: int, known: Observed | None) -> str:
+    if known is None:
+        return f"rank {rank} was never heard of"
+    if known.process == DEAD:
+        return f"rank {rank} is dead (pid {known.pid} on {known.node})"
+    if known.process == FINISHED:
+        return f"rank {rank} has finished"
+    return f"rank {rank} (pid {known.pid} on {known.node}, {known.process}) is not on this node's control bus"
 
 
 def _error(rank: int, message: str) -> pb.ControlReply:

@@ -1,242 +1,200 @@
-"""Says what is wrong with a run, and who is to blame: a dead rank, a hang.
+"""Why a run does not go on, and who is to blame: dead ranks, hangs, mismatches.
 
-Hang: no rank has made progress for its allowance. Each rank that waits in collective (group, seq) points at the
-members of the group that have not entered it; the culprit is the one pointed at that itself waits for nobody. Where
-there is none, ranks wait for each other in a circle.
+A rank waits in a collective (group, sequence number) for those that have not entered it. The culprit is who is waited
+for and waits for none. A dead process outranks a stopped one, and that what the ranks say of each other.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from distui.core.telemetry.ledger import LedgerReader, LedgerState, LedgerUnreadable
-from distui.daemon.rank import RankView
+from distui.core.paths import RunFolder
+from distui.daemon.collectives import compare
+from distui.daemon.observe import DEAD, FINISHED, STOPPED, Observed, Wait, entries_at
+from distui.daemon.state import RunState
 from distui.proto import telemetry_pb2 as pb
 
-if TYPE_CHECKING:
-    from distui.daemon.state import RunState
-
-HANG_AFTER_S = 5.0
-HANG_AFTER_STEPS = 5.0
-FIRST_STEP_S = 60.0
-"""The first step compiles, opens files, warms up."""
-LONG_PHASE_S = 300.0
-LONG_PHASES = frozenset({"evaluation", "checkpoint", "idle"})
-_FRESH_S = 5.0
-_WAITING = re.compile(r"(?P<op>\S+) (?P<group>.+)#(?P<seq>\d+)$")
+HANG_S = 5.0
+HANG_STEPS = 5.0
+PATIENT_S = 300.0
+PATIENT_PHASES = frozenset({"evaluation", "checkpoint"})
+_NAMED = 8
 
 
-@dataclass(slots=True)
-class _Place:
-    """Where a rank stands: from its ledger where that can be read, else from its last heartbeat."""
+def allowance_s(state: RunState, ranks: list[Observed]) -> float:
+    """Return for how long ranks may wait before it is called a hang.
 
-    rank: int
-    progress_s: float
-    allowance_s: float
-    fresh: bool
-    phase: str
-    phase_since_s: float
-    last_seq: dict[str, int]
-    op: str = ""
-    group: str = ""
-    seq: int = 0
-    group_size: int = 0
-    waiting_since_s: float = 0.0
+    Longer before the first step (compilation, data) and while any rank evaluates or saves.
+    """
+    usual_s = max(HANG_S, HANG_STEPS * state.steps.p99_s())
+    patient = any(rank.step == 0 or rank.phase in PATIENT_PHASES for rank in ranks if rank.process != FINISHED)
+    return max(usual_s, PATIENT_S) if patient else usual_s
 
 
-def diagnose(state: RunState, now_s: float) -> list[pb.Diagnosis]:
-    """Return what is wrong with the run now; nothing where it is well."""
-    dead = _dead_ranks(state, now_s)
-    if dead or state.is_final():
-        return dead  # who died first outranks whatever the others wait for
-    return _hang(state, now_s)
-
-
-def _dead_ranks(state: RunState, now_s: float) -> list[pb.Diagnosis]:
-    if state.info.state == "failed":
-        lost = [view for view in state.ranks.values() if view.finished is None]
-        if state.failed_rank is not None:
-            lost = [view for view in lost if view.rank == state.failed_rank]
-        return [_dead_rank(state, view, max(0.0, state.info.finished_s - view.last_seen_s)) for view in lost]
-    if state.is_final():
+def diagnose(state: RunState, ranks: list[Observed], now_s: float) -> list[pb.Diagnosis]:
+    """Return what is wrong, the cause first. Nothing for a run that has ended."""
+    if state.final:
         return []
-    lost = [view for view in state.ranks.values() if view.finished is None and not view.alive]
-    lost.sort(key=lambda view: view.died_s or 0.0)
-    return [_dead_rank(state, view, max(0.0, now_s - (view.died_s or now_s))) for view in lost]
-
-
-def _dead_rank(state: RunState, view: RankView, since_s: float) -> pb.Diagnosis:
-    log = state.run.rank_log(view.rank)
-    message = (
-        f"rank {view.rank} (pid {view.pid} on {view.node or 'n/a'}) ended without a word after step {view.step()}; "
-        f"the others cannot go on without it. Look at {log}"
-    )
-    return pb.Diagnosis(kind="dead_rank", ranks=[view.rank], since_s=since_s, message=message)
-
-
-def allowance_s(view: RankView, phase: str | None = None) -> float:
-    """Return for how long the rank may make no progress before that is a hang."""
-    if phase is None:
-        phase = view.heartbeat.phase if view.heartbeat is not None else ""
-    allowed_s = max(HANG_AFTER_S, HANG_AFTER_STEPS * view.p99_step_s())
-    if view.step() == 0:
-        allowed_s = max(allowed_s, FIRST_STEP_S)
-    return max(allowed_s, LONG_PHASE_S) if phase in LONG_PHASES else allowed_s
-
-
-def _hang(state: RunState, now_s: float) -> list[pb.Diagnosis]:
-    live = [view for view in state.ranks.values() if view.finished is None]
-    since_s = state.watched_since_s
-    # By what has been heard; only if that looks like a hang are the ledgers opened.
-    if not live or any(now_s - max(view.progress_s, since_s) <= allowance_s(view) for view in live):
-        return []
-    places = {view.rank: _place(state, view, now_s) for view in live}
-    if any(now_s - max(place.progress_s, since_s) <= place.allowance_s for place in places.values()):
-        return []
-    if not any(place.fresh for place in places.values()):
-        return []  # nobody speaks and no ledger can be read: the stream is broken, the job may be well
-    return [_verdict(state, places, now_s)]
-
-
-def _verdict(state: RunState, places: dict[int, _Place], now_s: float) -> pb.Diagnosis:
-    waiting = {rank: place for rank, place in places.items() if place.seq}
-    missing = {rank: _missing(state, place, places) for rank, place in waiting.items()}
-    pointed_at = set().union(*missing.values()) if missing else set()
-    sinks = sorted(rank for rank in pointed_at if not missing.get(rank))
-    if not waiting:
-        since_s = now_s - max(place.progress_s for place in places.values())
-        doing = "; ".join(_doing(state, rank, places, now_s) for rank in sorted(places)[:4])
-        return pb.Diagnosis(
-            kind="hang",
-            ranks=sorted(places),
-            since_s=since_s,
-            message=f"no progress for {since_s:.0f} s, and no rank waits in a collective: {doing}. {_advice(state)}",
+    found = _dead(ranks, now_s)
+    if not found:
+        found = _hang(state, ranks, now_s)
+    if (mismatch := state.collectives.mismatch) is not None and not any(one.kind == "mismatch" for one in found):
+        found.append(
+            pb.Diagnosis(
+                kind="mismatch",
+                ranks=mismatch.ranks,
+                collective=mismatch.op,
+                group=mismatch.group,
+                seq=mismatch.seq,
+                since_s=max(0.0, now_s - mismatch.time_s),
+                message=f"ranks disagree on #{mismatch.seq} of {mismatch.group}: {mismatch.what}; look for a branch "
+                "that not all ranks take",
+            )
         )
-    if sinks:
-        # The collective that the culprits keep others from: the one waited in for longest.
-        first = min(
-            (place for rank, place in waiting.items() if missing[rank] & set(sinks)), key=lambda p: p.waiting_since_s
-        )
-        who = [rank for rank in sinks if rank in missing[first.rank]] or sinks
-        doing = "; ".join(_doing(state, rank, places, now_s) for rank in who[:4])
-        text = f"{_ranks(who)} not entered {first.op} {first.group}#{first.seq}, in which"
-        others = sorted(rank for rank in waiting if waiting[rank].group == first.group)
-        text = f"{text} {_names(others)} waited for {now_s - first.waiting_since_s:.0f} s: {doing}"
-        stopped = [rank for rank in who if rank in state.ranks and state.ranks[rank].stopped]
-        if stopped:
-            pids = " ".join(str(state.ranks[rank].pid) for rank in stopped)
-            return _diagnosis(first, who, now_s, f"{text}. Let it go on: kill -CONT {pids}")
-        return _diagnosis(first, who, now_s, f"{text}. {_advice(state)}")
-    first = min(waiting.values(), key=lambda place: place.waiting_since_s)
-    if pointed_at:
-        edges = "; ".join(
-            f"rank {rank} in {place.op} {place.group}#{place.seq} for {_list(sorted(missing[rank]))}"
-            for rank, place in sorted(waiting.items())
-            if missing[rank]
-        )
-        text = f"ranks wait for each other in a circle: {edges}. Their collectives are in different orders. "
-        return _diagnosis(first, sorted(pointed_at), now_s, text + _advice(state))
-    text = (
-        f"all ranks have entered {first.op} {first.group}#{first.seq} and none has left it for "
-        f"{now_s - first.waiting_since_s:.0f} s: the transport between them is broken, or sizes differ. "
-    )
-    return _diagnosis(first, sorted(waiting), now_s, text + _advice(state))
-
-
-def _missing(state: RunState, place: _Place, places: dict[int, _Place]) -> set[int]:
-    """Return the members of the group that have not entered the collective that `place` waits in."""
-    whole = place.group == "world" or (place.group_size and place.group_size == state.info.world_size)
-    found = {
-        rank
-        for rank, other in places.items()
-        if rank != place.rank
-        and (whole or place.group in other.last_seq)
-        and other.last_seq.get(place.group, 0) < place.seq
-    }
-    if whole:
-        found |= {rank for rank, view in state.ranks.items() if view.finished is not None}
     return found
 
 
-def _place(state: RunState, view: RankView, now_s: float) -> _Place:
-    beat = view.heartbeat if view.heartbeat is not None else pb.Heartbeat()
-    place = _Place(
-        view.rank,
-        view.progress_s,
-        allowance_s(view),
-        now_s - view.heartbeat_s < _FRESH_S,
-        beat.phase,
-        beat.phase_since_s,
-        dict(beat.last_seq),
-        waiting_since_s=beat.waiting_since_s,
-    )
-    if match := _WAITING.match(beat.waiting_in):
-        place.op, place.group, place.seq = match["op"], match["group"], int(match["seq"])
-    ledger = read_ledger(state, view)
-    if ledger is None:
-        return place
-    found, newest_s = ledger
-    if found.step != view.step() or found.last_seq != place.last_seq or found.phase_since_s != beat.phase_since_s:
-        place.progress_s = max(place.progress_s, newest_s, found.phase_since_s, found.waiting_since_s)
-    place.fresh = True
-    place.phase, place.phase_since_s, place.last_seq = found.phase, found.phase_since_s, found.last_seq
-    place.allowance_s = allowance_s(view, found.phase)
-    waiting = found.waiting
-    place.op, place.group, place.seq, place.group_size = (
-        (waiting.op, waiting.group, waiting.seq, waiting.group_size) if waiting else ("", "", 0, 0)
-    )
-    place.waiting_since_s = found.waiting_since_s
-    return place
+def _dead(ranks: list[Observed], now_s: float) -> list[pb.Diagnosis]:
+    found = []
+    waiting = [rank for rank in ranks if rank.wait is not None and rank.process not in (DEAD, FINISHED)]
+    for rank in ranks:
+        if rank.process != DEAD:
+            continue
+        how = f"failed: {rank.error}" if rank.error else "is gone without a word (killed, or out of memory)"
+        wait = waiting[0].wait if waiting else None
+        waits = _waits(waiting, wait) if wait else ""
+        found.append(
+            pb.Diagnosis(
+                kind="dead_rank",
+                ranks=[rank.rank],
+                since_s=max(0.0, now_s - rank.last_seen_s),
+                message=f"rank {rank.rank} on {rank.node} (pid {rank.pid}) {how} after step {rank.step}{waits}; "
+                f"see rank{rank.rank}.log and the kernel's log",
+            )
+        )
+    return found
 
 
-def read_ledger(state: RunState, view: RankView) -> tuple[LedgerState, float] | None:
-    """Return what a rank's ledger says and when its newest collective was entered; None where there is none of it."""
-    try:
-        with LedgerReader.open(state.run.rank_ledger(view.rank)) as reader:
-            newest = reader.entry(reader.head())
-            found = reader.state()
-    except (OSError, LedgerUnreadable):
-        return None
-    return (found, newest.enqueued_s if newest is not None else 0.0) if found.pid == view.pid else None
+def _hang(state: RunState, ranks: list[Observed], now_s: float) -> list[pb.Diagnosis]:
+    limit_s = allowance_s(state, ranks)
+    stopped = [rank for rank in ranks if rank.process == STOPPED and now_s - rank.last_seen_s > min(limit_s, HANG_S)]
+    waiting = [
+        rank
+        for rank in ranks
+        if rank.process not in (DEAD, FINISHED) and rank.wait is not None and now_s - rank.wait.since_s > limit_s
+    ]
+    if not waiting and not stopped:
+        return []
+    if stopped:
+        others = [rank for rank in waiting if rank.process != STOPPED]
+        return [_stopped(stopped, others, now_s)]
+    return [_blame(state, ranks, waiting, now_s)]
 
 
-def _diagnosis(place: _Place, ranks: list[int], now_s: float, message: str) -> pb.Diagnosis:
-    return pb.Diagnosis(
-        kind="hang",
-        ranks=ranks,
-        collective=place.op,
-        group=place.group,
-        seq=place.seq,
-        since_s=max(0.0, now_s - place.waiting_since_s),
-        message=message,
+def _stopped(stopped: list[Observed], waiting: list[Observed], now_s: float) -> pb.Diagnosis:
+    pids = " ".join(str(rank.pid) for rank in stopped[:_NAMED])
+    wait = waiting[0].wait if waiting else None
+    waits = _waits(waiting, wait) if wait else ""
+    since_s = max(now_s - min(rank.last_seen_s for rank in stopped), 0.0)
+    return _told(
+        stopped,
+        wait,
+        since_s,
+        f"{_names(stopped)} {_are(stopped)} stopped by a signal{waits}; to let go on: kill -CONT {pids}",
     )
 
 
-def _doing(state: RunState, rank: int, places: dict[int, _Place], now_s: float) -> str:
-    if rank not in places:
-        return f"rank {rank} has ended"
-    if state.ranks[rank].stopped:
-        return f"rank {rank} (pid {state.ranks[rank].pid}) is stopped by a signal"
-    place = places[rank]
-    if not place.phase_since_s:
-        return f"rank {rank} has said nothing of its phase"
-    return f"rank {rank} has been in {place.phase or 'n/a'} for {now_s - place.phase_since_s:.0f} s"
+def _blame(state: RunState, ranks: list[Observed], waiting: list[Observed], now_s: float) -> pb.Diagnosis:
+    """Follow who waits for whom to those that are waited for and wait for none."""
+    missing: dict[int, set[int]] = {}
+    blocked = [rank for rank in ranks if rank.wait is not None and rank.process not in (DEAD, FINISHED)]
+    for rank in blocked:  # also who waits not yet too long: it is held up like the others
+        assert rank.wait is not None
+        missing[rank.rank] = {other.rank for other in ranks if other is not rank and _lacks(other, rank.wait)}
+    by_number = {rank.rank: rank for rank in ranks}
+    waited_for = set().union(*missing.values())
+    sinks = sorted(number for number in waited_for if not missing.get(number))
+    first = min(waiting, key=lambda rank: rank.wait.since_s if rank.wait else now_s)
+    assert first.wait is not None
+    since_s = now_s - first.wait.since_s
+    if sinks:
+        held = [rank for rank in blocked if missing[rank.rank] & set(sinks)]
+        # The collective that the culprit is missing in: the one that someone has waited for it in the longest.
+        wait = min((rank.wait for rank in held if rank.wait), key=lambda one: one.since_s)
+        culprits = [by_number[number] for number in sinks]
+        doing = culprits[0].phase or "an unknown phase"
+        return _told(
+            culprits,
+            wait,
+            now_s - wait.since_s,
+            f"{_names(culprits)} {_have(culprits)} not entered {wait.text()} (last known in {doing}, after step "
+            f"{culprits[0].step}); {_names(held)} wait{'s' * (len(held) == 1)} there; distui control "
+            f"{state.run.run_id} stacks shows where",
+        )
+    if waited_for:
+        cycle = [by_number[number] for number in sorted(waited_for)]
+        places = "; ".join(f"rank {rank.rank} in {rank.wait.text()}" for rank in cycle[:_NAMED] if rank.wait)
+        return _told(
+            cycle,
+            first.wait,
+            since_s,
+            f"ranks wait for each other in a circle: {places}; they call collectives in another order",
+        )
+    return _all_joined(state.run, ranks, waiting, first.wait, since_s)
 
 
-def _advice(state: RunState) -> str:
-    return f"See where: distui control {state.run.run_id} stacks"
+def _all_joined(
+    run: RunFolder, ranks: list[Observed], waiting: list[Observed], wait: Wait, since_s: float
+) -> pb.Diagnosis:
+    brought = {
+        rank: (entry.op, entry.num_bytes) for rank, entry in entries_at(run, wait.group, wait.seq, ranks).items()
+    }
+    differs = compare(wait.group, wait.seq, brought)
+    if differs is not None:
+        blamed = [rank for rank in ranks if rank.rank in differs[3]]
+        told = _told(
+            blamed,
+            wait,
+            since_s,
+            f"ranks disagree on #{wait.seq} of {wait.group}: {differs[4]}; look for a branch that not all ranks take",
+        )
+        told.kind = "mismatch"
+        return told
+    return _told(
+        waiting,
+        wait,
+        since_s,
+        f"all ranks have entered {wait.text()} and it does not end: the network or the backend is stuck; "
+        f"distui control {run.run_id} stacks shows where",
+    )
 
 
-def _list(ranks: list[int]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:8])
-    return f"{shown}, ... ({len(ranks)})" if len(ranks) > 8 else shown
+def _lacks(rank: Observed, wait: Wait) -> bool:
+    """Tell whether a rank has not entered the collective; one that never used the group is of another one or late."""
+    if not wait.group:
+        return rank.wait is None
+    return rank.last_seq.get(wait.group, 0) < wait.seq
 
 
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {_list(ranks)} have"
+def _told(blamed: list[Observed], wait: Wait | None, since_s: float, message: str) -> pb.Diagnosis:
+    told = pb.Diagnosis(kind="hang", ranks=[rank.rank for rank in blamed], since_s=max(0.0, since_s), message=message)
+    if wait is not None:
+        told.collective, told.group, told.seq = wait.op, wait.group, wait.seq
+    return told
 
 
-def _names(ranks: list[int]) -> str:
-    return f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {_list(ranks)} have"
+def _names(ranks: list[Observed]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0].rank} on {ranks[0].node}"
+    shown = ", ".join(str(rank.rank) for rank in ranks[:_NAMED])
+    return f"ranks {shown}" + (f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else "")
+
+
+def _waits(ranks: list[Observed], wait: Wait) -> str:
+    return f"; {_names(ranks)} wait{'s' * (len(ranks) == 1)} in {wait.text()}"
+
+
+def _are(ranks: list[Observed]) -> str:
+    return "is" if len(ranks) == 1 else "are"
+
+
+def _have(ranks: list[Observed]) -> str:
+    return "has" if len(ranks) == 1 else "have"

@@ -1,10 +1,10 @@
-"""Samples this node: processors, memory, network by psutil, GPUs by NVML where there are any."""
+"""What this node's processors, memory, network and GPUs do. What cannot be read is absent, never 0."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 
@@ -13,80 +13,57 @@ from distui.proto import telemetry_pb2 as pb
 _log = logging.getLogger("distui.daemon")
 
 
-class GpuDriver(Protocol):
-    """Where GPU readings come from; a test puts its own here."""
+class HardwareSampler:
+    """Reads the node; make one and call `sample` about once a second."""
 
-    def sample(self) -> list[pb.Gpu]:
-        """Return a reading of each GPU; a value that the driver does not give is absent."""
+    def __init__(self) -> None:
+        """Begin the first interval of CPU time, and look for GPUs."""
+        psutil.cpu_percent()  # the first call only sets the start of the interval
+        self._nvml, self._gpus = _open_nvml()
 
-
-class NvmlDriver:
-    """Reads NVIDIA GPUs."""
-
-    def __init__(self, nvml: Any) -> None:
-        """Take the initialised pynvml module."""
-        self._nvml = nvml
-        self._handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        self._names = [_text(nvml.nvmlDeviceGetName(handle)) for handle in self._handles]
-
-    def sample(self) -> list[pb.Gpu]:
-        """Return a reading of each GPU."""
-        return [self._gpu(index, handle) for index, handle in enumerate(self._handles)]
+    def sample(self) -> pb.HardwareSample:
+        """Return what the node does now; takes some milliseconds with GPUs."""
+        memory, network = psutil.virtual_memory(), psutil.net_io_counters()
+        found = pb.HardwareSample(
+            cpu_percent=psutil.cpu_percent(),
+            memory_used_bytes=memory.total - memory.available,
+            memory_total_bytes=memory.total,
+            gpus=[self._gpu(index, handle) for index, handle in self._gpus],
+        )
+        if network is not None:
+            found.network_sent_bytes, found.network_received_bytes = network.bytes_sent, network.bytes_recv
+        return found
 
     def _gpu(self, index: int, handle: Any) -> pb.Gpu:
         nvml = self._nvml
-        gpu = pb.Gpu(index=index, name=self._names[index])
-        if (utilization := self._read(nvml.nvmlDeviceGetUtilizationRates, handle)) is not None:
-            gpu.utilization_percent = utilization.gpu
-        if (memory := self._read(nvml.nvmlDeviceGetMemoryInfo, handle)) is not None:
-            gpu.memory_used_bytes, gpu.memory_total_bytes = memory.used, memory.total
-        if (power_mw := self._read(nvml.nvmlDeviceGetPowerUsage, handle)) is not None:
-            gpu.power_w = power_mw / 1000
-        if (celsius := self._read(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)) is not None:
-            gpu.temperature_c = celsius
-        return gpu
+        name = self._ask(nvml.nvmlDeviceGetName, handle) or ""
+        found = pb.Gpu(index=index, name=name.decode() if isinstance(name, bytes) else name)
+        if (rates := self._ask(nvml.nvmlDeviceGetUtilizationRates, handle)) is not None:
+            found.utilization_percent = rates.gpu
+        if (memory := self._ask(nvml.nvmlDeviceGetMemoryInfo, handle)) is not None:
+            found.memory_used_bytes, found.memory_total_bytes = int(memory.used), int(memory.total)
+        if (power_mw := self._ask(nvml.nvmlDeviceGetPowerUsage, handle)) is not None:
+            found.power_w = power_mw / 1000
+        if (celsius := self._ask(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)) is not None:
+            found.temperature_c = celsius
+        return found
 
-    def _read(self, query: Callable[..., Any], *arguments: Any) -> Any:
+    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what NVML answers; None where this GPU or driver cannot tell."""
         try:
-            return query(*arguments)
+            return function(*arguments)
         except self._nvml.NVMLError:
-            return None  # this GPU does not tell; shown as n/a
+            return None
 
 
-def open_gpu_driver() -> GpuDriver | None:
-    """Return the driver of this node's GPUs; None where there are none."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
+def _open_nvml() -> tuple[Any, list[tuple[int, Any]]]:
+    """Return NVML and the GPUs it sees; (None, []) where there is no NVIDIA driver."""
+    import pynvml
+
     try:
         pynvml.nvmlInit()
-        return NvmlDriver(pynvml)
+        count = pynvml.nvmlDeviceGetCount()
+        return pynvml, [(index, pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
     except pynvml.NVMLError as error:
-        _log.info("no NVIDIA GPUs: %s", error)
-        return None
-
-
-class HardwareSampler:
-    """Takes one sample after the other; the processors' load is that since the one before."""
-
-    def __init__(self, gpus: GpuDriver | None) -> None:
-        self._gpus = gpus
-        psutil.cpu_percent(None)
-
-    def sample(self) -> pb.HardwareSample:
-        """Return a sample of now."""
-        memory = psutil.virtual_memory()
-        sample = pb.HardwareSample(
-            cpu_percent=psutil.cpu_percent(None),
-            memory_used_bytes=memory.total - memory.available,
-            memory_total_bytes=memory.total,
-            gpus=self._gpus.sample() if self._gpus is not None else [],
-        )
-        if (network := psutil.net_io_counters()) is not None:
-            sample.network_sent_bytes, sample.network_received_bytes = network.bytes_sent, network.bytes_recv
-        return sample
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+        _log.info("no GPUs are sampled: %s", error)
+        return None, []

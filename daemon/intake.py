@@ -1,58 +1,91 @@
-"""Telemetry.Publish: takes the ranks' batches, keeps them, and says so."""
+"""The Telemetry service: takes the batches of ranks and launchers, keeps them, acknowledges."""
 
 from __future__ import annotations
 
-import logging
+import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 
-from distui.core.errors import UserError
-from distui.daemon.registry import Runs
-from distui.daemon.state import DAEMON
-from distui.daemon.store import StoreBusy
+from distui.core.paths import RunFolder
+from distui.daemon.live import LiveRun, LiveRuns
 from distui.proto import telemetry_pb2 as pb
-from distui.proto.telemetry_pb2_grpc import TelemetryServicer
+from distui.proto import telemetry_pb2_grpc as rpc
 
-_log = logging.getLogger("distui.daemon")
-MAX_RANK = 1_000_000
+MAX_BATCH_BYTES = 8 << 20
+MAX_RANKS = 1 << 16
+"""More than any job has: a source that says otherwise is mistaken, and would cost memory by the rank."""
 
 
-class Intake(TelemetryServicer):  # type: ignore[misc]
-    """Acknowledges a batch once it is in the run's file; a resent one is acknowledged and not kept twice."""
+class Malformed(Exception):
+    """A batch that cannot be taken, and why."""
 
-    def __init__(self, runs: Runs) -> None:
+
+class Telemetry(rpc.TelemetryServicer):
+    """Serves Publish."""
+
+    def __init__(self, runs: LiveRuns) -> None:
         self._runs = runs
 
-    async def Publish(  # noqa: N802
-        self, request_iterator: AsyncIterator[pb.Batch], context: grpc.aio.ServicerContext[pb.Batch, pb.Ack]
+    async def Publish(
+        self, batches: AsyncIterator[pb.Batch], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.Ack]:
-        """Answer each batch with the sequence number up to which its source is kept."""
-        async for batch in request_iterator:
-            if problem := malformed(batch):
-                _log.warning("a batch was refused: %s", problem)
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
-            try:
-                yield pb.Ack(seq=await self._runs.take(batch))
-            except UserError as error:
-                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-            except StoreBusy as error:
-                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-            except OSError as error:
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"telemetry cannot be kept: {error}")
+        """Acknowledge each batch once it is in the run's file; end with the source's stream."""
+        live: LiveRun | None = None
+        where = ""
+        try:
+            async for batch in batches:
+                try:
+                    check(batch)
+                    if live is None or batch.run_dir != where:
+                        folder = run_folder(batch)
+                        if live is not None:
+                            live.num_publishers -= 1
+                            live = None
+                        live, where = await self._runs.open(folder), batch.run_dir
+                        live.num_publishers += 1
+                except Malformed as error:
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                last = batch.records[-1].seq if batch.records else live.state.kept_seq(batch.source)
+                if live.keep(batch):
+                    await asyncio.to_thread(live.flush)
+                yield pb.Ack(seq=last)
+        finally:
+            if live is not None:
+                live.num_publishers -= 1
 
 
-def malformed(batch: pb.Batch) -> str:
-    """Return what is wrong with a batch; "" where nothing is."""
-    folder = Path(batch.run_dir)
-    if not batch.run_id or folder.name != batch.run_id or not folder.is_absolute() or ".." in folder.parts:
-        return f"run_dir {batch.run_dir!r} is not the absolute path of a folder named run_id {batch.run_id!r}"
-    if not DAEMON <= batch.source.rank <= MAX_RANK:
-        return f"rank {batch.source.rank} is not within {DAEMON} to {MAX_RANK}"
+def check(batch: pb.Batch) -> None:
+    """Raise Malformed unless the batch is what the contract says."""
+    if not batch.run_id or not batch.run_dir:
+        raise Malformed("a batch must name its run_id and run_dir")
+    if not -1 <= batch.source.rank < MAX_RANKS:
+        raise Malformed(f"rank {batch.source.rank} is no rank and no launcher")
+    if not batch.source.incarnation:
+        raise Malformed("a source must give its incarnation")
     last = 0
     for record in batch.records:
         if record.seq <= last:
-            return f"seq {record.seq} comes after {last}: they must ascend from 1"
+            raise Malformed(f"record {record.seq} follows record {last}: sequence numbers must ascend from 1")
         last = record.seq
-    return ""
+        if max(record.rank_started.world_size, record.run_started.world_size) > MAX_RANKS:
+            raise Malformed(f"record {last}: a world of more than {MAX_RANKS} ranks")
+
+
+def run_folder(batch: pb.Batch) -> RunFolder:
+    """Return the folder that a batch names. Raises: Malformed where that is no run's folder of this user."""
+    path = Path(batch.run_dir)
+    if not path.is_absolute():
+        raise Malformed(f"run_dir {batch.run_dir!r} is not absolute")
+    try:
+        path = path.resolve(strict=True)
+        found = path.stat()
+    except OSError as error:
+        raise Malformed(f"run_dir {batch.run_dir!r}: {error}") from error
+    if not path.is_dir() or found.st_uid != os.getuid():
+        raise Malformed(f"run_dir {batch.run_dir!r} is not a folder of user {os.getuid()}")
+    if path.name != batch.run_id:
+        raise Malformed(f"run_dir {batch.run_dir!r} is not the folder of run {batch.run_id!r}")
+    return RunFolder(path)

@@ -1,123 +1,149 @@
-"""Monitor: what watchers read."""
+"""The Monitor service: what watchers read."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
-from importlib.metadata import version
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib.metadata import PackageNotFoundError, version
 
 import grpc
 import psutil
 
 from distui.core.errors import UserError
-from distui.daemon.registry import KeptRun, Runs
+from distui.core.paths import RunFolder
+from distui.daemon.live import LiveRun, LiveRuns
+from distui.daemon.runs import FINAL_STATES, read_info
+from distui.daemon.snapshot import UNHEARD_S
 from distui.proto import telemetry_pb2 as pb
-from distui.proto.telemetry_pb2_grpc import MonitorServicer
+from distui.proto import telemetry_pb2_grpc as rpc
 
+INTERVAL_S = 0.5
+MIN_INTERVAL_S = 0.05
+MAX_POINTS = 2000
+LOG_BYTES = 64 << 10
 MAX_LOG_BYTES = 1 << 20
-DEFAULT_LOG_BYTES = 65536
-_MIN_INTERVAL_S = 0.05
-_DEFAULT_INTERVAL_S = 0.5
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Monitor(MonitorServicer):  # type: ignore[misc]
-    """Serves runs from memory, and those that have ended from disk."""
+async def found(search: Awaitable[LiveRun], context: grpc.aio.ServicerContext) -> LiveRun:
+    """Return the run that was asked for, or end the call with NOT_FOUND and the near names."""
+    try:
+        return await search
+    except UserError as error:
+        await context.abort(grpc.StatusCode.NOT_FOUND, f"{error.what}: {error.why}; {error.fix}")
+        raise  # not reached: abort raises
 
-    def __init__(self, runs: Runs) -> None:
-        self._runs = runs
-        self._process = psutil.Process()
+
+class Monitor(rpc.MonitorServicer):
+    """Serves runs from memory and, where they have ended long ago, from disk."""
+
+    def __init__(self, runs: LiveRuns, on_use: Callable[[], None]) -> None:
+        """Read `runs`; `on_use` is called whenever somebody asks."""
+        self._runs, self._on_use = runs, on_use
         self._started_s = time.time()
-        self.num_watchers = 0
+        self._process = psutil.Process()
 
-    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:  # noqa: N802
-        """Return the runs kept on this node, newest first."""
-        folders = self._runs.folders()
-        response = pb.ListRunsResponse()
-        for folder in folders[: request.limit or None]:
-            response.runs.append((await self._runs.load(folder)).state.info)
-        return response
+    async def ListRuns(self, request: pb.ListRunsRequest, context: grpc.aio.ServicerContext) -> pb.ListRunsResponse:
+        """Return the runs, newest first."""
+        self._on_use()
+        folders = await asyncio.to_thread(self._runs.folders)
+        chosen = folders[: request.limit] if request.limit else folders
+        return pb.ListRunsResponse(runs=[await self._info(folder) for folder in chosen])
 
-    async def GetSnapshot(self, request: pb.SnapshotRequest, context: Context) -> pb.Snapshot:  # noqa: N802
-        """Return one run's snapshot."""
-        kept = await self._find(request.run_id, context)
-        return kept.current()
+    async def _info(self, folder: RunFolder) -> pb.RunInfo:
+        live = self._runs.runs.get(folder.path)
+        if live is None:
+            info = read_info(folder)
+            if info.state in FINAL_STATES:
+                return info
+            if not any(folder.telemetry.glob("*.log")) and time.time() - info.started_s > UNHEARD_S:
+                info.state = "failed"
+                return info
+            live = await self._runs.open(folder)
+        return live.snapshot().run
 
-    async def Watch(  # noqa: N802
-        self, request: pb.WatchRequest, context: Context
-    ) -> AsyncIterator[pb.Update]:
-        """Send all of the run, then what is new at each interval, until it has ended.
+    async def GetSnapshot(self, request: pb.SnapshotRequest, context: grpc.aio.ServicerContext) -> pb.Snapshot:
+        """Return a run as it is now."""
+        self._on_use()
+        return (await found(self._runs.find(request.run_id), context)).snapshot()
 
-        An update is built when the one before has been taken, so a slow watcher costs nothing.
-        """
-        kept = await self._find(request.run_id, context)
-        interval_s = max(request.interval_s or _DEFAULT_INTERVAL_S, _MIN_INTERVAL_S)
-        self.num_watchers += 1
+    async def Watch(self, request: pb.WatchRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.Update]:
+        """Yield what is kept of the run, then what is new at each interval, until it has ended."""
+        self._on_use()
+        live = await found(self._runs.find(request.run_id), context)
+        interval_s = max(request.interval_s or INTERVAL_S, MIN_INTERVAL_S)
+        state = live.state
+        live.num_watchers += 1
         try:
-            state = kept.state
-            steps = state.history.thinned(request.max_points)
-            events, metrics = state.events.after(0), state.metrics.after(0)
+            snapshot = live.snapshot()  # first: it sums up the last steps of a run that has ended
+            update = pb.Update(
+                snapshot=snapshot,
+                steps=state.steps.history.all(request.max_points or MAX_POINTS),
+                events=state.events.all(),
+                metrics=state.metrics.all(request.max_points or MAX_POINTS),
+                server_time_s=time.time(),
+            )
             while True:
-                cursor = (state.history.serial, state.events.serial, state.metrics.serial)
-                final = state.is_final()
-                yield pb.Update(
-                    snapshot=kept.current(), steps=steps, events=events, metrics=metrics, server_time_s=time.time()
-                )
-                if final:
+                marks = state.steps.history.head, state.events.head, state.metrics.head
+                yield update
+                if snapshot.run.state in FINAL_STATES:
                     return
                 await asyncio.sleep(interval_s)
-                if kept.state is not state:  # read again from disk: begin anew
-                    state, cursor = kept.state, (0, 0, 0)
-                steps = state.history.after(cursor[0])
-                events, metrics = state.events.after(cursor[1]), state.metrics.after(cursor[2])
+                snapshot = live.snapshot()
+                update = pb.Update(
+                    snapshot=snapshot,
+                    steps=state.steps.history.after(marks[0]),
+                    events=state.events.after(marks[1]),
+                    metrics=state.metrics.after(marks[2]),
+                    server_time_s=time.time(),
+                )
         finally:
-            self.num_watchers -= 1
+            live.num_watchers -= 1
+            live.used_s = time.monotonic()
+            self._on_use()
 
-    async def ReadLog(self, request: pb.ReadLogRequest, context: Context) -> pb.ReadLogResponse:  # noqa: N802
-        """Return a piece of a rank's log, or of the launcher's (-1); empty where there is none yet."""
-        kept = await self._find(request.run_id, context)
-        if request.rank < -1:
-            await _abort(
-                context, grpc.StatusCode.INVALID_ARGUMENT, f"rank {request.rank} has no log; -1 is the launcher"
+    async def ReadLog(self, request: pb.ReadLogRequest, context: grpc.aio.ServicerContext) -> pb.ReadLogResponse:
+        """Return a piece of a log; nothing where it is not begun yet."""
+        self._on_use()
+        live = await found(self._runs.find(request.run_id), context)
+        if request.rank < -1 or request.rank >= live.state.world_size():
+            last = live.state.world_size() - 1
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, f"no rank {request.rank}: ranks are 0 to {last}, -1 is the launcher"
             )
-        path = kept.folder.logs / "launcher.log" if request.rank < 0 else kept.folder.rank_log(request.rank)
-        num_bytes = min(request.max_bytes or DEFAULT_LOG_BYTES, MAX_LOG_BYTES)
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                start = request.offset if request.offset >= 0 else max(0, size + request.offset)
-                file.seek(min(start, size))
-                data = file.read(num_bytes)
-        except FileNotFoundError:
-            return pb.ReadLogResponse()
-        except OSError as error:
-            await _abort(context, grpc.StatusCode.UNAVAILABLE, f"{path}: {error}")
-        return pb.ReadLogResponse(data=data, next_offset=min(start, size) + len(data), size=size)
+        return await asyncio.to_thread(_read_log, live.run, request)
 
-    async def GetDaemonInfo(self, request: pb.DaemonInfoRequest, context: Context) -> pb.DaemonInfo:  # noqa: N802
-        """Return what the daemon itself costs."""
+    async def GetDaemonInfo(self, request: pb.DaemonInfoRequest, context: grpc.aio.ServicerContext) -> pb.DaemonInfo:
+        """Return what the daemon is and what it costs."""
         times = self._process.cpu_times()
         return pb.DaemonInfo(
-            version=version("distui"),
+            version=own_version(),
             pid=os.getpid(),
             started_s=self._started_s,
             cpu_s=times.user + times.system,
             rss_bytes=self._process.memory_info().rss,
-            num_runs=len(self._runs),
-            num_watchers=self.num_watchers,
+            num_runs=len(self._runs.runs),
+            num_watchers=self._runs.num_watchers(),
         )
 
-    async def _find(self, run_id: str, context: Context) -> KeptRun:
-        try:
-            return await self._runs.find(run_id)
-        except UserError as error:
-            await _abort(context, grpc.StatusCode.NOT_FOUND, f"{error}; {error.fix}")
+
+def own_version() -> str:
+    """Return distui's version; "unknown" where it runs without being installed."""
+    try:
+        return version("distui")
+    except PackageNotFoundError:
+        return "unknown"
 
 
-async def _abort(context: Context, code: grpc.StatusCode, details: str) -> NoReturn:
-    await context.abort(code, details)
-    raise AssertionError("abort raises")
+def _read_log(run: RunFolder, request: pb.ReadLogRequest) -> pb.ReadLogResponse:
+    path = run.logs / "launcher.log" if request.rank < 0 else run.rank_log(request.rank)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = max(0, size + request.offset) if request.offset < 0 else min(request.offset, size)
+            file.seek(start)
+            data = file.read(min(request.max_bytes or LOG_BYTES, MAX_LOG_BYTES))
+    except FileNotFoundError:
+        return pb.ReadLogResponse()
+    return pb.ReadLogResponse(data=data, next_offset=start + len(data), size=max(size, start + len(data)))

@@ -1,10 +1,4 @@
-"""The daemon: one asyncio loop that serves gRPC on a Unix socket and looks after the runs.
-
-                ranks ──Publish──> Intake ──> Runs ──> RunLog (disk)
-                                               │ └───> RunState (memory)
-watchers <──Watch, GetSnapshot── Monitor <─────┘
-watchers ──Execute──> Control ──ZeroMQ──> ranks' side threads
-"""
+"""The daemon of a node: one event loop that serves telemetry, watchers and control on Unix sockets."""
 
 from __future__ import annotations
 
@@ -14,148 +8,149 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from distui.core.errors import UserError
-from distui.core.paths import control_socket, daemon_socket
+from distui.core.paths import control_socket, daemon_socket, socket_path
 from distui.daemon.control import Control, ControlBus
-from distui.daemon.hardware import HardwareSampler, open_gpu_driver
-from distui.daemon.intake import Intake
+from distui.daemon.hardware import HardwareSampler
+from distui.daemon.intake import MAX_BATCH_BYTES, Telemetry
+from distui.daemon.live import LiveRuns
 from distui.daemon.monitor import Monitor
-from distui.daemon.registry import Runs
 from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
-REFRESH_S = 0.5
-HARDWARE_S = 1.0
-SYNC_S = 1.0
-MAX_MESSAGE_BYTES = 16 << 20
-_GRACE_S = 1.0
-_SERVICES = ("Telemetry", "Monitor", "Control")
+TICK_S = 1.0
+GRACE_S = 0.5
+"""What open streams get when the daemon ends; ranks go on with the next daemon."""
+SERVICES = ("distui.v1.Telemetry", "distui.v1.Monitor", "distui.v1.Control")
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_BATCH_BYTES),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.so_reuseport", 0),
+]
 _log = logging.getLogger("distui.daemon")
 
 
-class AlreadyRunning(UserError):
-    """Another daemon of this user serves this node."""
+def claim_node(patience_s: float = 0.0) -> int:
+    """Take the lock that one daemon a user and node holds; return its descriptor, to be kept open.
 
-    def __init__(self, socket: Path) -> None:
-        super().__init__("a daemon is running already", f"it serves {socket}", "use it, or stop it first")
-
-    def __reduce__(self) -> tuple[type[AlreadyRunning], tuple[Path]]:
-        return type(self), (daemon_socket(),)
+    Raises: UserError where another daemon has it, and does not end within `patience_s`.
+    """
+    path = socket_path("daemon.lock")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() < deadline:
+                time.sleep(0.02)  # a lock with a deadline: flock itself has none
+                continue
+            pid = os.pread(descriptor, 32, 0).decode().strip()
+            os.close(descriptor)
+            raise UserError(
+                "a daemon is running already", f"pid {pid} holds {path}", f"use it, or end it first: kill {pid}"
+            ) from error
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
 
 
 class Daemon:
-    """Serves until a signal comes or it has been idle for `idle_s` (0: until a signal)."""
+    """Everything that one daemon process holds."""
 
     def __init__(self, idle_s: float) -> None:
+        """End by itself after `idle_s` seconds in which nobody needs it; 0: never."""
         self._idle_s = idle_s
-        self._end = asyncio.Event()
-        self._runs = Runs()
-        self._monitor = Monitor(self._runs)
-        self._socket = daemon_socket()
+        self._runs = LiveRuns()
+        self._ended = asyncio.Event()
+        self._used_s = time.monotonic()
 
-    async def run(self) -> None:
-        """Serve. Raises: AlreadyRunning."""
-        lock = _lock(self._socket)
-        try:
-            await self._serve()
-        finally:
-            os.close(lock)
+    def end(self) -> None:
+        """Have `serve` return."""
+        self._ended.set()
 
-    async def _serve(self) -> None:
-        server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", 256 << 20),
-                ("grpc.so_reuseport", 0),
-            ]
-        )
-        bus = ControlBus(control_socket())
-        rpc.add_TelemetryServicer_to_server(Intake(self._runs), server)
-        rpc.add_MonitorServicer_to_server(self._monitor, server)
-        rpc.add_ControlServicer_to_server(Control(self._runs, bus), server)
-        health = HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(health, server)
-        names = [pb.DESCRIPTOR.services_by_name[name].full_name for name in _SERVICES]
-        reflection.enable_server_reflection(
-            (*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server
-        )
-
-        self._socket.unlink(missing_ok=True)  # the lock is ours: whoever left it is gone
-        before = os.umask(0o177)
-        try:
-            server.add_insecure_port(f"unix:{self._socket}")
-            await server.start()
-        finally:
-            os.umask(before)
-        for name in ("", *names):
-            await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end.set)
-        duties = [bus.serve(), self._refresh(), self._sample(), self._sync()]
-        tasks = [asyncio.create_task(duty) for duty in duties]
+    async def serve(self, on_ready: Callable[[], None]) -> None:
+        """Serve until `end` is called or nobody needs the daemon any more; `on_ready` is called when it answers."""
+        socket, bus_socket = daemon_socket(), control_socket()
+        for stale in (socket, bus_socket):  # nobody listens there: we hold the lock
+            stale.unlink(missing_ok=True)
+        bus = ControlBus(bus_socket)
+        server = grpc.aio.server(options=_OPTIONS)
+        rpc.add_TelemetryServicer_to_server(Telemetry(self._runs), server)
+        rpc.add_MonitorServicer_to_server(Monitor(self._runs, self._use), server)
+        rpc.add_ControlServicer_to_server(Control(self._runs, bus, self._use), server)
+        status = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        health_pb2_grpc.add_HealthServicer_to_server(status, server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        server.add_insecure_port(f"unix:{socket}")
+        await server.start()
+        for used in (socket, bus_socket):
+            os.chmod(used, 0o600)
+        for service in ("", *SERVICES):
+            await status.set(service, health_pb2.HealthCheckResponse.SERVING)
+        tasks = [asyncio.create_task(work) for work in (bus.serve(), self._look_after())]
         for task in tasks:
-            task.add_done_callback(self._ended)
-        _log.info("pid %d serves %s", os.getpid(), self._socket)
+            task.add_done_callback(self._task_ended)
+        _log.info("serving on %s", socket)
+        on_ready()
         try:
-            await self._end.wait()
+            await self._ended.wait()
         finally:
-            self._socket.unlink(missing_ok=True)
-            await server.stop(_GRACE_S)
+            _log.info("ending")
+            await status.enter_graceful_shutdown()
+            await server.stop(GRACE_S)
             for task in tasks:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
-            self._runs.close()
             bus.close()
-        _log.info("ended")
+            await asyncio.to_thread(self._runs.close)
+            for used in (socket, bus_socket):
+                used.unlink(missing_ok=True)
         for result in results:
             if isinstance(result, Exception):
                 raise result
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("a bug ends the daemon", exc_info=error)
-            self._end.set()
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self._ended.set()  # it never returns: it has failed, and `serve` raises what it raised
 
-    async def _refresh(self) -> None:
-        idle_since = time.monotonic()
+    def _use(self) -> None:
+        self._used_s = time.monotonic()
+
+    async def _look_after(self) -> None:
+        """Once a second: sample the hardware, look after the runs, flush, and see whether anybody is there."""
+        sampler = await asyncio.to_thread(HardwareSampler)
+        next_s = time.monotonic()
         while True:
-            self._runs.refresh()
-            if self._runs.is_busy() or self._monitor.num_watchers:
-                idle_since = time.monotonic()
-            elif self._idle_s and time.monotonic() - idle_since >= self._idle_s:
-                _log.info("idle for %.0f s", self._idle_s)
-                self._end.set()
-            await asyncio.sleep(min(REFRESH_S, self._idle_s / 2 if self._idle_s else REFRESH_S))
-
-    async def _sample(self) -> None:
-        sampler = HardwareSampler(await asyncio.to_thread(open_gpu_driver))
-        while True:
-            if self._runs.live():
-                sample = await asyncio.to_thread(sampler.sample)
-                self._runs.set_hardware(sample, time.time())
-            await asyncio.sleep(HARDWARE_S)
-
-    async def _sync(self) -> None:
-        while True:
-            await self._runs.wait_urgent(SYNC_S)
-            await self._runs.sync()
+            next_s = max(next_s + TICK_S, time.monotonic())
+            await asyncio.sleep(next_s - time.monotonic())
+            live = [run for run in self._runs.runs.values() if run.alive()]
+            if live:
+                hardware = await asyncio.to_thread(sampler.sample)
+                for run in live:
+                    run.say(pb.Record(hardware=hardware))
+            self._runs.tick()
+            await asyncio.to_thread(self._runs.flush)
+            if live or self._runs.num_watchers():
+                self._use()
+            elif self._idle_s and time.monotonic() - self._used_s >= self._idle_s:
+                _log.info("nobody has needed the daemon for %g s", self._idle_s)
+                self.end()
 
 
-def _lock(socket: Path) -> int:
-    """Take the lock that one daemon a runtime folder holds; it goes with the process, however that ends."""
-    descriptor = os.open(socket.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise AlreadyRunning(socket) from error
-    return descriptor
+async def run_daemon(idle_s: float, on_ready: Callable[[Path], None]) -> None:
+    """Serve on this node until SIGTERM, SIGINT or idleness; `on_ready` gets the socket when it answers."""
+    daemon = Daemon(idle_s)
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, daemon.end)
+    await daemon.serve(lambda: on_ready(daemon_socket()))

@@ -1,102 +1,138 @@
-"""Starts the daemon where none answers. Import it late: it loads grpc."""
+"""Finding this node's daemon, and starting one where there is none."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import select
+import socket as sockets
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # before grpc is imported
-
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
+import distui
 from distui.core.errors import DaemonUnavailable
-from distui.core.paths import JOB_ENV, daemon_socket, socket_path, state_dir
+from distui.core.paths import JOB_ENV, daemon_socket, runtime_dir, socket_path
 
-_OPTIONS = [
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 100),
-]
-_PROBE_S = 2.0
-_TAIL_BYTES = 2000
-_RANK_ENV = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def channel(socket: Path) -> grpc.Channel:
-    """Return a channel to the daemon on `socket`; close it."""
-    return grpc.insecure_channel(f"unix:{socket}", options=_OPTIONS)
+CHECK_S = 2.0
+MAX_LOG_BYTES = 1 << 20
+_TAIL_LINES = 5
 
 
 def daemon_alive() -> bool:
-    """Tell whether a daemon of this user answers on this node."""
-    return _answers(daemon_socket(), _PROBE_S, wait=False)
-
-
-def ensure_daemon(timeout_s: float = 10) -> Path:
-    """Return the socket of a daemon that answers; start one where none does.
-
-    Raises: DaemonUnavailable, with the end of its log, where it does not come up within `timeout_s`.
-    """
+    """Tell whether a daemon answers on this node's socket."""
     socket = daemon_socket()
-    if daemon_alive():
-        return socket
-    deadline = time.monotonic() + timeout_s
-    with open(socket_path("spawn.lock"), "w", encoding="ascii") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two launches start one daemon
-        if daemon_alive():
-            return socket
-        process = _start()
-        while (left_s := deadline - time.monotonic()) > 0:
-            # The health call waits for the socket itself; now and then see whether the process has given up.
-            if _answers(socket, min(left_s, 0.5), wait=True):
-                return socket
-            if process.poll() is not None and not _answers(socket, min(left_s, 0.5), wait=True):
-                break
-    status = process.poll()
-    ended = f"it ended with exit status {status}" if status is not None else f"it does not answer after {timeout_s:g} s"
-    raise DaemonUnavailable(f"no daemon could be started: {ended}. The end of {_log_path()}:\n{_tail()}")
-
-
-def _answers(socket: Path, timeout_s: float, wait: bool) -> bool:
-    if not wait and not socket.exists():
-        return False
-    with channel(socket) as opened:
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
+        probe.settimeout(CHECK_S)
         try:
-            reply = health_pb2_grpc.HealthStub(opened).Check(
-                health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=wait
-            )
+            probe.connect(os.fspath(socket))
+        except OSError:
+            return False  # nobody listens; found out without loading grpc
+    return _serving(socket)
+
+
+def _serving(socket: Path) -> bool:
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(f"unix:{socket}", options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=CHECK_S)
         except grpc.RpcError:
             return False
-    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _start() -> subprocess.Popen[bytes]:
-    environ = {name: value for name, value in os.environ.items() if name != JOB_ENV and name not in _RANK_ENV}
-    state_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(_log_path(), "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "distui.daemon"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd="/",
-            env=environ,
-            start_new_session=True,
-        )
+def log_path() -> Path:
+    """Return the log of the daemons that `ensure_daemon` starts."""
+    return runtime_dir() / "daemon.log"
 
 
-def _log_path() -> Path:
-    return state_dir() / "daemon.log"
+def ensure_daemon(timeout_s: float = 10.0) -> Path:
+    """Return the socket of this node's daemon, started in the background where none answers.
+
+    Raises: DaemonUnavailable, with the end of its log, where it does not answer within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    if daemon_alive():
+        return daemon_socket()
+    with _starting(deadline):
+        if not daemon_alive():  # somebody else may have started it while we waited for the lock
+            _start(deadline, timeout_s)
+    return daemon_socket()
 
 
-def _tail() -> str:
+@contextmanager
+def _starting(deadline: float) -> Iterator[None]:
+    """Hold the lock of those who start a daemon."""
+    descriptor = os.open(socket_path("daemon.start.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        return _log_path().read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
-    except OSError as error:
-        return str(error)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DaemonUnavailable("another process has been starting the daemon for too long") from None
+                time.sleep(0.02)  # a lock with a deadline: flock itself has none
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _start(deadline: float, timeout_s: float) -> None:
+    path = log_path()
+    if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
+        path.replace(path.with_suffix(".log.1"))
+    reader, writer = os.pipe()
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as log:
+            subprocess.run(
+                [sys.executable, "-m", "distui.daemon", "--detach", "--ready-fd", str(writer)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[writer],
+                cwd=runtime_dir(),
+                env=_environment(),
+                start_new_session=True,
+                timeout=max(0.1, deadline - time.monotonic()),
+                check=False,
+            )
+        os.close(writer)
+        writer = -1
+        poll = select.poll()
+        poll.register(reader, select.POLLIN)
+        ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        if ready and os.read(reader, 1):
+            return
+        why = "it ended at once" if ready else f"it did not answer within {timeout_s:g} s"
+        raise DaemonUnavailable(f"the daemon could not be started: {why}; {path} ends with:\n{_tail(path)}")
+    except subprocess.TimeoutExpired as error:
+        raise DaemonUnavailable(f"the daemon did not start within {timeout_s:g} s; see {path}") from error
+    finally:
+        os.close(reader)
+        if writer >= 0:
+            os.close(writer)
+
+
+def _environment() -> dict[str, str]:
+    """Return the daemon's environment: no part of any job, and no path relative to this process's folder."""
+    environment = {key: value for key, value in os.environ.items() if key != JOB_ENV}
+    for key in ("DISTUI_STATE_DIR", "DISTUI_RUNTIME_DIR"):
+        if value := environment.get(key):
+            environment[key] = os.path.abspath(value)
+    paths = [os.path.abspath(path) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    home = str(Path(distui.__file__).resolve().parents[1])
+    if not home.endswith("-packages") and home not in paths:
+        paths.append(home)  # a checkout that is not installed
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
+
+
+def _tail(path: Path) -> str:
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])

@@ -17,9 +17,8 @@ VERBS = ("checkpoint", "stacks", "profile", "stop", "log-level")
 @click.option("--deadline", "deadline_s", type=click.FloatRange(min=0.1), default=30.0, help="Seconds to wait.")
 def command(run: str, verb: str, steps: int | None, level: str | None, deadline_s: float) -> int:
     """Have every rank of RUN do VERB, and print what each answers; exit 1 where one could not."""
-    from distui.core.paths import daemon_socket
     from distui.daemon.runs import find_run
-    from distui.daemon.spawn import daemon_alive
+    from distui.daemon.spawn import ensure_daemon
     from distui.launcher.daemon_client import execute
     from distui.launcher.launch import configured_runs_dir
     from distui.launcher.outcome import read_outcome
@@ -27,17 +26,13 @@ def command(run: str, verb: str, steps: int | None, level: str | None, deadline_
     folder = find_run(run, configured_runs_dir())
     if (outcome := read_outcome(folder)) is not None:
         raise UserError(f"{folder.run_id} has ended", f"it is {outcome.state}", "distui status names the newest run")
-    if not daemon_alive():
-        raise UserError(
-            "no daemon answers on this node", "jobs are acted on through it", "start it: distui daemon --headless"
-        )
     if (verb == "log-level") != (level is not None):
         raise UserError("log-level and --level belong together", f"{verb} was asked for", "log-level --level info")
     arguments = {"steps": str(steps)} if steps is not None else {}
     if level is not None:
         arguments["level"] = level
     status = EXIT_OK
-    for reply in execute(daemon_socket(), folder.run_id, verb, arguments, deadline_s):
+    for reply in execute(ensure_daemon(), folder.run_id, verb, arguments, deadline_s):
         who = f"rank {reply.rank}" if reply.rank >= 0 else "daemon"
         click.echo(f"{who}: {reply.state}{f': {reply.message}' if reply.message else ''}")
         if reply.payload:

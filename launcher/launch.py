@@ -21,6 +21,7 @@ from distui.core.paths import JOB_ENV, RunFolder, daemon_socket, default_runs_di
 from distui.core.settings import load, to_toml
 from distui.launcher import preflight
 from distui.launcher.announce import Announcer
+from distui.launcher.daemon_keeper import DaemonKeeper
 from distui.launcher.job import Job, write_spec
 from distui.launcher.outcome import Outcome
 from distui.launcher.plain import follow_plain, say_start
@@ -55,7 +56,9 @@ def launch(request: LaunchRequest) -> int:
         screen = wants_screen(request) and config.telemetry.enabled
         if not screen:
             say_start(run)
-        outcome = _follow(config, job, _daemon(config), screen)
+        socket = _daemon(config)
+        with DaemonKeeper(socket):
+            outcome = _follow(config, job, socket, screen)
     finally:
         for signum, handler in restored.items():
             signal.signal(signum, handler)

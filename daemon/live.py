@@ -1,0 +1,212 @@
+"""The runs that this daemon holds: opened from disk when someone asks or publishes, kept while anybody cares."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from pathlib import Path
+
+from distui.core.paths import RunFolder, default_runs_dir
+from distui.daemon.observe import launcher_alive, this_node
+from distui.daemon.processes import DEAD
+from distui.daemon.runs import FINAL_STATES, choose_run, run_folders
+from distui.daemon.snapshot import load_state, take_snapshot
+from distui.daemon.state import DAEMON, RunState
+from distui.daemon.store import RunLog
+from distui.proto import telemetry_pb2 as pb
+
+KEEP_S = 60.0
+"""A run that has ended is kept in memory for so long after it was last used."""
+FRESH_S = 0.2
+"""Watchers that ask within this time share one snapshot."""
+
+_log = logging.getLogger("distui.daemon")
+
+
+class LiveRun:
+    """One run in memory and, once somebody publishes, its log opened for writing."""
+
+    def __init__(self, state: RunState, incarnation: int) -> None:
+        self.state = state
+        self.num_watchers = self.num_publishers = 0
+        self.used_s = time.monotonic()
+        self._log: RunLog | None = None
+        self._broken = False
+        self._own = pb.Source(rank=DAEMON, node=this_node(), pid=os.getpid(), incarnation=incarnation)
+        self._own_seq = state.kept_seq(self._own)
+        self._resumed = state.kept_by_others(self._own)
+        self._snapshot = pb.Snapshot()
+        self._snapshot_s = 0.0
+        self._told: dict[tuple[str, tuple[int, ...], str, int], float] = {}
+
+    @property
+    def run(self) -> RunFolder:
+        """The run's folder."""
+        return self.state.run
+
+    def keep(self, batch: pb.Batch) -> bool:
+        """Write the records of `batch` that are new to disk and take them in; return whether one is an event."""
+        self.used_s = time.monotonic()
+        if not self.state.only_new(batch):
+            return False
+        self._write(batch)
+        self.state.apply(batch)
+        if self._resumed and not self.state.final:
+            self._resumed = False
+            event = pb.Event(level=pb.Event.WARNING, kind="daemon_restarted", message="the daemon was started again")
+            self.say(pb.Record(event=event))
+        return any(record.HasField("event") for record in batch.records)
+
+    def _write(self, batch: pb.Batch) -> None:
+        if self._broken:
+            self.state.lose(len(batch.records))
+            return
+        try:
+            if self._log is None:
+                self._log = RunLog(self.run)
+            self._log.append(batch)
+        except OSError as error:
+            self.state.lose(len(batch.records))
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Go on in memory only: a full disk costs the post-mortem, neither the job nor the daemon."""
+        self._broken = True
+        message = f"the telemetry of this run is no longer kept in {self.run.telemetry}: {error}"
+        _log.error("%s: %s", self.run.run_id, message)
+        event = pb.Event(level=pb.Event.ERROR, kind="telemetry_stopped", message=message)
+        self.state.events.append(pb.TimedEvent(time_s=time.time(), rank=DAEMON, event=event))
+
+    def say(self, record: pb.Record) -> None:
+        """Add a record of the daemon's own."""
+        self._own_seq += 1
+        record.seq, record.time_s = self._own_seq, time.time()
+        self.keep(pb.Batch(run_id=self.run.run_id, run_dir=str(self.run.path), source=self._own, records=[record]))
+
+    def flush(self) -> None:
+        """Have the disk keep what was written."""
+        if self._log is not None and self._log.dirty and not self._broken:
+            try:
+                self._log.flush()
+            except OSError as error:
+                self._give_up(error)
+
+    def close(self) -> None:
+        """Flush and close the log."""
+        self.flush()
+        if self._log is not None:
+            try:
+                self._log.close()
+            except OSError as error:
+                _log.error("%s: closing its log: %s", self.run.run_id, error)
+            self._log = None
+
+    def snapshot(self) -> pb.Snapshot:
+        """Return the run as it is now. Do not change it: watchers share it."""
+        now = time.monotonic()
+        if now - self._snapshot_s >= FRESH_S or not self._snapshot_s:
+            self._snapshot, self._snapshot_s = take_snapshot(self.state, time.time()), now
+            self._tell(self._snapshot)
+        return self._snapshot
+
+    def _tell(self, snapshot: pb.Snapshot) -> None:
+        """Say what is wrong once: when it begins and when it is over."""
+        present, now_s = {}, time.time()
+        for found in snapshot.diagnosis:
+            key = (found.kind, tuple(found.ranks), found.group, found.seq)
+            present[key] = found
+            if key not in self._told:
+                self._told[key] = now_s - found.since_s
+                attributes = {"ranks": ",".join(map(str, found.ranks))}
+                if found.collective:
+                    attributes.update(collective=found.collective, group=found.group, seq=str(found.seq))
+                event = pb.Event(level=pb.Event.ERROR, kind=found.kind, message=found.message, attributes=attributes)
+                self.say(pb.Record(event=event))
+        for key in [key for key in self._told if key not in present]:
+            lasted_s = now_s - self._told.pop(key)
+            if snapshot.run.state not in FINAL_STATES:
+                message = f"the {key[0]} is over after {lasted_s:.0f} s"
+                self.say(pb.Record(event=pb.Event(level=pb.Event.INFO, kind=f"{key[0]}_over", message=message)))
+
+    def ended(self) -> bool:
+        """Tell whether nothing more is to come: it has ended, or nobody is left who could say how."""
+        return self.snapshot().run.state in FINAL_STATES
+
+    def alive(self) -> bool:
+        """Tell whether it is unfinished and some process of it lives."""
+        if self.ended():
+            return False
+        ranks = self.snapshot().ranks
+        return launcher_alive(self.state, time.time()) or any(rank.state not in (DEAD, "finished") for rank in ranks)
+
+
+class LiveRuns:
+    """All runs in memory, by folder. Used on one event loop."""
+
+    def __init__(self) -> None:
+        self.runs: dict[Path, LiveRun] = {}
+        self.incarnation = time.time_ns()
+        self._parents: set[Path] = set()
+        self._opening: dict[Path, asyncio.Lock] = {}
+
+    async def open(self, folder: RunFolder) -> LiveRun:
+        """Return the run of a folder, read from disk where it is not in memory."""
+        found = self.runs.get(folder.path)
+        if found is None:
+            async with self._opening.setdefault(folder.path, asyncio.Lock()):
+                found = self.runs.get(folder.path)
+                if found is None:
+                    state = await asyncio.to_thread(load_state, folder)
+                    found = self.runs[folder.path] = LiveRun(state, self.incarnation)
+                    self._parents.add(folder.path.parent)
+            self._opening.pop(folder.path, None)
+        found.used_s = time.monotonic()
+        return found
+
+    def folders(self) -> list[RunFolder]:
+        """Return the runs that are known, in memory and on disk, newest first."""
+        listed = run_folders({default_runs_dir().resolve(), *self._parents})
+        known = {folder.path for folder in listed}
+        others = [live for path, live in self.runs.items() if path not in known]
+        others.sort(key=lambda live: live.state.info.started_s, reverse=True)
+        return [live.run for live in others] + listed
+
+    async def find(self, name: str) -> LiveRun:
+        """Return a run by its id, the beginning of one, or its folder; "" is the newest. Raises: UserError."""
+        for live in self.runs.values():
+            if name and live.run.run_id == name:
+                return await self.open(live.run)
+        if name.startswith("/") and (Path(name) / "run.json").exists():
+            return await self.open(RunFolder(Path(name).resolve()))
+        folders = await asyncio.to_thread(self.folders)
+        return await self.open(choose_run(name, folders, "known to the daemon"))
+
+    def tick(self) -> None:
+        """Look after every run: what is wrong with it, and whether it is still needed."""
+        now = time.monotonic()
+        for path, live in list(self.runs.items()):
+            if not live.ended():  # which looks at it
+                continue
+            if not live.num_watchers and not live.num_publishers and now - live.used_s > KEEP_S:
+                live.close()
+                del self.runs[path]
+
+    def flush(self) -> None:
+        """Have the disk keep what was written."""
+        for live in list(self.runs.values()):
+            live.flush()
+
+    def close(self) -> None:
+        """Flush and close every log."""
+        for live in self.runs.values():
+            live.close()
+
+    def num_watchers(self) -> int:
+        """Return how many watch."""
+        return sum(live.num_watchers for live in self.runs.values())
+
+    def busy(self) -> bool:
+        """Tell whether the daemon is needed: somebody watches, or a run has processes."""
+        return self.num_watchers() > 0 or any(live.alive() for live in self.runs.values())

@@ -1,0 +1,221 @@
+"""The main job, end to end: real launches of the example with the real daemon; set up, train, watch, act, break."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "train_bytes.py"
+SMALL = ["--layers", "2", "--dim", "64", "--context", "64", "--batch", "12"]
+TOLERANCE = 1e-4
+
+
+class Home:
+    """A state folder of its own, and `distui` as a real process in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.environ = {name: value for name, value in os.environ.items() if not name.startswith("DISTUI_")}
+        self.environ |= {"DISTUI_STATE_DIR": str(path / "state"), "DISTUI_RUNTIME_DIR": str(path / "rt")}
+        self.environ |= {"OMP_NUM_THREADS": "1"}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start `distui arguments`."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "distui", *arguments],
+            cwd=self.path,
+            env=self.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        """Run `distui arguments` to its end: exit status, stdout, stderr."""
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=55)
+        return process.returncode, out, err
+
+    def status(self) -> dict[str, Any]:
+        """Return what `distui status --json` prints of the newest run."""
+        code, out, err = self.run("status", "--json")
+        assert code == 0, err
+        return dict(json.loads(out))
+
+    def daemon(self) -> psutil.Process:
+        """Return this home's daemon."""
+        runtime = self.environ["DISTUI_RUNTIME_DIR"]
+        for process in psutil.process_iter(["cmdline"]):
+            try:
+                ours = process.environ().get("DISTUI_RUNTIME_DIR") == runtime
+            except (psutil.AccessDenied, psutil.NoSuchProcess):
+                continue
+            if ours and "distui.daemon" in (process.info["cmdline"] or ()):
+                return process
+        raise AssertionError("no daemon runs")
+
+    def wait_until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Ask for the status until `condition` holds."""
+        deadline = time.monotonic() + 40
+        while time.monotonic() < deadline:
+            code, out, _ = self.run("status", "--json")
+            if code == 0 and condition(json.loads(out)):
+                return dict(json.loads(out))
+        raise AssertionError(f"the condition never held; last status: {out}")
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Home]:
+    path = Path(tempfile.mkdtemp(prefix="dt", dir="/tmp"))
+    home = Home(path)
+    yield home
+    try:
+        daemon = home.daemon()
+    except AssertionError:
+        pass  # the last test may have ended it
+    else:
+        daemon.terminate()
+        daemon.wait(10)
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def plain_losses(home: Home) -> list[float]:
+    """The losses of the plain PyTorch script."""
+    file = home.path / "plain.json"
+    command = [
+        sys.executable,
+        str(EXAMPLE.with_name("train_bytes_torch.py")),
+        "--steps",
+        "20",
+        "--loss-file",
+        str(file),
+    ]
+    subprocess.run([*command, *SMALL], check=True, env=home.environ, capture_output=True)
+    losses: list[float] = json.loads(file.read_text())
+    assert len(losses) == 20 and losses[-1] < losses[0] - 1
+    return losses
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_launch_gives_the_losses_of_plain_torch(home: Home, plain_losses: list[float], stage: int) -> None:
+    file = home.path / f"zero{stage}.json"
+    arguments = ["--steps", "20", "--loss-file", str(file), *SMALL]
+    code, out, err = home.run("launch", "--nproc", "2", "--zero", str(stage), str(EXAMPLE), *arguments)
+    assert code == 0, err
+    losses = json.loads(file.read_text())
+    assert max(abs(a - b) for a, b in zip(losses, plain_losses, strict=True)) <= TOLERANCE
+    assert "step    20" in out and "finished" in err and "distui monitor" in err
+    status = home.status()
+    assert status["state"] == "finished" and status["dropped"] == 0 and status["diagnosis"] == []
+    assert status["strategy"] == f"ZeRO-{stage}, fp32"
+    assert [rank["step"] for rank in status["ranks"]] == [20, 20]
+    assert sum(rank["loss"] for rank in status["ranks"]) / 2 == pytest.approx(losses[-1], abs=1e-3)
+    assert set(status["ranks"][0]) == {
+        "rank", "node", "pid", "state", "step", "loss", "step_s", "tokens_per_s", "memory_bytes"
+    }  # fmt: skip
+
+
+def test_setup_writes_a_config_that_launch_takes(home: Home, plain_losses: list[float]) -> None:
+    config = home.path / "distui.toml"
+    code, _, err = home.run("setup", "--yes", "--nproc", "2", "--config", str(config))
+    assert code == 0, err
+    code, _, err = home.run("launch", "--config", str(config), str(EXAMPLE), "--steps", "3", *SMALL)
+    assert code == 0, err
+    assert len(home.status()["ranks"]) == 2
+
+
+def test_a_killed_daemon_costs_the_job_nothing_and_loses_no_step(home: Home) -> None:
+    job = home.start("launch", "--nproc", "2", "--zero", "2", str(EXAMPLE), "--steps", "250", *SMALL)
+    try:
+        home.wait_until(lambda status: status["state"] == "running" and (status["ranks"][0]["step"] or 0) > 5)
+        first = home.daemon()
+        first.send_signal(signal.SIGKILL)
+        first.wait(10)
+        # The launcher starts another one; the ranks find it and send what is missing.
+        code, out, err = home.run("control", home.status()["run"], "stacks")
+        assert code == 0, err
+        assert home.daemon().pid != first.pid
+        assert "engine.py" in out or "train_bytes.py" in out, "each rank's Python stack"
+        _, err = job.communicate(timeout=50)
+        assert job.returncode == 0, err
+    finally:
+        job.kill()
+    status = home.status()
+    assert status["state"] == "finished" and status["dropped"] == 0
+    assert [rank["step"] for rank in status["ranks"]] == [250, 250]
+    run = home.path / "state" / "runs" / status["run"]
+    assert _kept_steps(run) == {0: list(range(1, 251)), 1: list(range(1, 251))}
+
+
+def _kept_steps(run: Path) -> dict[int, list[int]]:
+    from distui.core.paths import RunFolder
+    from distui.daemon.store import read_batches
+
+    kept: dict[int, list[int]] = {}
+    for batch in read_batches(RunFolder(run)):
+        for record in batch.records:
+            if record.WhichOneof("body") == "step":
+                kept.setdefault(batch.source.rank, []).append(record.step.step)
+    return kept
+
+
+def test_a_checkpoint_on_command_is_taken_by_all_ranks_and_loads(home: Home) -> None:
+    job = home.start("launch", "--nproc", "2", "--zero", "3", str(EXAMPLE), "--steps", "400", *SMALL)
+    try:
+        home.wait_until(lambda status: status["state"] == "running" and (status["ranks"][0]["step"] or 0) > 2)
+        run = home.status()["run"]
+        code, out, err = home.run("control", run, "checkpoint")
+        assert code == 0, out + err
+        (checkpoint,) = (home.path / "state" / "runs" / run / "checkpoints").glob("step_*")
+        code, out, err = home.run("checkpoint", "inspect", str(checkpoint))
+        assert code == 0 and "all checksums match" in out, err
+        begin = time.monotonic()
+        job.send_signal(signal.SIGINT)
+        _, err = job.communicate(timeout=50)
+        assert job.returncode == 130 and time.monotonic() - begin < 50, err
+    finally:
+        job.kill()
+    assert home.status()["state"] == "stopped"
+    left = [p.pid for p in psutil.process_iter() if p.pid != os.getpid() and _job_of(p) and run in _job_of(p)]
+    assert not left
+
+
+def _job_of(process: psutil.Process) -> str:
+    try:
+        return process.environ().get("DISTUI_JOB", "")
+    except (psutil.AccessDenied, psutil.NoSuchProcess):
+        return ""
+
+
+def test_a_failing_rank_is_named_with_its_traceback(home: Home) -> None:
+    script = home.path / "failing.py"
+    script.write_text(
+        "import distui, torch\n"
+        "engine = distui.Engine()\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "model, optimizer = engine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))\n"
+        "for step in range(5):\n"
+        "    engine.backward(model(torch.ones(1, 2)).sum()); optimizer.step(); optimizer.zero_grad()\n"
+        "if engine.process_index == 1:\n"
+        "    raise ZeroDivisionError('the data is bad')\n"
+        "engine.wait_for_everyone()\n"
+    )
+    code, _, err = home.run("launch", "--nproc", "2", str(script))
+    assert code == 3
+    assert "rank 1" in err and "ZeroDivisionError: the data is bad" in err and "step 5" in err and "rank1.log" in err
+    assert home.status()["state"] == "failed"
