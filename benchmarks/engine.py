@@ -1,11 +1,11 @@
 """Step time, CPU time and memory of the native engine against its peers, in one run.
 
-    python benchmarks/engine.py --model wide --dtype fp32 --variants ddp native0 native1 native2 native3 fsdp2 deepspeed3
+    python benchmarks/engine.py --model wide --dtype fp32 --variants ddp native1 native3 fsdp2_reshard deepspeed3
 
 Each variant is a pair of gloo ranks, each pinned to a core of its own with one thread. All variants stay alive and take
 turns: a round is a few steps of every variant, so drift of the machine hits all alike; medians over rounds are printed,
-and ratios to DDP. *Overhead* is CPU time beyond bare forward and backward. Peak memory is the resident set's growth since
-before the model was built. DeepSpeed and Accelerate are skipped where they are not installed (`pip install distui[bench]`).
+and ratios to DDP. *Overhead* is CPU time beyond bare forward and backward. Peak memory is how far the resident set grew
+from before the model was built. DeepSpeed and Accelerate are left out where they are not installed (distui[bench]).
 """
 
 from __future__ import annotations
@@ -282,9 +282,10 @@ def measure(variants: list[str], options: argparse.Namespace) -> dict[str, dict[
                     rank.terminate()
                 for rank in ranks:
                     rank.wait()
-    return {
-        variant: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for variant, rows in found.items()
-    }
+    medians = {}
+    for variant, rows in found.items():
+        medians[variant] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    return medians
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from distui.core.config import Config
 from distui.core.errors import ConfigError, Problem
 from distui.core.paths import current_run
 from distui.core.settings import load
-from distui.core.telemetry.source import NullSource, TelemetrySource, open_source
+from distui.core.telemetry.source import NullSource, TelemetrySource, current, open_source
 
 
 def job_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
@@ -46,7 +46,13 @@ def job_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
 
 
 def job_telemetry(rank: int, local_rank: int, world_size: int) -> TelemetrySource | NullSource:
-    """Return the process's telemetry source, which counts its users; silent outside a job."""
+    """Return the process's telemetry source; silent outside a job.
+
+    The launcher's rank process opens it before the script runs, and closes it when the script has ended.
+    """
+    source = current()
+    if source is not None and source.active:
+        return source
     run = current_run()
     if run is None:
         return NullSource()
