@@ -255,3 +255,66 @@ def test_objects_come_back_in_order_and_unknown_ones_unchanged() -> None:
     assert isinstance(first, torch.optim.Optimizer) and first is not optimizer
     assert engine.prepare(model) is model
     assert engine.unwrap_model(model) is model
+
+
+def test_every_name_of_the_contract_is_there() -> None:
+    engine = distui.Engine()
+    names = """
+        prepare backward accumulate no_sync autocast sync_gradients clip_grad_norm_ gather gather_for_metrics reduce
+        pad_across_processes wait_for_everyone main_process_first on_main_process is_main_process
+        is_local_main_process process_index local_process_index num_processes device print log init_trackers
+        end_training save_state load_state save_model unwrap_model get_state_dict register_for_checkpointing
+        skip_first_batches free_memory set_trigger check_trigger
+    """
+    assert not [name for name in names.split() if not hasattr(engine, name)]
+
+
+def _two_engines() -> list[float]:
+    """Two engines of different stages in one process train two models at once."""
+    engines = [distui.Engine(strategy={"zero_stage": stage}) for stage in (1, 3)]
+    jobs = []
+    for engine in engines:
+        model = _model()
+        jobs.append((engine, *engine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))))
+    ids = _loader(4).dataset[:4][0]
+    losses = []
+    for _ in range(3):
+        for engine, model, optimizer in jobs:
+            loss = _loss(model, ids)
+            engine.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+def test_several_engines_live_in_one_process(run_ranks: RunRanks) -> None:
+    losses = run_ranks(_two_engines, 2)[0]
+    assert losses[::2] == pytest.approx(losses[1::2], rel=1e-5)
+    assert losses[-1] < losses[0]
+
+
+def _metrics_of_a_short_batch() -> list[int]:
+    engine = distui.Engine()
+    loader = engine.prepare(DataLoader(TensorDataset(torch.arange(11)), batch_size=2))
+    return [value for (batch,) in loader for value in engine.gather_for_metrics(batch).tolist()]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_gather_for_metrics_is_exact(run_ranks: RunRanks, num_ranks: int) -> None:
+    for values in run_ranks(_metrics_of_a_short_batch, num_ranks):
+        assert values == list(range(11))
+
+
+def test_max_grad_norm_clips_where_the_script_does_not() -> None:
+    weights = []
+    for max_norm, by_hand in ((0.1, False), (0.0, True)):
+        engine = distui.Engine(optimizer={"max_grad_norm": max_norm})
+        model = _model()
+        model, optimizer = engine.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        engine.backward(_loss(model, _loader(4).dataset[:4][0]))
+        if by_hand:
+            engine.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        weights.append(engine.get_state_dict(model))
+    torch.testing.assert_close(weights[0], weights[1])
