@@ -26,7 +26,7 @@ class FlatShard(torch.Tensor):
 
     @staticmethod
     def __new__(cls, local: torch.Tensor, start: int, numel: int) -> FlatShard:
-        shard: FlatShard = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        shard: FlatShard = torch.Tensor._make_wrapper_subclass(
             cls, (numel,), dtype=local.dtype, device=local.device, requires_grad=False
         )
         shard.local, shard.start = local, start

@@ -94,19 +94,19 @@ def partition(model: nn.Module) -> list[UnitSpec]:
         if id(param) in shared:
             first_root.params.append((name, param))
             continue
-        index = block_of.get(id(param))
-        if index is None:
+        block_index = block_of.get(id(param))
+        if block_index is None:
             if current_root is None:
                 current_root = UnitSpec(f"root.{len(units)}", is_root=True)
                 units.append(current_root)
             current_root.params.append((name, param))
             continue
         current_root = None
-        if index not in block_units:
-            block_name, block = blocks[index]
-            block_units[index] = UnitSpec(block_name, is_root=False, modules=[block])
-            units.append(block_units[index])
-        block_units[index].params.append((name, param))
+        if block_index not in block_units:
+            block_name, block = blocks[block_index]
+            block_units[block_index] = UnitSpec(block_name, is_root=False, modules=[block])
+            units.append(block_units[block_index])
+        block_units[block_index].params.append((name, param))
     if first_root.params or (units and units[0].is_root):
         # One root part in front of everything: the shared parameters and what stands before the blocks.
         if units and units[0].is_root:

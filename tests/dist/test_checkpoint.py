@@ -40,7 +40,7 @@ class Model(nn.Module):
         x = self.embedding(ids)
         for layer in self.layers:
             x = torch.tanh(layer(x))
-        return self.head(self.frozen(x))  # type: ignore[no-any-return]
+        return self.head(self.frozen(x))
 
 
 class Counter:
@@ -58,9 +58,11 @@ def _job(stage: int, seed: int = 0, dtype: str = "fp32") -> tuple[Any, ...]:
     engine = distui.Engine(strategy={"zero_stage": stage}, batch={"global_size": 12}, precision={"dtype": dtype})
     torch.manual_seed(seed)
     model = Model()
-    optimizer = torch.optim.AdamW(
-        [{"params": [*model.layers.parameters()]}, {"params": [model.embedding.weight], "weight_decay": 0.0}], lr=0.01
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [*model.layers.parameters()]},
+        {"params": [model.embedding.weight], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     ids = torch.randint(0, VOCAB, (60, 5), generator=torch.Generator().manual_seed(3))
     loader = DataLoader(TensorDataset(ids), batch_size=12, shuffle=True)
@@ -168,9 +170,9 @@ def _die_while_saving(path: str, at: str) -> None:
         os._exit(9)
 
     if at == "rename":
-        folders.os.rename = die  # type: ignore[assignment]
+        folders.os.rename = die
     else:
-        folders.write_atomic = die  # type: ignore[assignment]
+        folders.write_atomic = die
     job[0].save_state(path)
 
 
@@ -186,7 +188,7 @@ def test_a_crash_while_saving_leaves_the_last_good_one(run_ranks: RunRanks, tmp_
 def _save_model(path: str) -> dict[str, Any]:
     engine, model, *_ = _job(3)
     engine.save_model(model, path, "1KB")
-    return engine.get_state_dict(model)  # type: ignore[no-any-return]
+    return engine.get_state_dict(model)
 
 
 def test_save_model_writes_safetensors_with_an_index(run_ranks: RunRanks, tmp_path: Path) -> None:

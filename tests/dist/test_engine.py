@@ -107,7 +107,7 @@ def _train_recomputing(stage: int, mode: str) -> dict[str, Any]:
     engine = distui.Engine(**sections)
     model = _model()
     counts = [0, 0, 0]
-    for index, layer in enumerate(model[1]):  # type: ignore[index,arg-type]
+    for index, layer in enumerate(model[1]):  # type: ignore[index]
 
         def count(*args: Any, index: int = index, forward: Any = layer.forward) -> Any:
             counts[index] += 1

@@ -166,9 +166,10 @@ def test_public_functions_have_docstrings() -> None:
             if not ast.get_docstring(tree) and path.read_text().strip():
                 bare.append(str(path.relative_to(ROOT)))
             for node in tree.body:
-                named = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-                if named and not node.name.startswith("_") and not ast.get_docstring(node):  # type: ignore[union-attr,arg-type]
-                    bare.append(f"{path.relative_to(ROOT)}: {node.name}")  # type: ignore[union-attr]
+                if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                    continue
+                if not node.name.startswith("_") and not ast.get_docstring(node):
+                    bare.append(f"{path.relative_to(ROOT)}: {node.name}")
     assert not bare
 
 
