@@ -25,6 +25,7 @@ from typing import Any
 MODELS = {
     "small": {"num_layers": 6, "dim": 256, "num_heads": 8, "batch": 8, "seq": 128},
     "wide": {"num_layers": 4, "dim": 768, "num_heads": 12, "batch": 4, "seq": 128},
+    "tiny": {"num_layers": 6, "dim": 256, "num_heads": 8, "batch": 1, "seq": 16},
     "deep": {"num_layers": 48, "dim": 128, "num_heads": 4, "batch": 4, "seq": 64},
 }
 DEFAULT = ["bare", "ddp", "native0", "native1", "native2", "native3", "zero_redundancy", "fsdp2_keep", "fsdp2_reshard"]

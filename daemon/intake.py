@@ -15,6 +15,7 @@ from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
 MAX_BATCH_BYTES = 8 << 20
+CUT_S = 0.05
 MAX_RANKS = 1 << 16
 """More than any job has: a source that says otherwise is mistaken, and would cost memory by the rank."""
 
@@ -34,7 +35,7 @@ class Telemetry(rpc.TelemetryServicer):
     ) -> AsyncIterator[pb.Ack]:
         """Acknowledge each batch once it is in the run's file; end with the source's stream."""
         live: LiveRun | None = None
-        where = ""
+        source, where = pb.Source(), ""
         try:
             async for batch in batches:
                 try:
@@ -51,7 +52,12 @@ class Telemetry(rpc.TelemetryServicer):
                 last = batch.records[-1].seq if batch.records else live.state.kept_seq(batch.source)
                 if live.keep(batch):
                     await asyncio.to_thread(live.flush)
+                source = batch.source
                 yield pb.Ack(seq=last)
+            # The requests end also when the source is killed; then gRPC cancels this call a moment later.
+            await asyncio.sleep(CUT_S)
+            if live is not None and not context.cancelled():
+                live.source_closed(source)
         finally:
             if live is not None:
                 live.num_publishers -= 1

@@ -8,17 +8,19 @@ import os
 import time
 from pathlib import Path
 
-from distui.core.paths import RunFolder, default_runs_dir
+from distui.core.paths import RunFolder, default_runs_dir, state_dir, write_atomic
 from distui.daemon.observe import launcher_alive, this_node
 from distui.daemon.processes import DEAD
 from distui.daemon.runs import FINAL_STATES, choose_run, run_folders
 from distui.daemon.snapshot import load_state, take_snapshot
-from distui.daemon.state import DAEMON, RunState
+from distui.daemon.state import DAEMON, SOURCE_CLOSED, RunState
 from distui.daemon.store import RunLog
 from distui.proto import telemetry_pb2 as pb
 
 KEEP_S = 60.0
 """A run that has ended is kept in memory for so long after it was last used."""
+WEIGHTY = frozenset({"event", "run_started", "run_finished", "rank_started", "rank_finished"})
+"""Records that are on the disk before they are acknowledged, and seen at once."""
 FRESH_S = 0.2
 """Watchers that ask within this time share one snapshot."""
 
@@ -47,7 +49,7 @@ class LiveRun:
         return self.state.run
 
     def keep(self, batch: pb.Batch) -> bool:
-        """Write the records of `batch` that are new to disk and take them in; return whether one is an event."""
+        """Write the records of `batch` that are new to disk and take them in; return whether one is of weight."""
         self.used_s = time.monotonic()
         if not self.state.only_new(batch):
             return False
@@ -57,7 +59,10 @@ class LiveRun:
             self._resumed = False
             event = pb.Event(level=pb.Event.WARNING, kind="daemon_restarted", message="the daemon was started again")
             self.say(pb.Record(event=event))
-        return any(record.HasField("event") for record in batch.records)
+        weighty = any(record.WhichOneof("body") in WEIGHTY for record in batch.records)
+        if weighty:
+            self._snapshot_s = 0.0  # who asks next sees it
+        return weighty
 
     def _write(self, batch: pb.Batch) -> None:
         if self._broken:
@@ -84,6 +89,15 @@ class LiveRun:
         self._own_seq += 1
         record.seq, record.time_s = self._own_seq, time.time()
         self.keep(pb.Batch(run_id=self.run.run_id, run_dir=str(self.run.path), source=self._own, records=[record]))
+
+    def source_closed(self, source: pb.Source) -> None:
+        """Note that a source has closed its stream in good order: its process ends, and was not killed."""
+        known = self.state.ranks.get(source.rank)
+        if known is None or known.finished is not None or known.incarnation != source.incarnation:
+            return
+        message = f"rank {source.rank} has ended its telemetry without an exit status"
+        attributes = {"rank": str(source.rank), "incarnation": str(source.incarnation)}
+        self.say(pb.Record(event=pb.Event(kind=SOURCE_CLOSED, message=message, attributes=attributes)))
 
     def flush(self) -> None:
         """Have the disk keep what was written."""
@@ -142,13 +156,24 @@ class LiveRun:
         return launcher_alive(self.state, time.time()) or any(rank.state not in (DEAD, "finished") for rank in ranks)
 
 
+def _parents_file() -> Path:
+    return state_dir() / "run_folders"
+
+
+def _remembered() -> set[Path]:
+    try:
+        return {path for line in _parents_file().read_text().splitlines() if (path := Path(line)).is_dir()}
+    except OSError:
+        return set()  # the first daemon of this user
+
+
 class LiveRuns:
     """All runs in memory, by folder. Used on one event loop."""
 
     def __init__(self) -> None:
         self.runs: dict[Path, LiveRun] = {}
         self.incarnation = time.time_ns()
-        self._parents: set[Path] = set()
+        self._parents = _remembered()
         self._opening: dict[Path, asyncio.Lock] = {}
 
     async def open(self, folder: RunFolder) -> LiveRun:
@@ -160,10 +185,21 @@ class LiveRuns:
                 if found is None:
                     state = await asyncio.to_thread(load_state, folder)
                     found = self.runs[folder.path] = LiveRun(state, self.incarnation)
-                    self._parents.add(folder.path.parent)
+                    self._remember(folder.path.parent)
             self._opening.pop(folder.path, None)
         found.used_s = time.monotonic()
         return found
+
+    def _remember(self, parent: Path) -> None:
+        """Note a folder that runs are kept in, so that they are found also by the next daemon."""
+        if parent in self._parents or parent == default_runs_dir().resolve():
+            return
+        self._parents.add(parent)
+        try:
+            state_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomic(_parents_file(), "".join(f"{path}\n" for path in sorted(self._parents)))
+        except OSError as error:
+            _log.warning("the next daemon will not know of the runs in %s: %s", parent, error)
 
     def folders(self) -> list[RunFolder]:
         """Return the runs that are known, in memory and on disk, newest first."""
@@ -206,7 +242,3 @@ class LiveRuns:
     def num_watchers(self) -> int:
         """Return how many watch."""
         return sum(live.num_watchers for live in self.runs.values())
-
-    def busy(self) -> bool:
-        """Tell whether the daemon is needed: somebody watches, or a run has processes."""
-        return self.num_watchers() > 0 or any(live.alive() for live in self.runs.values())

@@ -45,6 +45,8 @@ class Observed:
     last_seq: dict[str, int] = field(default_factory=dict)
     last_seen_s: float = 0.0
     error: str = ""
+    told: bool = False
+    """Whether it has said itself how it ended."""
     ledger: LedgerState | None = None
 
 
@@ -88,7 +90,10 @@ def _observe(run: RunFolder, record: RankRecord, now_s: float, final: bool) -> O
         exit_status, found.error = record.finished.exit_status, record.finished.error
     elif found.ledger is not None and found.ledger.ended_s is not None:
         exit_status = found.ledger.exit_status
+    if record.closed and found.process == DEAD:
+        found.process = FINISHED
     if exit_status is not None:
+        found.told = True
         found.process = FINISHED if exit_status == 0 else DEAD
         found.error = found.error or (f"exit status {exit_status}" if exit_status else "")
     return found

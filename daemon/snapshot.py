@@ -61,7 +61,11 @@ def _run_state(state: RunState, ranks: list[Observed], diagnosis: list[pb.Diagno
     if state.info.state in FINAL_STATES:
         return state.info.state, ""
     if not launcher_alive(state, now_s):
-        if ranks and all(rank.process == FINISHED for rank in ranks) and len(ranks) >= state.info.world_size:
+        if (
+            ranks
+            and all(rank.process == FINISHED and rank.told for rank in ranks)
+            and len(ranks) >= state.info.world_size
+        ):
             return "finished", ""
         if ranks and all(rank.process in (DEAD, FINISHED) for rank in ranks):
             return "failed", "all of its processes are gone, and none has said how it ended"

@@ -14,6 +14,8 @@ from distui.proto import telemetry_pb2 as pb
 
 LAUNCHER = -1
 DAEMON = -2
+SOURCE_CLOSED = "source_closed"
+"""Event of the daemon: a rank has closed its stream in good order without saying how its script ended."""
 MEAN_STEPS = 20
 NUM_EVENTS = 2000
 NUM_METRICS = 4096
@@ -34,6 +36,7 @@ class RankRecord:
     loss: float | None = None
     memory: pb.Memory | None = None
     heartbeat: pb.Heartbeat | None = None
+    closed: bool = False
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=MEAN_STEPS))
 
     @property
@@ -109,12 +112,13 @@ class RunState:
         self.version += 1
         if source.rank == DAEMON:
             for record in batch.records:
+                self._apply_daemons(record)
                 self._apply_common(source, record)
             return
         speaker = self._speaker(source)
         for record in batch.records:
             if speaker is not None:
-                speaker.last_seen_s = max(speaker.last_seen_s, record.time_s)
+                speaker.last_seen_s, speaker.closed = max(speaker.last_seen_s, record.time_s), False
                 self._apply_own(speaker, record)
             self._apply_common(source, record)
 
@@ -173,6 +177,12 @@ class RunState:
             self.told_final = True
             self.info.state, self.info.exit_status = finished.state, finished.exit_status
             self.info.message, self.info.finished_s = finished.message, record.time_s
+
+    def _apply_daemons(self, record: pb.Record) -> None:
+        if record.event.kind == SOURCE_CLOSED:
+            speaker = self.ranks.get(int(record.event.attributes["rank"]))
+            if speaker is not None and str(speaker.incarnation) == record.event.attributes["incarnation"]:
+                speaker.closed = True
 
     def _apply_common(self, source: pb.Source, record: pb.Record) -> None:
         body = record.WhichOneof("body")

@@ -1,0 +1,133 @@
+"""What the daemon costs: CPU and memory under simulated ranks that send steps, collectives and heartbeats.
+
+python benchmarks/daemon.py --ranks 8 --hz 10 --seconds 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket as sockets
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+import grpc
+import psutil
+
+from distui.core.paths import RunFolder
+from distui.daemon.spawn import ensure_daemon
+from distui.proto import telemetry_pb2 as pb
+from distui.proto import telemetry_pb2_grpc as rpc
+
+COLLECTIVES_PER_STEP = 4
+FLUSH_S = 0.5
+
+
+def batches(run: RunFolder, rank: int, world_size: int, hz: float, until: float) -> Iterator[pb.Batch]:
+    """Yield what a rank sends at each flush until `until` (monotonic seconds)."""
+    source = pb.Source(rank=rank, node=sockets.gethostname(), pid=os.getpid(), incarnation=time.time_ns())
+    seq, done, began = 0, 0, time.monotonic()
+    pause = threading.Event()
+    while (now := time.monotonic()) < until:
+        batch = pb.Batch(run_id=run.run_id, run_dir=str(run.path), source=source)
+        due = int((now - began) * hz)
+        time_s = time.time()
+        for step in range(done + 1, due + 1):
+            for index in range(COLLECTIVES_PER_STEP):
+                number = (step - 1) * COLLECTIVES_PER_STEP + index + 1
+                collective = pb.Collective(
+                    group="data_parallel",
+                    seq=number,
+                    op="all_reduce",
+                    dtype="float32",
+                    bytes=1 << 22,
+                    enqueued_s=time_s,
+                    finished_s=time_s + 0.002,
+                    group_size=world_size,
+                )
+                seq += 1
+                batch.records.add(seq=seq, time_s=time_s, collective=collective)
+            seq += 1
+            body = pb.Step(step=step, step_s=1 / hz, forward_s=0.3 / hz, backward_s=0.6 / hz, tokens=4096, loss=2.0)
+            batch.records.add(seq=seq, time_s=time_s, step=body)
+        done = max(done, due)
+        seq += 2
+        beat = pb.Heartbeat(step=done, phase="forward", last_seq={"data_parallel": done * COLLECTIVES_PER_STEP})
+        batch.records.add(seq=seq - 1, time_s=time_s, heartbeat=beat)
+        batch.records.add(seq=seq, time_s=time_s, memory=pb.Memory(allocated_bytes=1 << 30))
+        yield batch
+        pause.wait(FLUSH_S)
+
+
+def publish(socket: Path, source: Iterator[pb.Batch], counts: list[int]) -> None:
+    """Send a rank's batches and count its records that were acknowledged."""
+    with grpc.insecure_channel(f"unix:{socket}", options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        last = 0
+        for ack in rpc.TelemetryStub(channel).Publish(source):
+            last = ack.seq
+        counts.append(last)
+
+
+def measure(num_ranks: int, hz: float, seconds: float) -> dict[str, float]:
+    """Return the daemon's cost while `num_ranks` send `hz` steps a second each."""
+    socket = ensure_daemon()
+    run = RunFolder(Path(os.environ["DISTUI_STATE_DIR"]) / "runs" / "bench-1")
+    run.create()
+    run.spec.write_text(json.dumps({"run_id": run.run_id, "world_size": num_ranks, "started_s": time.time()}))
+    with grpc.insecure_channel(f"unix:{socket}") as channel:
+        process = psutil.Process(rpc.MonitorStub(channel).GetDaemonInfo(pb.DaemonInfoRequest()).pid)
+    try:
+        counts: list[int] = []
+        until = time.monotonic() + seconds
+        threads = [
+            threading.Thread(target=publish, args=(socket, batches(run, rank, num_ranks, hz, until), counts))
+            for rank in range(num_ranks)
+        ]
+        before, began = process.cpu_times(), time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        after, took_s = process.cpu_times(), time.monotonic() - began
+        cpu_s = after.user + after.system - before.user - before.system
+        size = sum(path.stat().st_size for path in run.telemetry.iterdir())
+        return {
+            "ranks": num_ranks,
+            "steps_per_s": hz,
+            "records_per_s": sum(counts) / took_s,
+            "cpu_percent_of_a_core": 100 * cpu_s / took_s,
+            "cpu_us_per_record": 1e6 * cpu_s / max(1, sum(counts)),
+            "disk_bytes_per_record": size / max(1, sum(counts)),
+            "rss_bytes": process.memory_info().rss,
+        }
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(10)
+
+
+def main() -> None:
+    """Measure in folders of its own and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--hz", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="dt", dir="/tmp"))
+    (folder / "r").mkdir(mode=0o700)
+    os.environ.update(DISTUI_STATE_DIR=str(folder / "s"), DISTUI_RUNTIME_DIR=str(folder / "r"))
+    try:
+        print(json.dumps(measure(options.ranks, options.hz, options.seconds), indent=1))
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
