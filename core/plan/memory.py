@@ -15,7 +15,7 @@ from distui.core.plan.types import GIB, ModelSpec
 OPTIMIZER_STATE_BYTES = {"adamw": 8, "adam": 8, "sgd": 0, "sgd_momentum": 4, "lion": 4, "adafactor": 0, "muon": 4}
 """fp32 moments a parameter. Adafactor's are rows plus columns of a matrix: below 0.1% of it, counted as 0."""
 
-SMALL_UNIT_PARAMETERS = 1 << 18
+SMALL_UNIT_PARAMETERS = 1 << 21
 """The engine joins neighbouring blocks up to this size into one unit (core/sharding/partition.py)."""
 
 CUDA_CONTEXT_BYTES = GIB // 2

@@ -24,6 +24,10 @@ from distui.core.sharding.pool import BufferPool
 from distui.core.sharding.transport import Pending, Transport
 
 
+_ONE_PASS_NUMEL = 1 << 14
+"""Below this a gradient stays in the first-level cache, and two plain calls cost less than one with an output."""
+
+
 class GradState(Enum):
     """Where a unit's gradients are in the current backward."""
 
@@ -172,8 +176,10 @@ class Unit:
             view.add_(grad, alpha=self.inverse_ranks)
         elif self.inverse_ranks == 1.0:
             view.copy_(grad)
-        else:
+        elif grad.numel() > _ONE_PASS_NUMEL:
             torch.mul(grad, self.inverse_ranks, out=view)
+        else:
+            view.copy_(grad).mul_(self.inverse_ranks)
         if not self.arrived[index]:
             self.arrived[index] = True
             self.num_arrived += 1
