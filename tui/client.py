@@ -1,0 +1,135 @@
+"""The watcher's side of the daemon: Monitor and Control over its Unix socket, with reconnects.
+
+    Watch ──> Update ──> RunModel          one stream, begun again whenever the daemon comes back
+    ReadLog, ListRuns, Execute             single calls, each with a deadline
+
+A daemon that goes away is a state (`away_since_s`), not an error: a dashboard goes on showing what it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+# Before the first import of grpc: a fork in this process must not print warnings over the screen.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+import grpc
+
+from distui.core.errors import DaemonUnavailable
+from distui.proto import telemetry_pb2 as pb
+from distui.proto import telemetry_pb2_grpc as rpc
+
+FINAL_STATES = frozenset({"finished", "failed", "stopped"})
+
+_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", 256 << 20),
+]
+_RETRY_S = 0.3
+_SILENCE_S = 3.0
+
+
+class MonitorClient:
+    """Reads runs from the daemon that listens on `socket`; use it within one event loop and close it there."""
+
+    def __init__(self, socket: Path, clock: Callable[[], float] = time.time) -> None:
+        self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=_OPTIONS)
+        self._monitor = rpc.MonitorStub(self._channel)
+        self._control = rpc.ControlStub(self._channel)
+        self._clock = clock
+        self.away_since_s: float | None = None
+        """Unix time since when the daemon has not answered; None while it does."""
+        self.problem = ""
+        """What the daemon last refused, in its words; "" when all is well."""
+
+    async def close(self) -> None:
+        """End the channel and every call on it."""
+        await self._channel.close()
+
+    async def watch(self, run_id: str, interval_s: float = 0.5, max_points: int = 2000) -> AsyncIterator[pb.Update]:
+        """Yield the run's updates until it has ended; wait and begin again whenever the daemon goes away.
+
+        After a reconnect the first update holds the whole history again: the reader drops what it knows.
+        """
+        request = pb.WatchRequest(run_id=run_id, interval_s=interval_s, max_points=max_points)
+        while True:
+            call = self._monitor.Watch(request, wait_for_ready=self.away_since_s is not None)
+            try:
+                async for update in self._updates(call):
+                    self.away_since_s, self.problem = None, ""
+                    yield update
+                    if update.snapshot.run.state in FINAL_STATES:
+                        return
+                self._lost("the daemon ended the stream")
+            except grpc.aio.AioRpcError as error:
+                self._lost(error.details() or error.code().name, error.code() is grpc.StatusCode.NOT_FOUND)
+            finally:
+                call.cancel()
+            await asyncio.sleep(_RETRY_S)
+
+    async def _updates(self, call: grpc.aio.UnaryStreamCall) -> AsyncIterator[pb.Update]:
+        """Yield what the stream brings; a silent stream is probed, so that a stopped daemon is noticed."""
+        while True:
+            reading = asyncio.ensure_future(call.read())
+            try:
+                while not (await asyncio.wait({reading}, timeout=_SILENCE_S))[0]:
+                    await self._probe()
+            finally:
+                if not reading.done():
+                    reading.cancel()
+            update = reading.result()
+            if update is grpc.aio.EOF:
+                return
+            yield update
+
+    async def _probe(self) -> None:
+        try:
+            await self._monitor.GetDaemonInfo(pb.DaemonInfoRequest(), timeout=2.0)
+            self.away_since_s = None
+        except grpc.aio.AioRpcError as error:
+            self._lost(error.details() or error.code().name)
+
+    def _lost(self, problem: str, answered: bool = False) -> None:
+        self.problem = problem
+        if answered:
+            self.away_since_s = None
+        elif self.away_since_s is None:
+            self.away_since_s = self._clock()
+
+    async def list_runs(self, limit: int = 0) -> list[pb.RunInfo]:
+        """Return the runs the daemon knows, newest first. Raises: DaemonUnavailable."""
+        request = pb.ListRunsRequest(limit=limit)
+        try:
+            return list((await self._monitor.ListRuns(request, timeout=5.0)).runs)
+        except grpc.aio.AioRpcError as error:
+            raise DaemonUnavailable(error.details() or error.code().name) from error
+
+    async def read_log(self, run_id: str, rank: int, offset: int, max_bytes: int = 65536) -> pb.ReadLogResponse:
+        """Return a piece of a rank's log from `offset`, or from the end where it is negative.
+
+        Units: bytes. Raises: DaemonUnavailable, with the daemon's own words where it answered.
+        """
+        request = pb.ReadLogRequest(run_id=run_id, rank=rank, offset=offset, max_bytes=max_bytes)
+        try:
+            response: pb.ReadLogResponse = await self._monitor.ReadLog(request, timeout=5.0)
+        except grpc.aio.AioRpcError as error:
+            raise DaemonUnavailable(error.details() or error.code().name) from error
+        return response
+
+    async def execute(
+        self, run_id: str, verb: str, arguments: dict[str, str] | None = None, deadline_s: float = 30.0
+    ) -> AsyncIterator[pb.ControlReply]:
+        """Act on the job and yield the replies as ranks give them. Raises: DaemonUnavailable."""
+        request = pb.ControlRequest(run_id=run_id, verb=verb, arguments=arguments or {}, deadline_s=deadline_s)
+        try:
+            async for reply in self._control.Execute(request, timeout=deadline_s + 5.0):
+                yield reply
+        except grpc.aio.AioRpcError as error:
+            raise DaemonUnavailable(error.details() or error.code().name) from error

@@ -1,0 +1,84 @@
+"""The help screen and the question before a job is stopped."""
+
+from __future__ import annotations
+
+from textual.app import ComposeResult
+from textual.binding import Binding
+from textual.containers import Vertical, VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from distui.tui.monitor.views.base import Key
+
+GLOBAL_KEYS = (
+    Key("1 to 8", "the views; a click on their names does the same"),
+    Key("p", "pause: the picture stays, data keeps arriving; p again goes on"),
+    Key("← →", "back and forward through the steps (pauses)"),
+    Key("w", "steps in sight: all, 1,000, 200, 50"),
+    Key("Tab", "the next part of the view"),
+    Key("t", "next theme; all of them are in the palette"),
+    Key("ctrl+p", "command palette"),
+    Key("?", "this help"),
+    Key("q", "quit; the job goes on"),
+    Key("ctrl+c", "stop the job, after a question (dashboard of a launch), or quit"),
+)
+
+
+class HelpScreen(ModalScreen[None]):
+    """The keys, those of the present view first."""
+
+    BINDINGS = [Binding("escape,question_mark,q,enter", "close", "Close", key_display="esc")]
+
+    def __init__(self, title: str, keys: tuple[Key, ...]) -> None:
+        super().__init__()
+        self._title, self._keys = title, keys
+
+    def compose(self) -> ComposeResult:
+        """Make the parts."""
+        with VerticalScroll(id="help") as box:
+            box.border_title = "keys"
+            box.border_subtitle = "esc closes"
+            if self._keys:
+                yield Static(f"{self._title}\n{_table(self._keys)}\n", markup=False)
+            yield Static(f"everywhere\n{_table(GLOBAL_KEYS)}\n", markup=False)
+            yield Static("tables\n" + _table(TABLE_KEYS), markup=False)
+
+    def action_close(self) -> None:
+        """Go back."""
+        self.dismiss(None)
+
+
+TABLE_KEYS = (
+    Key("↑ ↓ j k", "move the cursor; PgUp, PgDn, Home, End too"),
+    Key("s  S  r", "sort by the next or previous column; reverse"),
+)
+
+
+def _table(keys: tuple[Key, ...]) -> str:
+    return "\n".join(f"  {key.keys:<14} {key.what}" for key in keys)
+
+
+class StopScreen(ModalScreen[bool]):
+    """Asks whether the job is to be stopped. A second Ctrl-C is a yes."""
+
+    BINDINGS = [
+        Binding("y", "answer(True)", "Stop the job"),
+        Binding("ctrl+c", "answer(True)", "Stop the job", priority=True),
+        Binding("n,escape,q,enter", "answer(False)", "Go on", key_display="n"),
+    ]
+
+    def compose(self) -> ComposeResult:
+        """Make the parts."""
+        with Vertical(id="stop") as box:
+            box.border_title = "stop the job?"
+            yield Static(
+                "All its ranks end; what is not in a checkpoint is lost.\n\n"
+                "  y or ctrl+c   stop the job\n"
+                "  n or esc      go on\n\n"
+                "To leave the dashboard and let the job run, press q.",
+                markup=False,
+            )
+
+    def action_answer(self, answer: bool) -> None:
+        """Give the answer."""
+        self.dismiss(answer)

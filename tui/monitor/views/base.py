@@ -1,0 +1,161 @@
+"""What all views share: the frame they draw, titled panels, and the numbers they have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.widget import Widget
+
+from distui.proto import telemetry_pb2 as pb
+from distui.tui.format import num_bytes
+from distui.tui.monitor.history import PHASE_NAMES
+from distui.tui.monitor.log_tail import ReadLog
+from distui.tui.monitor.model import CATEGORIES, OTHER, MemoryUse, RunModel, category_title, memory_of
+from distui.tui.widgets.chart import LineChart, Mark, Series
+from distui.tui.widgets.stack import Bar, StackedBars
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is drawn: the run (live or frozen), the time, and the steps in sight."""
+
+    model: RunModel
+    now_s: float
+    num_steps: int | None = None
+    """How many steps back; None is all."""
+    end_step: int | None = None
+    """The last step in sight; None is the newest."""
+    frozen: bool = False
+    read_log: ReadLog | None = None
+
+    @property
+    def window(self) -> slice:
+        """The steps in sight, of the history's columns."""
+        return self.model.history.window(self.num_steps, self.end_step)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a view, for the help screen."""
+
+    keys: str
+    what: str
+
+
+class Panel(Vertical):
+    """A titled part of a view: a line above with the title on the left and the newest number on the right."""
+
+    DEFAULT_CSS = """
+    Panel {
+        height: 1fr; border-top: solid $foreground 25%; border-title-color: $foreground 75%;
+        border-subtitle-color: $foreground; border-title-style: bold; padding: 0;
+    }
+    """
+
+    def __init__(self, title: str, *children: Widget, id: str | None = None, classes: str | None = None) -> None:
+        super().__init__(*children, id=id, classes=classes)
+        self.border_title = title
+
+    def tell(self, title: str, number: str = "") -> None:
+        """Write title and newest number into the line above."""
+        text = f"{_plain(title)}  [b]{_plain(number)}[/b]" if number else _plain(title)
+        if text != self.border_title:
+            self.border_title = text
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+class View(Vertical):
+    """One of the dashboard's views. `show` is called 2 to 4 times a second, only while the view is in sight."""
+
+    TITLE = ""
+    KEYS: tuple[Key, ...] = ()
+
+    def compose(self) -> ComposeResult:
+        """Make the parts."""
+        raise NotImplementedError
+
+    def show(self, frame: Frame) -> None:
+        """Draw the frame."""
+        raise NotImplementedError
+
+    def main_widget(self) -> Widget | None:
+        """Return what takes the keys when the view is opened; None where nothing does."""
+        return None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A chart of one column of the history."""
+
+    column: str
+    color: int = 0
+    missing: str = "n/a"
+    marks: bool = field(default=True)
+
+
+def draw_curve(chart: LineChart, frame: Frame, curve: Curve) -> None:
+    """Draw one column of the history with the events above its axis."""
+    history, window = frame.model.history, frame.window
+    steps, values = history.column("step", window), history.column(curve.column, window)
+    marks = [Mark(step, kind, level) for step, kind, level in frame.model.event_steps()] if curve.marks else []
+    empty = "no steps yet" if not len(history) else f"{curve.missing} in these steps"
+    chart.show([Series(curve.column, steps, values, curve.color)], marks, empty)
+
+
+def newest(values: Sequence[float]) -> float | None:
+    """Return the newest available value; None where there is none."""
+    return next((value for value in reversed(values) if not math.isnan(value)), None)
+
+
+def window_newest(frame: Frame, column: str) -> float | None:
+    """Return the newest available value of a column in sight."""
+    return newest(frame.model.history.column(column, frame.window))
+
+
+def draw_split(bars: StackedBars, frame: Frame) -> None:
+    """Draw what a step's time is spent on, as the mean over the last 50 steps in sight."""
+    history, window = frame.model.history, frame.window
+    recent = slice(max(window.start or 0, window.stop - 50), window.stop)
+    split = history.split(recent)
+    parts = list(zip(PHASE_NAMES, split, strict=True)) if split is not None else []
+    empty = "no steps yet" if not len(history) else "n/a: the ranks do not time the parts of a step"
+    bars.show([Bar("", parts)] if parts else [], empty=empty)
+
+
+def memory_bar(label: str, use: MemoryUse, planned: int | None, scale: float | None, parts: Sequence[str]) -> Bar:
+    """Return a rank's bar; `parts` fixes the order, so that all bars agree."""
+    sizes = dict(use.parts)
+    pieces = [(category_title(name), float(sizes.get(name, 0))) for name in parts]
+    if not sizes and use.total:
+        pieces = [("in use", float(use.total))]
+    text = num_bytes(use.total if use.total is not None else sum(sizes.values()) or None)
+    if use.limit is not None:
+        text += f" of {num_bytes(use.limit)}"
+    return Bar(label, pieces if use.total or sizes else [], text, scale, float(planned) if planned else None)
+
+
+def draw_memory(bars: StackedBars, ranks: Sequence[pb.RankState], model: RunModel, labels: bool = True) -> None:
+    """Draw ranks' memory by category against the limit and the plan, all on one scale."""
+    uses = [(rank, memory_of(rank)) for rank in ranks]
+    found = {name for _, use in uses for name, _ in use.parts}
+    order = [name for name in CATEGORIES if name in found]
+    order += sorted(found - set(CATEGORIES) - {OTHER}) + [OTHER] * (OTHER in found)
+    planned = model.planned_bytes()
+    most = max((max(use.total or 0, sum(use.by_category.values())) for _, use in uses), default=0)
+    limits = [use.limit for _, use in uses if use.limit]
+    # Against a limit that is far away nothing could be told apart: then the largest rank is the scale.
+    limit = max(limits) if limits and most > 0.2 * max(limits) else 0
+    scale = float(max(limit, most, planned or 0)) or None
+    drawn = [memory_bar(f"rank {rank.rank}" if labels else "", use, planned, scale, order) for rank, use in uses]
+    fullest = max(uses, key=lambda pair: pair[1].total or 0, default=None)
+    values = {category_title(name): float(size) for name, size in fullest[1].parts} if fullest else None
+    if values == {} and fullest is not None and fullest[1].total:
+        values = {"in use": float(fullest[1].total)}
+    bars.show(drawn, values, f"planned {num_bytes(planned)}" if planned else "", "n/a: no rank has sent its memory yet")

@@ -1,0 +1,108 @@
+"""The columns of the table of ranks: all of them on the ranks view, the first ones on the overview."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distui.proto import telemetry_pb2 as pb
+from distui.tui.format import NA, count, duration, num_bytes, scalar, seconds, si
+from distui.tui.monitor.model import RunModel, optional
+from distui.tui.monitor.verdict import STATE_GLYPHS, STATE_TONES
+from distui.tui.widgets.sparkline import sparkline
+from distui.tui.widgets.table import Column
+
+
+@dataclass(frozen=True)
+class RankLine:
+    """One rank as the table shows it; None is not available."""
+
+    rank: int
+    node: str
+    pid: int | None
+    state: str
+    step: int | None
+    loss: float | None
+    step_s: float | None
+    tokens_per_s: float | None
+    memory_bytes: int | None
+    phase: str | None
+    phase_s: float | None
+    device: str | None
+    times: Sequence[float] | None
+
+
+def phase_of(rank: pb.RankState, now_s: float) -> tuple[str | None, float | None]:
+    """Return what the rank's main thread does, and since how many seconds."""
+    if not rank.HasField("heartbeat") or rank.state in ("finished", "dead"):
+        return None, None
+    beat = rank.heartbeat
+    if beat.waiting_in:
+        return f"in {beat.waiting_in}", max(0.0, now_s - beat.waiting_since_s) if beat.waiting_since_s else None
+    return beat.phase or None, max(0.0, now_s - beat.phase_since_s) if beat.phase_since_s else None
+
+
+def rank_lines(model: RunModel, now_s: float) -> list[RankLine]:
+    """Return the ranks heard of, by number."""
+    return [_line(rank, model, now_s) for rank in model.ranks]
+
+
+def _line(rank: pb.RankState, model: RunModel, now_s: float) -> RankLine:
+    phase, phase_s = phase_of(rank, model.now(now_s))
+    return RankLine(
+        rank=rank.rank,
+        node=rank.node,
+        pid=rank.pid or None,
+        state=rank.state,
+        step=optional(rank, "step"),
+        loss=optional(rank, "loss"),
+        step_s=optional(rank, "step_s"),
+        tokens_per_s=optional(rank, "tokens_per_s"),
+        memory_bytes=optional(rank, "memory_bytes"),
+        phase=phase,
+        phase_s=phase_s,
+        device=rank.device or None,
+        times=model.history.rank_times(rank.rank),
+    )
+
+
+def _word(value: Any) -> str:
+    return str(value) if value not in (None, "") else NA
+
+
+def _state(value: str) -> str:
+    return f"{STATE_GLYPHS.get(value, '?')} {value}" if value else NA
+
+
+def _state_tone(line: RankLine) -> str:
+    return STATE_TONES.get(line.state, "")
+
+
+def _phase_s(value: float | None) -> str:
+    return NA if value is None else duration(value) if value >= 1 else "<1s"
+
+
+RANK_COLUMNS: tuple[Column[RankLine], ...] = (
+    Column("rank", lambda r: r.rank, str),
+    Column("node", lambda r: r.node, _word, "left", priority=6),
+    Column("pid", lambda r: r.pid, _word, priority=8),
+    Column("state", lambda r: r.state, _state, "left", width=9, tone=_state_tone),
+    Column("step", lambda r: r.step, count, priority=1),
+    Column("loss", lambda r: r.loss, scalar, priority=3),
+    Column("step time", lambda r: r.step_s, seconds, priority=2, width=9),
+    Column("tokens/s", lambda r: r.tokens_per_s, si, priority=4),
+    Column("memory", lambda r: r.memory_bytes, num_bytes, priority=2, width=8),
+    Column("phase", lambda r: r.phase, _word, "left", priority=5, width=9),
+    Column("for", lambda r: r.phase_s, _phase_s, priority=9, width=3),
+    Column("device", lambda r: r.device, _word, "left", priority=10),
+    Column(
+        "last steps",
+        lambda r: r.times,
+        align="left",
+        priority=11,
+        width=12,
+        flex=True,
+        draw=lambda v, w: sparkline(v, w),
+    ),
+)

@@ -1,0 +1,110 @@
+"""View 2: every rank in a table, and their step times over the steps as a heatmap."""
+
+from __future__ import annotations
+
+import re
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding
+from textual.widget import Widget
+from textual.widgets import Input
+
+from distui.tui.format import seconds
+from distui.tui.monitor.views.base import Frame, Key, Panel, View
+from distui.tui.monitor.views.rank_columns import RANK_COLUMNS, RankLine, rank_lines
+from distui.tui.widgets.heatmap import Heatmap
+from distui.tui.widgets.table import LineTable
+
+
+class RanksView(View):
+    """Sort with s, S and r, filter with /, open a rank with Enter."""
+
+    TITLE = "Ranks"
+    KEYS = (
+        Key("Enter", "look into the rank under the cursor; Esc comes back"),
+        Key("s  S  r", "sort by the next or previous column; reverse"),
+        Key("/", "filter by a regular expression; Esc clears it"),
+        Key("z", "heatmap: all ranks in sight, or one cell a rank"),
+    )
+    BINDINGS = [
+        Binding("slash", "filter", "Filter", key_display="/"),
+        Binding("s", "table('sort(1)')", "Sort", show=True),
+        Binding("z", "zoom", "Zoom map", show=False),
+        Binding("escape", "clear_filter", "Clear filter", show=False),
+    ]
+
+    def compose(self) -> ComposeResult:
+        """Make the parts."""
+        with Panel("ranks", id="ranks-panel"):
+            yield LineTable[RankLine](RANK_COLUMNS, lambda r: r.rank, sort=0, empty="no rank yet", id="ranks-table")
+            yield Input(placeholder="regular expression, over all columns", id="ranks-filter", compact=True)
+        with Panel("step time by rank", id="ranks-map-panel"):
+            yield Heatmap(unit=seconds, id="ranks-map")
+
+    def on_mount(self) -> None:
+        """Hide the filter until it is asked for."""
+        self.query_one("#ranks-filter").display = False
+        self._frame: Frame | None = None
+
+    @property
+    def _table(self) -> LineTable[RankLine]:
+        return self.query_one("#ranks-table", LineTable)
+
+    def show(self, frame: Frame) -> None:
+        """Draw the frame."""
+        self._frame = frame
+        self._table.show(rank_lines(frame.model, frame.now_s))
+        rows = frame.model.history.window_rows(frame.num_steps, frame.end_step)
+        self.query_one("#ranks-map", Heatmap).show([row.step for row in rows], [row.step_s for row in rows])
+        self._tell()
+
+    def _tell(self) -> None:
+        table, pattern = self._table, self.query_one("#ranks-filter", Input).value
+        number = f"{len(table.rows)} of {self._frame.model.run.world_size if self._frame else 0}"
+        if table.sort_column is not None:
+            number += f"  by {table.columns[table.sort_column].title} {'▼' if table.descending else '▲'}"
+        self.query_one("#ranks-panel", Panel).tell("ranks", number + (f"  filter /{pattern}/" if pattern else ""))
+
+    def main_widget(self) -> Widget:
+        """The table takes the keys."""
+        return self._table
+
+    def action_filter(self) -> None:
+        """Open the filter."""
+        box = self.query_one("#ranks-filter", Input)
+        box.display = True
+        box.focus()
+
+    def action_clear_filter(self) -> None:
+        """Close the filter and show all ranks."""
+        box = self.query_one("#ranks-filter", Input)
+        box.value, box.display = "", False
+        self._table.filter(None)
+        self._table.focus()
+        self._tell()
+
+    @on(Input.Changed, "#ranks-filter")
+    def _filter(self, event: Input.Changed) -> None:
+        """Filter while typing; an expression that is not complete yet leaves the last filter."""
+        try:
+            pattern = re.compile(event.value, re.IGNORECASE) if event.value else None
+        except re.error as error:
+            self.query_one("#ranks-panel", Panel).tell("ranks", f"not a regular expression yet: {error}")
+            return
+        self._table.filter(pattern)
+        self._tell()
+
+    @on(Input.Submitted, "#ranks-filter")
+    def _filtered(self, event: Input.Submitted) -> None:
+        event.input.display = bool(event.value)
+        self._table.focus()
+
+    def action_zoom(self) -> None:
+        """Switch the heatmap between all ranks in sight and one cell a rank."""
+        self.query_one("#ranks-map", Heatmap).toggle_fit()
+
+    def action_table(self, action: str) -> None:
+        """Hand a key to the table from wherever the focus is."""
+        self.call_later(self._table.run_action, action)
+        self.call_later(self._tell)

@@ -1,0 +1,193 @@
+"""A heatmap of ranks over steps on the Line API, in half blocks: readable with 2 ranks and with 1,000.
+
+Up to as many ranks as there are lines, each rank has a line of its own and its last value beside it. With more, a line
+holds two cells above each other; where even that does not suffice, `fit` draws the slowest of each group of neighbours,
+and without `fit` the map scrolls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from rich.style import Style
+from textual.geometry import Size
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+from distui.tui.format import cut
+from distui.tui.widgets.palette import RAMP_STEPS, Ink, half_block, ink_of, line
+
+_NO_VALUE = -1
+
+
+class Heatmap(ScrollView, can_focus=True):
+    """One row a rank, one column a step (or a bucket of steps); bright is slow."""
+
+    DEFAULT_CSS = "Heatmap { height: 1fr; min-height: 3; overflow-x: hidden; scrollbar-size-vertical: 1; }"
+
+    def __init__(
+        self,
+        *,
+        unit: Callable[[float | None], str],
+        empty: str = "no steps yet",
+        id: str | None = None,
+        classes: str | None = None,
+    ) -> None:
+        super().__init__(id=id, classes=classes)
+        self._unit, self._empty = unit, empty
+        self._rows: Sequence[Sequence[float]] = ()
+        self._steps: Sequence[int] = ()
+        self.fit = True
+        """Whether neighbours are merged so that all ranks are in sight."""
+        self._cells: list[list[int]] = []
+        self._lasts: list[float] = []
+        self._group = 1
+        self._bounds = (math.nan, math.nan)
+        self._stale = True
+
+    def show(self, steps: Sequence[int], rows: Sequence[Sequence[float]]) -> None:
+        """Take one sequence of values by rank a step, oldest first; NaN is not available."""
+        self._steps, self._rows = steps, rows
+        self._stale = True
+        self.refresh()
+
+    def toggle_fit(self) -> None:
+        """Switch between all ranks in sight and one cell a rank."""
+        self.fit = not self.fit
+        self._stale = True
+        self.refresh()
+
+    def on_resize(self) -> None:
+        """Draw anew at the new size."""
+        self._stale = True
+        self.refresh()
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks the map knows."""
+        return max((len(row) for row in self._rows), default=0)
+
+    def _prepare(self) -> None:
+        """Bucket, group and quantise, once for each new data or size."""
+        self._stale = False
+        num_ranks, height = self.num_ranks, max(1, self.size.height - 1)
+        self._group = max(1, math.ceil(num_ranks / (height * 2))) if self.fit and num_ranks > height else 1
+        labels = self._label_width()
+        columns = max(1, self.size.width - labels - 1 - (self._value_width() if self._single(height) else 0))
+        buckets = _columns(self._rows, columns)
+        known = sorted(value for bucket in buckets for value in bucket if not math.isnan(value))
+        if not known:
+            self._cells, self._lasts = [], []
+            self.virtual_size = Size(self.size.width, 1)
+            return
+        # The slowest percent (a first step, a checkpoint) would make everything else look alike.
+        low, high = known[0], known[min(len(known) - 1, int(len(known) * 0.985))]
+        high = max(high, low * 1.05, low + 1e-9)
+        self._bounds = (low, high)
+        scale = (RAMP_STEPS - 1) / (high - low)
+        self._cells, self._lasts = [], []
+        for first in range(0, num_ranks, self._group):
+            group = range(first, min(first + self._group, num_ranks))
+            worst = [_worst(bucket, group) for bucket in buckets]
+            self._lasts.append(worst[-1])
+            self._cells.append(
+                [_NO_VALUE if math.isnan(v) else max(0, min(RAMP_STEPS - 1, int((v - low) * scale))) for v in worst]
+            )
+        lines = len(self._cells) if self._single(height) else math.ceil(len(self._cells) / 2)
+        self.virtual_size = Size(self.size.width, lines + 1)
+
+    def _single(self, height: int) -> bool:
+        return self.num_ranks <= height
+
+    def _label_width(self) -> int:
+        last = max(0, self.num_ranks - 1)
+        return (
+            len(self._label(last, last + 1)) + 2 if self._group == 1 else len(self._label(last, last + self._group)) + 2
+        )
+
+    def _value_width(self) -> int:
+        return 9
+
+    @staticmethod
+    def _label(first: int, stop: int) -> str:
+        return f"rank {first}" if stop - first == 1 else f"{first}-{stop - 1}"
+
+    def render_line(self, y: int) -> Strip:
+        """Draw one line; the scale stays on the first."""
+        if self._stale:
+            self._prepare()
+        ink, width = ink_of(self), self.size.width
+        if not self._cells:
+            return line([(cut(f" {self._empty}", width), ink.muted)] if y == 0 else [], width, ink.text)
+        if y == 0:
+            return self._scale(ink, width)
+        index = y - 1 + self.scroll_offset.y
+        if self._single(max(1, self.size.height - 1)):
+            return self._single_line(index, ink, width)
+        return self._double_line(index, ink, width)
+
+    def _scale(self, ink: Ink, width: int) -> Strip:
+        low, high = self._bounds
+        ramp = [(" ", half_block(_NO_VALUE, index, ink.text.bgcolor)) for index in range(0, RAMP_STEPS, 2)]
+        parts: list[tuple[str, Style]] = [
+            (f" {self._unit(low)} ", ink.muted),
+            *ramp,
+            (f" {self._unit(high)}", ink.muted),
+        ]
+        merged = f"  slowest of each {self._group}" if self._group > 1 else ""
+        steps = f"steps {self._steps[0]:,} to {self._steps[-1]:,}" if self._steps else ""
+        used = sum(len(text) for text, _ in parts) + len(merged)
+        parts.append((merged, ink.muted))
+        if used + len(steps) + 2 <= width:
+            parts.append((steps.rjust(width - used - 1), ink.muted))
+        return line(parts, width, ink.text)
+
+    def _single_line(self, index: int, ink: Ink, width: int) -> Strip:
+        if index >= len(self._cells):
+            return Strip.blank(width, ink.text)
+        label = f" {self._label(index, index + 1)}".ljust(self._label_width())
+        parts: list[tuple[str, Style]] = [(label, ink.muted)]
+        for level in self._cells[index]:
+            parts.append(
+                ("·", ink.faint) if level == _NO_VALUE else (" ", half_block(_NO_VALUE, level, ink.text.bgcolor))
+            )
+        parts.append((self._unit(self._lasts[index]).rjust(self._value_width()), ink.text))
+        return line(parts, width, ink.text)
+
+    def _double_line(self, index: int, ink: Ink, width: int) -> Strip:
+        top = index * 2
+        if top >= len(self._cells):
+            return Strip.blank(width, ink.text)
+        first = top * self._group
+        stop = min(first + self._group, self.num_ranks)
+        parts: list[tuple[str, Style]] = [(f" {self._label(first, stop)}".ljust(self._label_width()), ink.muted)]
+        upper = self._cells[top]
+        lower = self._cells[top + 1] if top + 1 < len(self._cells) else [_NO_VALUE] * len(upper)
+        background = ink.text.bgcolor
+        for above, below in zip(upper, lower, strict=True):
+            parts.append((" " if above == below == _NO_VALUE else "▀", half_block(above, below, background)))
+        return line(parts, width, ink.text)
+
+
+def _columns(rows: Sequence[Sequence[float]], width: int) -> list[list[float]]:
+    """Return at most `width` columns: the newest rows as they are, or the slowest of each bucket of rows."""
+    if len(rows) <= width:
+        return [list(row) for row in rows]
+    found = []
+    for number in range(width):
+        part = rows[
+            number * len(rows) // width : max(number * len(rows) // width + 1, (number + 1) * len(rows) // width)
+        ]
+        size = max(len(row) for row in part)
+        found.append([_worst_of(row[rank] for row in part if rank < len(row)) for rank in range(size)])
+    return found
+
+
+def _worst(column: Sequence[float], ranks: range) -> float:
+    return _worst_of(column[rank] for rank in ranks if rank < len(column))
+
+
+def _worst_of(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return max(known) if known else math.nan

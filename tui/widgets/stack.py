@@ -1,0 +1,251 @@
+"""Stacked bars on the Line API: what a whole is made of, each category with its own pattern, colour and number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.style import Style
+from textual.geometry import Size
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+from textual.widget import Widget
+
+from distui.tui.format import cut, percent
+from distui.tui.widgets.palette import Ink, fill_of, ink_of, line
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar. `scale` is the value of its full width, `mark` a value drawn as a line across it (the plan)."""
+
+    label: str
+    parts: Sequence[tuple[str, float]]
+    text: str = ""
+    scale: float | None = None
+    mark: float | None = None
+
+
+class StackedBars(ScrollView, can_focus=False):
+    """Bars under each other with a legend below; categories keep their pattern over all bars."""
+
+    DEFAULT_CSS = "StackedBars { height: auto; overflow-x: hidden; scrollbar-size-vertical: 1; }"
+
+    def __init__(
+        self,
+        *,
+        unit: Callable[[float | None], str],
+        legend: bool = True,
+        legend_first: bool = False,
+        shares: bool = False,
+        thickness: int = 1,
+        empty: str = "n/a",
+        id: str | None = None,
+        classes: str | None = None,
+    ) -> None:
+        super().__init__(id=id, classes=classes)
+        self._unit, self._shares, self._thickness = unit, shares, thickness
+        self._legend, self._legend_first = legend, legend_first
+        self._empty = empty
+        self._bars: list[Bar] = []
+        self._names: list[str] = []
+        self._values: dict[str, float] | None = None
+        self._mark_name = ""
+        self._strips: list[Strip] | None = None
+
+    def show(
+        self, bars: Sequence[Bar], values: dict[str, float] | None = None, mark_name: str = "", empty: str | None = None
+    ) -> None:
+        """Take new bars. `values` are the numbers of the legend: by default the first bar's."""
+        self._bars = [bar for bar in bars if bar.parts]
+        names = dict.fromkeys(name for bar in self._bars for name, _ in bar.parts)
+        # Categories keep their pattern while others come and go.
+        self._names = [name for name in self._names if name in names]
+        self._names += [name for name in names if name not in self._names]
+        self._names.sort(key=list(names).index)
+        self._values = values if values is not None else dict(self._bars[0].parts) if self._bars else {}
+        self._mark_name = mark_name
+        self._empty = empty or self._empty
+        self._redraw()
+
+    def _redraw(self) -> None:
+        self._strips = None
+        if self.is_attached and self.size.width:
+            num_lines = len(self._lines())
+            if self.virtual_size.height != num_lines or self.virtual_size.width != self.size.width:
+                self.virtual_size = Size(self.size.width, num_lines)
+                self.refresh(layout=True)
+        self.refresh()
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        """Return the lines that bars and legend need."""
+        return max(1, len(self._draw(width, ink_of(self)))) if width else 1
+
+    def on_resize(self) -> None:
+        """Draw anew at the new size."""
+        self._redraw()
+
+    def notify_style_update(self) -> None:
+        """Draw anew in the new theme."""
+        super().notify_style_update()
+        self._strips = None
+
+    def _lines(self) -> list[Strip]:
+        if self._strips is None:
+            self._strips = self._draw(self.size.width, ink_of(self))
+        return self._strips
+
+    def render_line(self, y: int) -> Strip:
+        """Draw one line."""
+        lines, index = self._lines(), y + self.scroll_offset.y
+        return lines[index] if index < len(lines) else Strip.blank(self.size.width, ink_of(self).text)
+
+    def _draw(self, width: int, ink: Ink) -> list[Strip]:
+        if not self._bars:
+            return [line([(f" {cut(self._empty, width - 2)}", ink.muted)], width, ink.text)]
+        labels = max(len(bar.label) for bar in self._bars)
+        texts = max(len(bar.text) for bar in self._bars)
+        room = width - labels - texts - 2 - bool(labels) - bool(texts)
+        strips = []
+        for bar in self._bars:
+            cells = self._cells(bar, max(4, room), ink)
+            for number in range(self._thickness):
+                first = number == 0
+                head = f" {bar.label.ljust(labels) if first else ' ' * labels}" + (" " if labels else "")
+                tail = f" {bar.text.rjust(texts)}" if texts and first else ""
+                strips.append(line([(head, ink.text), *cells, (tail, ink.text)], width, ink.text))
+        legend = self._legend_lines(width, ink) if self._legend else []
+        return legend + strips if self._legend_first else strips + legend
+
+    def _cells(self, bar: Bar, room: int, ink: Ink) -> list[tuple[str, Style]]:
+        total = sum(size for _, size in bar.parts)
+        scale = bar.scale if bar.scale and bar.scale >= total else total
+        cells: list[tuple[str, Style]] = []
+        reached = 0.0
+        for name, size in bar.parts:
+            reached += size
+            stop = round(reached / scale * room) if scale > 0 else 0
+            index = self._names.index(name)
+            cells += [(fill_of(index), ink.of_series(index))] * (stop - len(cells))
+        cells += [("·", ink.faint)] * (room - len(cells))
+        if bar.mark is not None and scale > 0:
+            cells[max(0, min(room - 1, round(bar.mark / scale * room)))] = ("┃", ink.bold)
+        return cells
+
+    def _legend_lines(self, width: int, ink: Ink) -> list[Strip]:
+        """Return the legend, wrapped between entries, never within one."""
+        values = self._values or {}
+        total = sum(values.values())
+        lines: list[list[tuple[str, Style]]] = [[]]
+        used = 0
+        entries = [
+            (fill_of(n), ink.of_series(n), name, self._number(values.get(name), total))
+            for n, name in enumerate(self._names)
+        ]
+        if self._mark_name:
+            entries.append(("┃", ink.bold, self._mark_name, ""))
+        for glyph, style, name, number in entries:
+            size = 1 + 2 + len(name) + len(number) + bool(number) + 1
+            if lines[-1] and used + size > width:
+                lines.append([])
+                used = 0
+            lines[-1] += [
+                (" ", ink.text),
+                (glyph, style),
+                (f" {name}", ink.muted),
+                (f" {number} " if number else " ", ink.text),
+            ]
+            used += size
+        return [line(parts, width, ink.text) for parts in lines]
+
+    def _number(self, value: float | None, total: float) -> str:
+        if value is None:
+            return "n/a"
+        return (
+            f"{self._unit(value)} {percent(value / total) if total else ''}".rstrip()
+            if self._shares
+            else self._unit(value)
+        )
+
+
+class StackedColumns(Widget):
+    """Shares over time: each column of cells is a bucket of steps, cut into categories from the bottom up."""
+
+    DEFAULT_CSS = "StackedColumns { height: 1fr; min-height: 4; }"
+
+    def __init__(self, *, empty: str = "n/a", id: str | None = None, classes: str | None = None) -> None:
+        super().__init__(id=id, classes=classes)
+        self._empty = empty
+        self._columns: Sequence[Sequence[float]] = ()
+        self._strips: list[Strip] | None = None
+
+    def show(self, columns: Sequence[Sequence[float]]) -> None:
+        """Take one sequence of values a category, all over the same steps; NaN is not available."""
+        self._columns = columns
+        self._strips = None
+        self.refresh()
+
+    def on_resize(self) -> None:
+        """Draw anew at the new size."""
+        self._strips = None
+
+    def notify_style_update(self) -> None:
+        """Draw anew in the new theme."""
+        super().notify_style_update()
+        self._strips = None
+
+    def render_line(self, y: int) -> Strip:
+        """Draw one line."""
+        if self._strips is None:
+            self._strips = self._draw(self.size.width, self.size.height, ink_of(self))
+        return self._strips[y] if y < len(self._strips) else Strip.blank(self.size.width)
+
+    def _draw(self, width: int, height: int, ink: Ink) -> list[Strip]:
+        gutter = 6
+        plot = max(1, width - gutter - 1)
+        buckets = _buckets(self._columns, plot)
+        if not any(bucket is not None for bucket in buckets) or height < 2:
+            strips = [Strip.blank(width, ink.text)] * height
+            if height:
+                strips[(height - 1) // 2] = line([(cut(self._empty, width).center(width), ink.muted)], width, ink.text)
+            return strips
+        strips = []
+        for row in range(height):
+            share = (height - row - 0.5) / height
+            label = {0: "100%", height - 1: "0%", (height - 1) // 2: "50%" if height >= 7 else ""}.get(row, "")
+            parts: list[tuple[str, Style]] = [
+                (label.rjust(gutter - 1) + " ", ink.muted),
+                ("┤" if label else "│", ink.faint),
+            ]
+            for bucket in buckets:
+                index = (
+                    None
+                    if bucket is None
+                    else next((n for n, edge in enumerate(bucket) if share <= edge), len(bucket) - 1)
+                )
+                parts.append((" ", ink.text) if index is None else (fill_of(index), ink.of_series(index)))
+            strips.append(line(parts, width, ink.text))
+        return strips
+
+
+def _buckets(columns: Sequence[Sequence[float]], width: int) -> list[list[float] | None]:
+    """Return cumulative shares for each of `width` buckets; None where nothing was measured."""
+    length = len(columns[0]) if columns else 0
+    if not length:
+        return [None]
+    found: list[list[float] | None] = []
+    for number in range(width):
+        start = number * length // width
+        part = slice(start, max(start + 1, (number + 1) * length // width))
+        sums = [sum(value for value in values[part] if not math.isnan(value)) for values in columns]
+        total = sum(sums)
+        if total <= 0:
+            found.append(None)
+            continue
+        edges, reached = [], 0.0
+        for value in sums:
+            reached += value / total
+            edges.append(reached)
+        found.append(edges)
+    return found
