@@ -117,6 +117,7 @@ class CheckpointSection(Section):
 
     dir: str = _field("", "folder of checkpoints; empty takes the run's own folder")
     every_steps: NonNegativeInt = _field(0, "save each so many optimizer steps; 0 only where the script asks", "steps")
+    async_save: bool = _field(True, "write automatic checkpoints while training goes on; costs a copy in host memory")
     keep: PositiveInt = _field(3, "newest checkpoints that are kept")
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from distui.core import ops
-from distui.core.checkpoint import rotation
 from distui.core.paths import RunFolder
 from distui.core.telemetry.control import LATER, ControlCommand
 
@@ -55,14 +53,14 @@ class StepControl:
     def after_step(self) -> None:
         """Carry out what all ranks agree on. Collective: all ranks, after every optimizer step."""
         step = self._engine.clock.step
-        every = self._engine.config.checkpoint.every_steps
-        if every and step % every == 0:
-            self._save()
         if self._profile is not None:
             self._continue_profile(step)
         if step < self._next_agreement:
             return
-        wanted = self._agree(step)
+        *wanted, save_failed = self._agree(step)
+        if save_failed:
+            # One rank's thread knows already; the others' are about to.
+            self._engine.saver.wait()
         for verb, value in zip(VERBS, wanted, strict=True):
             if value:
                 with self._lock:
@@ -75,7 +73,9 @@ class StepControl:
         step_s = (now - last_time) / max(step - last_step, 1)
         with self._lock:
             asked = [self._argument(verb) for verb in VERBS]
-        values = torch.tensor([*asked, round(step_s * 1e6)], dtype=torch.int64, device=ops.object_device())
+        values = torch.tensor(
+            [*asked, self._engine.saver.failed, round(step_s * 1e6)], dtype=torch.int64, device=ops.object_device()
+        )
         if self._engine.num_processes > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         *wanted, slowest_us = values.tolist()
@@ -93,20 +93,21 @@ class StepControl:
 
     def _carry_out(self, verb: str, value: int, command: ControlCommand | None) -> None:
         if verb == "checkpoint":
-            message = f"saved {self._save()}"
-        else:
-            self._start_profile(value)
-            message = f"profiling {value} steps into {self._run.path / 'profile'}"
+            self._save(command)
+            return
+        self._start_profile(value)
         if command is not None:
-            command.done(message)
+            command.done(f"profiling {value} steps into {self._run.path / 'profile'}")
 
-    def _save(self) -> str:
-        settings = self._engine.config.checkpoint
-        folder = Path(settings.dir) if settings.dir else self._run.path / "checkpoints"
-        path = self._engine.save_state(str(folder / f"step_{self._engine.clock.step:08d}"))
-        if self._engine.is_main_process:
-            rotation.keep_newest(folder, settings.keep)
-        return path
+    def _save(self, command: ControlCommand | None) -> None:
+        def answer(error: BaseException | None) -> None:
+            if command is not None and error is None:
+                command.done(f"saved {path}")
+            elif command is not None:
+                command.error(str(error))
+
+        path = self._engine.saver.folder_of_step(self._engine)
+        self._engine.saver.save_step(self._engine, answer)
 
     def _start_profile(self, num_steps: int) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]

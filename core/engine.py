@@ -63,6 +63,7 @@ class Engine(Tracking, ProcessState):
         group = torch.distributed.group.WORLD if self.num_processes > 1 else None
         self.telemetry = job_telemetry(self.process_index, self.local_process_index, self.num_processes)
         self.backend: Backend = load_backend(self.config, group)
+        self.saver = checkpoint.Saver(self.telemetry)
         self.clock = StepClock(self.telemetry, self.backend.take_exposed_s)
         fp16 = self.config.precision.dtype == "fp16"
         precision = self.config.precision
@@ -264,6 +265,7 @@ class Engine(Tracking, ProcessState):
             loss_scale=self.scaler.scale if self.scaler is not None else None,
             skipped=optimizer.step_was_skipped,
         )
+        self.saver.after_step(self)
         if self._control is not None:
             self._control.after_step()
         if self.clock.step in (1, 2) or self.clock.step % 50 == 0:
@@ -329,20 +331,18 @@ class Engine(Tracking, ProcessState):
                 )
         self._registered += objects
 
-    def save_state(self, output_dir: str, **kwargs: Any) -> str:
+    def save_state(self, output_dir: str, *, asynchronous: bool = False, **kwargs: Any) -> str:
         """Save models, optimizers, schedulers, loaders, scaler, random state and registered objects. Collective.
 
-        Any stage and any number of ranks can load it. Returns the folder.
+        Any stage and any number of ranks can load it. Returns the folder. With `asynchronous` the files are written
+        while training goes on; the next save, load_state and end_training wait for them and raise what went wrong.
         """
-        self.telemetry.phase("checkpoint")
-        path = checkpoint.save(self, output_dir)
-        self.telemetry.event("info", "checkpoint", f"saved {path}", step=self.clock.step)
-        self.telemetry.phase("idle")
-        return path
+        return self.saver.save(self, output_dir, asynchronous)
 
     def load_state(self, input_dir: str, **kwargs: Any) -> None:
         """Load what `save_state` wrote. Collective."""
         self.telemetry.phase("checkpoint")
+        self.saver.wait()
         checkpoint.load(self, input_dir)
         self.telemetry.event("info", "checkpoint", f"loaded {input_dir}", step=self.clock.step)
         self.telemetry.phase("idle")
@@ -350,6 +350,13 @@ class Engine(Tracking, ProcessState):
     def save_model(self, model: nn.Module, save_directory: str, max_shard_size: str | int = "10GB") -> None:
         """Write the weights of `model` as safetensors with an index. Collective."""
         checkpoint.save_model(self, model, save_directory, max_shard_size)
+
+    def end_training(self) -> None:
+        """Finish the save in flight and the trackers, and leave the process group. Collective: all ranks, last."""
+        try:
+            self.saver.wait()
+        finally:
+            super().end_training()
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget everything that was prepared; returns a None for each object, to rebind the names."""

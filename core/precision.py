@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,21 +22,22 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:
     return tree_map(cast, value)
 
 
+def _cast_inputs(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return cast_floating(args, dtype), cast_floating(kwargs, dtype)
+
+
+def _cast_output(module: nn.Module, args: Any, output: Any) -> Any:
+    return cast_floating(output, torch.float32)
+
+
 def apply_border_casts(model: nn.Module, dtype: torch.dtype) -> list[Any]:
     """Make `model` take inputs of any floating format and give outputs in float32, while it computes in `dtype`.
 
-    Returns the hooks' handles.
+    Returns the hooks' handles. A copy of the model keeps the casts.
     """
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return cast_floating(args, dtype), cast_floating(kwargs, dtype)
-
-    def after(module: nn.Module, args: Any, output: Any) -> Any:
-        return cast_floating(output, torch.float32)
-
     return [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after),
+        model.register_forward_pre_hook(partial(_cast_inputs, dtype), with_kwargs=True),
+        model.register_forward_hook(_cast_output),
     ]
 
 

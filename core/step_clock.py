@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distui.core.sharding.hooks import Hook
 from distui.core.sharding.schedule import in_backward
 from distui.core.telemetry.source import NullSource, TelemetrySource
 
@@ -38,8 +39,8 @@ class StepClock:
     def watch(self, model: nn.Module) -> list[Any]:
         """Time the forward passes of `model`; returns the hooks' handles."""
         return [
-            model.register_forward_pre_hook(self._before_forward, prepend=True),
-            model.register_forward_hook(self._after_forward),
+            model.register_forward_pre_hook(Hook(self._before_forward), prepend=True),
+            model.register_forward_hook(Hook(self._after_forward)),
         ]
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:

@@ -16,6 +16,8 @@ from distui.core.errors import UserError
 from distui.core.paths import write_atomic
 
 MANIFEST = "manifest.json"
+PREFIX = "step_"
+"""How the folders of automatic checkpoints begin; the step follows, with zeros that make names sort."""
 FORMAT = 1
 _BLOCK_BYTES = 1 << 20
 

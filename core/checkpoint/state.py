@@ -9,9 +9,7 @@
 from __future__ import annotations
 
 import random
-import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +25,7 @@ from distui.core.checkpoint.flat import FlatShard
 from distui.core.errors import UserError
 from distui.core.sharding.optim import FlatRun, ShardedOptimizer
 from distui.core.sharding.sharded import ShardedModel
+from distui.core.sharding.unit import Unit
 
 if TYPE_CHECKING:
     from distui.core.engine import Engine
@@ -44,28 +43,49 @@ def _sharded_models(engine: Engine) -> list[ShardedModel]:
     return [engine.backend.sharded(model) for model in engine._models]
 
 
-def _model_items(prefix: str, sharded: ShardedModel) -> dict[str, torch.Tensor]:
+Part = tuple[int, int]
+"""Which of how many equal parts a rank writes of what every rank holds; load has none and takes the whole."""
+
+
+def _held(unit: Unit, index: int, base: int, end: int, part: Part | None) -> tuple[int, int]:
+    """Return the range of parameter `index` that lies in [base, end) of the unit's flat buffer and is this rank's."""
+    span = unit.layout.spans[index]
+    if part is not None and unit.layout.num_shards == 1:
+        rank, count = part
+        base = max(base, unit.layout.padded_numel * rank // count)
+        end = min(end, unit.layout.padded_numel * (rank + 1) // count)
+    low = min(max(base - span.offset, 0), span.numel)
+    return low, min(max(end - span.offset, low), span.numel)
+
+
+def _replicated(tensor: torch.Tensor, part: Part | None) -> FlatShard:
+    """Return a tensor that every rank holds; rank 0 writes it, so that what belongs together is of one rank."""
+    flat = tensor.detach().reshape(-1)
+    return FlatShard(flat[:0] if part is not None and part[0] else flat, 0, tensor.numel())
+
+
+def _model_items(prefix: str, sharded: ShardedModel, part: Part | None = None) -> dict[str, torch.Tensor]:
     """Return the tensors of a model by key: flat shards of what is in units, plain tensors of the rest."""
     items: dict[str, torch.Tensor] = {}
     in_units: set[int] = set()
     for unit in sharded.units:
         source = unit.master if unit.trainable else unit.shard
-        base = unit.layout.shard(unit.rank)[0] if unit.layout.num_shards > 1 else 0
+        base, end = unit.layout.shard(unit.rank)
         for index, (name, param) in enumerate(zip(unit.param_names, unit.params, strict=True)):
             in_units.add(id(param))
-            low, high = unit.layout.owned(index, unit.rank)
+            low, high = _held(unit, index, base, end, part)
             at = unit.layout.spans[index].offset + low - base
             local = source[at : at + high - low] if high > low else source[:0]
             items[f"{prefix}.{name}"] = FlatShard(local, low, param.numel())
     for name, param in nn.Module.named_parameters(sharded.model):
         if id(param) not in in_units:
-            items[f"{prefix}.{name}"] = FlatShard(param.detach().reshape(-1), 0, param.numel())
+            items[f"{prefix}.{name}"] = _replicated(param, part)
     for name, buffer in sharded.model.named_buffers():
-        items[f"{prefix}.{name}"] = FlatShard(buffer.detach().reshape(-1), 0, buffer.numel())
+        items[f"{prefix}.{name}"] = _replicated(buffer, part)
     return items
 
 
-def _optimizer_items(prefix: str, optimizer: ShardedOptimizer) -> dict[str, torch.Tensor]:
+def _optimizer_items(prefix: str, optimizer: ShardedOptimizer, part: Part | None = None) -> dict[str, torch.Tensor]:
     """Return optimizer states by key: `<prefix>.<parameter>.<state>`, flat shards or whole scalars."""
     items: dict[str, torch.Tensor] = {}
     for runs in optimizer.runs:
@@ -75,7 +95,7 @@ def _optimizer_items(prefix: str, optimizer: ShardedOptimizer) -> dict[str, torc
                 if not isinstance(value, torch.Tensor):
                     continue
                 for name, index in _params_of(run):
-                    items[f"{prefix}.{name}.{key}"] = _state_item(run, index, value)
+                    items[f"{prefix}.{name}.{key}"] = _state_item(run, index, value, part)
     return items
 
 
@@ -83,16 +103,19 @@ def _params_of(run: FlatRun) -> list[tuple[str, int]]:
     return [(run.unit.param_names[index], index) for index in run.indices]
 
 
-def _state_item(run: FlatRun, index: int, value: torch.Tensor) -> torch.Tensor:
+def _state_item(run: FlatRun, index: int, value: torch.Tensor, part: Part | None) -> torch.Tensor:
     if not value.dim():
         return value
     span = run.unit.layout.spans[index]
     base = run.unit.layout.shard(run.unit.rank)[0] + run.start
-    low, high = max(span.offset, base), min(span.end, base + run.end - run.start)
-    return FlatShard(value.reshape(-1)[low - base : high - base], low - span.offset, span.numel)
+    low, high = _held(run.unit, index, base, base + run.end - run.start, part)
+    at = span.offset + low - base
+    flat = value.reshape(-1)
+    return FlatShard(flat[at : at + high - low] if high > low else flat[:0], low, span.numel)
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """Return the states of this rank's random generators."""
     states: dict[str, Any] = {"torch": torch.get_rng_state()}
     version, internal, gauss = random.getstate()
     states["python"] = [version, list(internal), gauss]
@@ -113,72 +136,51 @@ def _set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _with_dcp(function: Callable[..., Any], items: dict[str, Any], folder: Path, alone: bool) -> None:
-    with warnings.catch_warnings():
-        # One process is what we ask for, and our tensors are what they say they are.
-        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninitialized.*")
-        warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
-        function(items, checkpoint_id=folder, no_dist=alone)
+def quieten_dcp() -> None:
+    """Ignore two warnings of torch.distributed.checkpoint: one process is what we ask for, and the other is its own.
+
+    For good, not for a while: the filters are the process's, and a save may run on a thread beside the script's own.
+    """
+    warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninitialized.*")
+    warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
 
 
-def save(engine: Engine, output_dir: str) -> str:
-    """Write the engine's whole state to `output_dir`. Collective. Returns the folder's path."""
-    target = Path(output_dir).absolute()
-    working = folders.working_folder(target)
-    models = _sharded_models(engine)
-    for sharded in models:
+def items_to_save(engine: Engine) -> dict[str, torch.Tensor]:
+    """Return what this rank writes of models and optimizers, by key, in the memory that training uses."""
+    part = (engine.process_index, engine.num_processes)
+    items: dict[str, torch.Tensor] = {}
+    for index, sharded in enumerate(_sharded_models(engine)):
         sharded.schedule.finish_gathers()
-    if engine.is_main_process:
-        shutil.rmtree(working, ignore_errors=True)
-        try:
-            working.mkdir(parents=True)
-        except OSError as error:
-            problem: list[Any] = [str(error)]
-        else:
-            problem = [None]
-    else:
-        problem = [None]
-    problem = ops.broadcast_object(problem)
-    if problem[0]:
-        raise UserError(f"cannot write the checkpoint {target}", problem[0], "choose another checkpoint.dir")
-
-    items: dict[str, Any] = {}
-    for index, sharded in enumerate(models):
-        items.update(_model_items(f"model{index}", sharded))
+        items.update(_model_items(f"model{index}", sharded, part))
     for index, optimizer in enumerate(engine._optimizers):
         assert isinstance(optimizer, ShardedOptimizer)
-        items.update(_optimizer_items(f"optimizer{index}", optimizer))
-    _with_dcp(dcp.save, items, working, engine.num_processes == 1)
-    rank = engine.process_index
-    torch.save({"random": _random_states()}, working / f"rank{rank}.pt")
-    mine = [f"rank{rank}.pt"] + [path.name for path in working.glob(f"__{rank}_*.distcp")]
-    if engine.is_main_process:
-        torch.save(_common_state(engine), working / "state.pt")
-        mine += ["state.pt", ".metadata"]
-    files = ops.gather_object([folders.describe(working, mine)])
-    if engine.is_main_process:
-        facts: dict[str, object] = {
-            "step": engine.clock.step,
-            "world_size": engine.num_processes,
-            "zero_stage": engine.config.strategy.zero_stage,
-            "dtype": engine.config.precision.dtype,
-            "shapes": {
-                f"model{index}.{name}": list(param.shape)
-                for index, sharded in enumerate(models)
-                for name, param in nn.Module.named_parameters(sharded.model)
-            },
-            "buffer_shapes": {
-                f"model{index}.{name}": list(buffer.shape)
-                for index, sharded in enumerate(models)
-                for name, buffer in sharded.model.named_buffers()
-            },
-        }
-        folders.commit(target, {name: fact for part in files for name, fact in part.items()}, facts)
-    engine.wait_for_everyone()
-    return str(target)
+        items.update(_optimizer_items(f"optimizer{index}", optimizer, part))
+    return items
 
 
-def _common_state(engine: Engine) -> dict[str, Any]:
+def facts(engine: Engine) -> dict[str, object]:
+    """Return what the manifest tells of the run and of the tensors' shapes."""
+    models = _sharded_models(engine)
+    return {
+        "step": engine.clock.step,
+        "world_size": engine.num_processes,
+        "zero_stage": engine.config.strategy.zero_stage,
+        "dtype": engine.config.precision.dtype,
+        "shapes": {
+            f"model{index}.{name}": list(param.shape)
+            for index, sharded in enumerate(models)
+            for name, param in nn.Module.named_parameters(sharded.model)
+        },
+        "buffer_shapes": {
+            f"model{index}.{name}": list(buffer.shape)
+            for index, sharded in enumerate(models)
+            for name, buffer in sharded.model.named_buffers()
+        },
+    }
+
+
+def common_state(engine: Engine) -> dict[str, Any]:
+    """Return what all ranks share."""
     return {
         "step": engine.clock.step,
         "schedulers": [scheduler.state_dict() for scheduler in engine._schedulers],
@@ -222,7 +224,8 @@ def load(engine: Engine, input_dir: str) -> None:
         assert isinstance(optimizer, ShardedOptimizer)
         _allocate_states(f"optimizer{index}", optimizer, saved)
         items.update(_optimizer_items(f"optimizer{index}", optimizer))
-    _with_dcp(dcp.load, items, source, engine.num_processes == 1)
+    quieten_dcp()
+    dcp.load(items, checkpoint_id=source, no_dist=engine.num_processes == 1)
 
     for sharded in models:
         for unit in sharded.units:

@@ -18,8 +18,8 @@ from torch import nn
 SMALL_UNIT_NUMEL = 1 << 21
 """Neighbouring blocks are joined up to this size: a collective of less costs more in latency than in bytes.
 
-With 48 blocks of 0.2M parameters, joining took stage 3's CPU time over bare compute from 95% to 19% (benchmarks/engine.py
---model deep).
+With 48 blocks of 0.2M parameters, joining took the CPU time of stage 3 over bare compute from 95% to 19%
+(`benchmarks/engine.py --model deep`).
 """
 
 

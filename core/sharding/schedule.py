@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from distui.core.sharding.hooks import Hook
 from distui.core.sharding.slots import SlotRing
 from distui.core.sharding.unit import GradState, Unit
 
@@ -66,15 +67,15 @@ class Schedule:
                 for index, param in enumerate(unit.params):
                     self._handles.append(param.register_post_accumulate_grad_hook(self._grad_hook(unit, index)))
         for module, units in blocks.values():
-            self._handles.append(module.register_forward_pre_hook(self._before_block(units), with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(Hook(self._before_block(units)), with_kwargs=True))
             if self.slots is not None:
-                self._handles.append(module.register_forward_hook(self._after_block(units), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(Hook(self._after_block(units)), with_kwargs=True))
         if self.slots is not None or self._gather_lazily:
             for module, units in self._root_parts():
-                self._handles.append(module.register_forward_pre_hook(self._before_root_part(units)))
-        self._handles.append(self.model.register_forward_pre_hook(self._before_model, prepend=True))
+                self._handles.append(module.register_forward_pre_hook(Hook(self._before_root_part(units))))
+        self._handles.append(self.model.register_forward_pre_hook(Hook(self._before_model), prepend=True))
         if self.slots is not None:
-            self._handles.append(self.model.register_forward_hook(self._after_model))
+            self._handles.append(self.model.register_forward_hook(Hook(self._after_model)))
 
     def _root_parts(self) -> list[tuple[nn.Module, list[Unit]]]:
         unit_of = {id(param): unit for unit in self._root_units for param in unit.params}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distui.core.errors import UserError
+from distui.core.sharding.hooks import Hook, WaitingParameters
 from distui.core.sharding.optim import ShardedOptimizer
 from distui.core.sharding.partition import partition, split_by_kind
 from distui.core.sharding.pool import BufferPool
@@ -57,6 +58,8 @@ class ShardedModel:
         self.units = self._build_units()
         self.schedule = Schedule(model, self.units, stage if num_ranks > 1 else 0, num_ranks)
         self.optimizers: list[ShardedOptimizer] = []
+        self._whole = False
+        """Stage 3: whether every parameter is whole just now."""
         self._guard_reads()
 
     def _build_units(self) -> list[Unit]:
@@ -104,17 +107,31 @@ class ShardedModel:
                 dist.broadcast(tensor.detach(), group=self.transport.group, group_src=0)
 
     def _guard_reads(self) -> None:
-        # Weights may be on their way after a step (stage 1, 2): whoever lists them between steps waits for them.
-        if not self.placement.shards_optimizer or self.placement.shards_parameters:
+        if self.placement.shards_parameters:
+            # Outside of `full_parameters` a parameter's memory is a slot that units take turns on.
+            for module in self.model.modules():
+                module.register_state_dict_pre_hook(Hook(self._need_whole("state_dict"), self._need_whole("deepcopy")))
+                module.register_load_state_dict_pre_hook(Hook(self._need_whole("load_state_dict")))
             return
-        named_parameters, schedule = self.model.named_parameters, self.schedule
+        # Weights may be on their way after a step (stage 1, 2): whoever lists them between steps waits for them.
+        if self.placement.shards_optimizer:
+            wait = self.schedule.finish_gathers
+            self.model.named_parameters = WaitingParameters(self.model, wait)  # type: ignore[method-assign]
+            self.model.register_state_dict_pre_hook(Hook(lambda *_: wait()))
+            self.model.register_load_state_dict_pre_hook(Hook(lambda *_: wait()))
+        self.model.register_load_state_dict_post_hook(Hook(lambda *_: self.refresh_masters()))
 
-        def waiting(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-            schedule.finish_gathers()
-            return named_parameters(*args, **kwargs)
+    def _need_whole(self, what: str) -> Callable[..., None]:
+        def check(*_: Any) -> None:
+            if not self._whole:
+                raise UserError(
+                    f"{what} of a model whose parameters are sharded",
+                    "at stage 3 a rank holds whole parameters only while their unit runs",
+                    "use engine.get_state_dict(model) or engine.load_state_dict(model, state), "
+                    "or do it inside `with engine.full_parameters(model):`",
+                )
 
-        self.model.named_parameters = waiting  # type: ignore[method-assign]
-        self.model.register_state_dict_pre_hook(lambda *_: schedule.finish_gathers())
+        return check
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
         """Rebind `optimizer` to this model's flat shards."""
@@ -143,9 +160,11 @@ class ShardedModel:
             whole = torch.zeros_like(unit.full)
             unit.gathers.all_gather(whole, unit.shard).wait()
             unit.bind(whole)
+        self._whole = True
         try:
             yield self.model
         finally:
+            self._whole = False
             for unit, slot in zip(self.units, slots, strict=True):
                 if writeback and unit.full is not None:
                     start, end = unit.layout.shard(unit.rank)
@@ -185,7 +204,11 @@ class ShardedModel:
         if not keep:
             return {}
         params = dict(self.model.named_parameters(remove_duplicate=False))
-        state = self.model.state_dict()
+        before, self._whole = self._whole, True  # the parameters in it are replaced
+        try:
+            state = self.model.state_dict()
+        finally:
+            self._whole = before
         for name, value in state.items():
             if name in params and id(params[name]) in place:
                 state[name] = whole[id(params[name])]

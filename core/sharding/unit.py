@@ -23,7 +23,6 @@ from distui.core.sharding.layout import FlatLayout, plan_layout
 from distui.core.sharding.pool import BufferPool
 from distui.core.sharding.transport import Pending, Transport
 
-
 _ONE_PASS_NUMEL = 1 << 14
 """Below this a gradient stays in the first-level cache, and two plain calls cost less than one with an output."""
 
