@@ -14,8 +14,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-# Before the first import of grpc: a fork in this process must not print warnings over the screen.
+# Before the first import of grpc: neither a fork in this process nor a daemon that goes may print over the screen.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 
@@ -51,7 +52,7 @@ class MonitorClient:
 
     async def close(self) -> None:
         """End the channel and every call on it."""
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def watch(self, run_id: str, interval_s: float = 0.5, max_points: int = 2000) -> AsyncIterator[pb.Update]:
         """Yield the run's updates until it has ended; wait and begin again whenever the daemon goes away.
@@ -85,7 +86,7 @@ class MonitorClient:
                 if not reading.done():
                     reading.cancel()
             update = reading.result()
-            if update is grpc.aio.EOF:
+            if not isinstance(update, pb.Update):  # the end of the stream
                 return
             yield update
 

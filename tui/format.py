@@ -1,4 +1,4 @@
-"""Numbers as people read them: three significant digits, SI for rates and counts, IEC for bytes, n/a for what is absent.
+"""Numbers as people read them: three significant digits, SI for rates and counts, IEC for bytes, n/a where absent.
 
 Every screen takes its numbers from here, so that one quantity looks the same everywhere. `None` and NaN are not
 available and give `n/a`, never 0.

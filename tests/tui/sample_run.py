@@ -78,7 +78,9 @@ def rank_state(rank: int, num_ranks: int, step: int, now_s: float) -> pb.RankSta
             peak_allocated_bytes=allocated + GIB,
             device_total_bytes=40 * GIB,
         ),
-        heartbeat=pb.Heartbeat(step=step, phase="backward", phase_since_s=now_s - 0.03, last_seq={"data_parallel": step * 12}),
+        heartbeat=pb.Heartbeat(
+            step=step, phase="backward", phase_since_s=now_s - 0.03, last_seq={"data_parallel": step * 12}
+        ),
         last_seen_s=now_s - 0.2,
         device=f"cuda:{rank % 4}",
         device_name="NVIDIA A100-SXM4-40GB",
@@ -113,7 +115,7 @@ def collectives(num_ranks: int, step: int) -> list[pb.CollectiveSummary]:
 
 def events() -> list[pb.TimedEvent]:
     """Return a quiet run's events, one warning and one error among them."""
-    told = (
+    told: tuple[tuple[float, int, pb.Event.Level, str, str, dict[str, str]], ...] = (
         (0.5, -1, pb.Event.INFO, "run_started", "8 ranks on 2 nodes", {}),
         (12.0, 0, pb.Event.INFO, "checkpoint", "checkpoint of step 64 written in 1.2 s", {"size_bytes": "13314398617"}),
         (21.0, 3, pb.Event.WARNING, "overflow", "gradients overflowed, loss scale halved to 32768", {"step": "136"}),
@@ -121,7 +123,9 @@ def events() -> list[pb.TimedEvent]:
         (31.0, 5, pb.Event.ERROR, "ecc", "1 uncorrectable memory error on GPU 1 of node01", {}),
     )
     return [
-        pb.TimedEvent(time_s=START_S + at, rank=rank, event=pb.Event(level=level, kind=kind, message=text, attributes=more))
+        pb.TimedEvent(
+            time_s=START_S + at, rank=rank, event=pb.Event(level=level, kind=kind, message=text, attributes=more)
+        )
         for at, rank, level, kind, text, more in told
     ]
 
@@ -199,7 +203,8 @@ def hang_update(num_ranks: int = 8, missing: int = 5) -> pb.Update:
         group="data_parallel",
         seq=seq,
         since_s=12.4,
-        message=f"rank {missing} on node01 has not entered reduce_scatter #{seq:,} of data_parallel; 7 ranks wait for it",
+        message=f"rank {missing} on node01 has not entered reduce_scatter #{seq:,} of data_parallel; "
+        f"{num_ranks - 1} ranks wait for it",
     )
     return update
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import ClassVar
 
 from textual import on
 from textual.app import App, ComposeResult, SystemCommand
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import ContentSwitcher, Footer
 
@@ -54,12 +55,12 @@ VERDICT_S = 1.5
 class DashboardApp(App[str]):
     """One run on the screen. Ends with "quit", "stop" or "ended"."""
 
-    CSS_PATH = "dashboard.tcss"
+    CSS_PATH = Path(__file__).with_name("dashboard.tcss")
     TITLE = "distui"
     ENABLE_COMMAND_PALETTE = True
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]
-    VERTICAL_BREAKPOINTS = [(0, "-short"), (36, "-tall")]
-    BINDINGS = [
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (34, "-tall")]  # noqa: RUF012
+    BINDINGS: ClassVar[list[BindingType]] = [
         *(Binding(str(number), f"view({number - 1})", view.TITLE, show=False) for number, view in enumerate(VIEWS, 1)),
         Binding("question_mark", "help", "Help", key_display="?"),
         Binding("p", "pause", "Pause"),
@@ -67,7 +68,7 @@ class DashboardApp(App[str]):
         Binding("right", "travel(1)", "Forward in time", show=False),
         Binding("w", "window", "Window"),
         Binding("t", "theme", "Theme"),
-        Binding("k", "keep", "Keep", show=False),
+        Binding("k", "keep", "Keep", show=False, priority=True),
         Binding("q", "leave", "Quit"),
         Binding("ctrl+q", "leave", "Quit", show=False, priority=True),
         Binding("ctrl+c", "interrupt", "Stop", show=False, priority=True),
@@ -143,6 +144,8 @@ class DashboardApp(App[str]):
         problem = self.client.problem if self.client is not None else ""
         # Only the base screen has these; a screen above it may be the active one.
         base = self.screen_stack[0]
+        if not base.query(RunLine):
+            return  # a last tick while the app closes
         base.query_one(RunLine).show(shown, now_s, None if away is None else now_s - away, self._pause_text())
         base.query_one(VerdictLine).show(judge(self.model, now_s, problem), shown.run.strategy)
         top = self.screen
@@ -245,10 +248,13 @@ class DashboardApp(App[str]):
         self.notify(self.theme, title="theme", timeout=1.5)
         self.call_after_refresh(self._draw, True)
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Leave `k` to the tables until there is something to keep."""
+        return self._ended_s is not None if action == "keep" else super().check_action(action, parameters)
+
     def action_keep(self) -> None:
         """Stay open when the job has ended."""
-        if self._ended_s is not None:
-            self._keep = True
+        self._keep = True
 
     def action_leave(self) -> None:
         """Quit; the job goes on."""

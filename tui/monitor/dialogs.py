@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
@@ -12,7 +14,7 @@ from distui.tui.monitor.views.base import Key
 
 GLOBAL_KEYS = (
     Key("1 to 8", "the views; a click on their names does the same"),
-    Key("p", "pause: the picture stays, data keeps arriving; p again goes on"),
+    Key("p", "pause the picture; data keeps arriving; p again goes on"),
     Key("← →", "back and forward through the steps (pauses)"),
     Key("w", "steps in sight: all, 1,000, 200, 50"),
     Key("Tab", "the next part of the view"),
@@ -20,14 +22,16 @@ GLOBAL_KEYS = (
     Key("ctrl+p", "command palette"),
     Key("?", "this help"),
     Key("q", "quit; the job goes on"),
-    Key("ctrl+c", "stop the job, after a question (dashboard of a launch), or quit"),
+    Key("ctrl+c", "stop the job, after a question; a mere watcher quits"),
 )
 
 
 class HelpScreen(ModalScreen[None]):
     """The keys, those of the present view first."""
 
-    BINDINGS = [Binding("escape,question_mark,q,enter", "close", "Close", key_display="esc")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,question_mark,q,enter", "close", "Close", key_display="esc")
+    ]
 
     def __init__(self, title: str, keys: tuple[Key, ...]) -> None:
         super().__init__()
@@ -61,7 +65,7 @@ def _table(keys: tuple[Key, ...]) -> str:
 class StopScreen(ModalScreen[bool]):
     """Asks whether the job is to be stopped. A second Ctrl-C is a yes."""
 
-    BINDINGS = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "answer(True)", "Stop the job"),
         Binding("ctrl+c", "answer(True)", "Stop the job", priority=True),
         Binding("n,escape,q,enter", "answer(False)", "Go on", key_display="n"),

@@ -51,8 +51,10 @@ class RunLine(Widget):
         ink, width = ink_of(self), self.size.width
         room = width - 9
         kept: list[tuple[str, str]] = []
+        name_width = len(self._left[1][0]) + 2 if self._left else 0
         for text, tone in self._right:
-            if len(text) + 2 <= room - min(20, room // 2):
+            # The run's whole name is worth more than its command; what is wrong is worth more than the name.
+            if len(text) + 2 <= room - (min(20, room // 2) if tone == "warn" else min(name_width, room * 2 // 3)):
                 kept.append((text, tone))
                 room -= len(text) + 2
         parts: list[tuple[str, Style]] = []
@@ -160,12 +162,8 @@ class Tabs(Widget):
     def _places(self) -> list[tuple[int, int, str]]:
         """Return (start, stop, title) of each; titles are shortened together where the line is short."""
         spare = self.size.width - sum(len(title) + 3 for title in self._titles)
-        pad = 2 if spare >= 3 * len(self._titles) else 1 if spare >= 0 else 0
-        titles = (
-            self._titles
-            if self.size.width >= sum(len(t) + 2 for t in self._titles) + 2
-            else [t[:3] for t in self._titles]
-        )
+        pad = max(0, min(2, spare // len(self._titles)))
+        titles = self._titles if spare >= 0 else [title[:3] for title in self._titles]
         places, left = [], 0
         for number, title in enumerate(titles, start=1):
             text = f" {number} {title}{' ' * pad}"

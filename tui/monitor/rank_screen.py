@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.screen import Screen
 from textual.widgets import Footer, Static
@@ -23,10 +25,10 @@ from distui.tui.widgets.stack import Bar, StackedBars
 class RankScreen(Screen[None]):
     """Everything known of one rank; Esc goes back."""
 
-    BINDINGS = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,backspace", "dismiss", "Back", key_display="esc"),
-        Binding("left_square_bracket", "neighbour(-1)", "Previous rank", key_display="["),
-        Binding("right_square_bracket", "neighbour(1)", "Next rank", key_display="]"),
+        Binding("left_square_bracket", "neighbour(-1)", "Previous", key_display="["),
+        Binding("right_square_bracket", "neighbour(1)", "Next", key_display="]"),
     ]
 
     def __init__(self, rank: int) -> None:
@@ -85,11 +87,12 @@ class RankScreen(Screen[None]):
         step = state.last_step if state.HasField("last_step") else pb.Step()
         lines = [
             f" {STATE_GLYPHS.get(state.state, '?')} rank {state.rank}  {state.state}  on {state.node or NA}"
-            f"  pid {state.pid or NA}  {device or NA}  {si(state.num_parameters or None)} parameters",
+            f"  pid {state.pid or NA}  {device or NA}",
             f" step {count(optional(state, 'step'))}  loss {scalar(optional(state, 'loss'))}"
             f"  grad norm {scalar(optional(step, 'grad_norm'))}  lr {scalar(optional(step, 'learning_rate'))}"
             f"  {si(optional(state, 'tokens_per_s'), 'tok/s')}",
-            f" {doing}  last heard {duration(now_s - seen) + ' ago' if seen else NA}",
+            f" {doing}  {si(state.num_parameters or None)} parameters"
+            f"  last heard {duration(now_s - seen) + ' ago' if seen else NA}",
         ]
         if state.error:
             lines[2] += f"  ✗ {state.error}"

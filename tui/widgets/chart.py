@@ -111,7 +111,9 @@ class LineChart(Widget):
         if right <= left:
             left, right = left - 0.5, right + 0.5
         rows = height - 2
-        ticks = nice_ticks(low, high, max(1, rows // 3)) or [low]
+        ticks = nice_ticks(low, high, max(1, rows // 3))
+        if len(ticks) < 2:
+            ticks = [low, high]
         labels = {round((high - tick) / (high - low) * (rows - 1)): self._unit(tick) for tick in ticks}
         gutter = max(len(text) for text in labels.values()) + 1
         plot = width - gutter - 1

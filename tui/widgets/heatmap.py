@@ -87,13 +87,16 @@ class Heatmap(ScrollView, can_focus=True):
         self._bounds = (low, high)
         scale = (RAMP_STEPS - 1) / (high - low)
         self._cells, self._lasts = [], []
+        # Few steps are drawn wider, so that a young run is not a sliver.
+        stretch = max(1, min(4, columns // len(buckets)))
         for first in range(0, num_ranks, self._group):
             group = range(first, min(first + self._group, num_ranks))
             worst = [_worst(bucket, group) for bucket in buckets]
             self._lasts.append(worst[-1])
-            self._cells.append(
-                [_NO_VALUE if math.isnan(v) else max(0, min(RAMP_STEPS - 1, int((v - low) * scale))) for v in worst]
-            )
+            levels = [
+                _NO_VALUE if math.isnan(v) else max(0, min(RAMP_STEPS - 1, int((v - low) * scale))) for v in worst
+            ]
+            self._cells.append([level for level in levels for _ in range(stretch)])
         lines = len(self._cells) if self._single(height) else math.ceil(len(self._cells) / 2)
         self.virtual_size = Size(self.size.width, lines + 1)
 

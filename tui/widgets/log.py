@@ -78,7 +78,7 @@ class LogView(ScrollView, can_focus=True):
         added = lines[-room:] if room > 0 else []
         self._lines.extendleft(reversed(added))
         self._resized()
-        self.scroll_to(y=self.scroll_offset.y + len(added), animate=False)
+        self.scroll_to(y=self.scroll_offset.y + len(added), animate=False, force=True)
 
     def _text(self, index: int) -> str | None:
         if index < len(self._lines):
@@ -89,7 +89,8 @@ class LogView(ScrollView, can_focus=True):
         widest = max((len(text) for text in self._lines), default=0)
         self.virtual_size = Size(widest + 2, self.num_lines)
         if self.following and self.is_attached:
-            self.scroll_end(animate=False, immediate=True)
+            # Forced, because whether it may scroll is known only after the layout.
+            self.scroll_end(animate=False, immediate=True, force=True)
         self.refresh()
 
     def on_resize(self) -> None:

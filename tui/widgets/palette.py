@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 from rich.color import Color
 from rich.segment import Segment
@@ -24,9 +25,15 @@ _SERIES_LIGHT = ("#0072b2", "#b35c00", "#00795a", "#a34a7d", "#7a6a00", "#b8400e
 _TONES_DARK = {"good": "#2fbf94", "warn": "#e69f00", "bad": "#ff7a59", "calm": "#56b4e9", "accent": "#56b4e9"}
 _TONES_LIGHT = {"good": "#00795a", "warn": "#a05a00", "bad": "#b8320e", "calm": "#0072b2", "accent": "#0072b2"}
 _CIVIDIS = (
-    ((0.0, (0, 34, 78)), (0.13, (18, 53, 112)), (0.25, (59, 73, 108)), (0.38, (87, 93, 109)))
-    + ((0.5, (112, 113, 115)), (0.63, (138, 134, 120)), (0.75, (165, 156, 116)), (0.88, (195, 179, 105)))
-    + ((1.0, (254, 232, 56)),)
+    (0.0, (0, 34, 78)),
+    (0.13, (18, 53, 112)),
+    (0.25, (59, 73, 108)),
+    (0.38, (87, 93, 109)),
+    (0.5, (112, 113, 115)),
+    (0.63, (138, 134, 120)),
+    (0.75, (165, 156, 116)),
+    (0.88, (195, 179, 105)),
+    (1.0, (254, 232, 56)),
 )
 RAMP_STEPS = 24
 
@@ -35,7 +42,7 @@ def _ramp() -> tuple[str, ...]:
     colors = []
     for step in range(RAMP_STEPS):
         place = step / (RAMP_STEPS - 1)
-        for (low, first), (high, second) in zip(_CIVIDIS, _CIVIDIS[1:], strict=False):
+        for (low, first), (high, second) in pairwise(_CIVIDIS):
             if place <= high:
                 share = (place - low) / (high - low)
                 mixed = [round(a + (b - a) * share) for a, b in zip(first, second, strict=True)]

@@ -55,15 +55,15 @@ class LineTable(ScrollView, Generic[Row], can_focus=True):
         Binding("home", "edge(0)", "First", show=False),
         Binding("end", "edge(-1)", "Last", show=False),
         Binding("enter", "select", "Open", show=False),
-        Binding("s", "sort(1)", "Sort by next column", show=False),
+        Binding("s", "sort(1)", "Sort"),
         Binding("S", "sort(-1)", "Sort by previous column", show=False),
         Binding("r", "reverse", "Reverse order", show=False),
     ]
 
     cursor: reactive[int] = reactive(0)
 
-    class Selected(Message):
-        """Enter or a click on a row."""
+    class RowMessage(Message):
+        """Something about one row."""
 
         def __init__(self, table: LineTable[Any], key: Hashable) -> None:
             super().__init__()
@@ -74,8 +74,11 @@ class LineTable(ScrollView, Generic[Row], can_focus=True):
             """The table."""
             return self.table
 
-    class Moved(Selected):
-        """The cursor is on another row."""
+    class Selected(RowMessage):
+        """Enter or a click on a row."""
+
+    class Moved(RowMessage):
+        """The cursor is on another row. Not a kind of Selected: whoever listens for that would hear this too."""
 
     def __init__(
         self,
@@ -238,9 +241,9 @@ class LineTable(ScrollView, Generic[Row], can_focus=True):
         if height <= 0:
             return
         if self.cursor < top:
-            self.scroll_to(y=self.cursor, animate=False)
+            self.scroll_to(y=self.cursor, animate=False, force=True)
         elif self.cursor >= top + height:
-            self.scroll_to(y=self.cursor - height + 1, animate=False)
+            self.scroll_to(y=self.cursor - height + 1, animate=False, force=True)
 
     def validate_cursor(self, cursor: int) -> int:
         """Keep the cursor on a row."""

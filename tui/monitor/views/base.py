@@ -158,4 +158,4 @@ def draw_memory(bars: StackedBars, ranks: Sequence[pb.RankState], model: RunMode
     values = {category_title(name): float(size) for name, size in fullest[1].parts} if fullest else None
     if values == {} and fullest is not None and fullest[1].total:
         values = {"in use": float(fullest[1].total)}
-    bars.show(drawn, values, f"planned {num_bytes(planned)}" if planned else "", "n/a: no rank has sent its memory yet")
+    bars.show(drawn, values, "plan" if planned else "", "n/a: no rank has sent its memory yet")

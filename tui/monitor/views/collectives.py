@@ -79,17 +79,18 @@ def group_lines(model: RunModel, group: str, now_s: float) -> list[_RankLine]:
     lines = []
     for number in sorted(set(last) | set(late)):
         state = states.get(number, pb.RankState())
-        beat = state.heartbeat
-        seq = last.get(number)
+        beat, entered = state.heartbeat, last.get(number)
+        # The last heartbeat of a rank that is gone may still say that it waits.
+        waits = bool(beat.waiting_in) and state.state not in ("finished", "dead")
         lines.append(
             _RankLine(
                 rank=number,
                 node=state.node,
-                seq=seq,
-                behind=None if seq is None else front - seq,
+                seq=entered,
+                behind=None if entered is None else front - entered,
                 lateness_s=sum(late[number]) / len(late[number]) if number in late else None,
-                waiting_in=beat.waiting_in or None,
-                waiting_s=max(0.0, model.now(now_s) - beat.waiting_since_s) if beat.waiting_in else None,
+                waiting_in=beat.waiting_in if waits else None,
+                waiting_s=max(0.0, model.now(now_s) - beat.waiting_since_s) if waits else None,
             )
         )
     return lines

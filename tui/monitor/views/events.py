@@ -81,7 +81,7 @@ class EventsView(View):
             )
         with Panel("events", id="events-panel"):
             yield LineTable[_Line](
-                _COLUMNS, lambda e: e.key, sort=0, descending=True, empty="nothing has happened yet", id="events-table"
+                _COLUMNS, lambda e: e.key, sort=0, descending=True, empty="no event", id="events-table"
             )
         with Panel("the whole message", id="detail-panel"):
             yield Static("", id="event-detail", markup=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.widget import Widget
 
 from distui.tui.monitor.log_tail import LogTail
@@ -21,9 +23,9 @@ class LogsView(View):
         Key("f", "follow the end, or stay where you are"),
         Key("↑ ↓ PgUp PgDn", "scroll back; earlier lines are fetched at the top"),
     )
-    BINDINGS = [
-        Binding("left_square_bracket", "rank(-1)", "Previous rank", key_display="["),
-        Binding("right_square_bracket", "rank(1)", "Next rank", key_display="]"),
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left_square_bracket", "rank(-1)", "Previous", key_display="["),
+        Binding("right_square_bracket", "rank(1)", "Next", key_display="]"),
         Binding("f", "follow", "Follow"),
     ]
 

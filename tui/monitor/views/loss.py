@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 
 from distui.tui.format import scalar
@@ -12,7 +14,7 @@ from distui.tui.widgets.chart import MARK_GLYPHS, LineChart, Series
 
 _CURVES = (
     ("loss", "loss", "n/a: the script reports no loss"),
-    ("grad_norm", "gradient norm", "n/a: gradients are not clipped, so their norm is not known"),
+    ("grad_norm", "gradient norm", "n/a: no norm without clipping"),
     ("learning_rate", "learning rate", "n/a"),
 )
 
@@ -22,7 +24,7 @@ class LossView(View):
 
     TITLE = "Loss"
     KEYS = (Key("m", "show the next metric that the script logs"),)
-    BINDINGS = [Binding("m", "metric", "Next metric", show=False)]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("m", "metric", "Next metric", show=False)]
 
     def compose(self) -> ComposeResult:
         """Make the parts."""

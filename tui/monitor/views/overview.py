@@ -92,7 +92,7 @@ class OverviewView(View):
         draw_curve(
             self.query_one("#overview-throughput", LineChart),
             frame,
-            Curve("tokens_per_s", 2, "n/a: the script counts no tokens", marks=False),
+            Curve("tokens_per_s", 2, "n/a: no tokens counted", marks=False),
         )
         rate = si(window_newest(frame, "tokens_per_s"), "tok/s")
         if rate == NA and (samples := model.samples_per_s()) is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.widget import Widget
 from textual.widgets import Input
 
@@ -27,7 +28,7 @@ class RanksView(View):
         Key("/", "filter by a regular expression; Esc clears it"),
         Key("z", "heatmap: all ranks in sight, or one cell a rank"),
     )
-    BINDINGS = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "filter", "Filter", key_display="/"),
         Binding("s", "table('sort(1)')", "Sort", show=True),
         Binding("z", "zoom", "Zoom map", show=False),

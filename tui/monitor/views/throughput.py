@@ -30,7 +30,7 @@ class ThroughputView(View):
     def show(self, frame: Frame) -> None:
         """Draw the frame."""
         model, history = frame.model, frame.model.history
-        tokens = Curve("tokens_per_s", 2, "n/a: the script counts no tokens")
+        tokens = Curve("tokens_per_s", 2, "n/a: no tokens counted")
         draw_curve(self.query_one("#tokens-chart", LineChart), frame, tokens)
         draw_curve(self.query_one("#step-chart", LineChart), frame, Curve("step_s", 1))
         mfu = window_newest(frame, "mfu")
