@@ -129,6 +129,7 @@ class TelemetrySection(Section):
     ring_size: PositiveInt = _field(16384, "records that wait in a rank before the oldest are dropped", "records")
     collectives: bool = _field(True, "record every collective")
     heartbeat_s: PositiveFloat = _field(1.0, "time between two signs of life", "s")
+    profile_flops: bool = _field(False, "write FLOPs and forward time of every module after the second step")
 
 
 class MonitorSection(Section):

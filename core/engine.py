@@ -33,6 +33,7 @@ from distui.core.config import Config
 from distui.core.control import StepControl
 from distui.core.data.loader import PreparedLoader, prepare_loader, skip_first_batches
 from distui.core.errors import UserError
+from distui.core.flops import FlopMeter, device_peak_flops
 from distui.core.job import job_config, job_telemetry
 from distui.core.paths import current_run
 from distui.core.precision import DTYPES, LossScaler, apply_border_casts
@@ -64,7 +65,14 @@ class Engine(Tracking, ProcessState):
         self.telemetry = job_telemetry(self.process_index, self.local_process_index, self.num_processes)
         self.backend: Backend = load_backend(self.config, group)
         self.saver = checkpoint.Saver(self.telemetry)
-        self.clock = StepClock(self.telemetry, self.backend.take_exposed_s)
+        flops = FlopMeter(
+            self.telemetry,
+            dtype=self.config.precision.dtype,
+            on_dtype=self._say_started,
+            profile=self.config.telemetry.profile_flops,
+            writes=self.is_main_process,
+        )
+        self.clock = StepClock(self.telemetry, self.backend.take_exposed_s, flops)
         fp16 = self.config.precision.dtype == "fp16"
         precision = self.config.precision
         self.scaler = LossScaler(precision.initial_loss_scale, precision.loss_scale_window) if fp16 else None
@@ -115,8 +123,7 @@ class Engine(Tracking, ProcessState):
             apply_border_casts(prepared, DTYPES[dtype])
         self.clock.watch(prepared)
         self._models.append(prepared)
-        num_parameters = sum(param.numel() for model in self._models for param in model.parameters())
-        self.telemetry.rank_started(str(self.device), self._device_name(), num_parameters)
+        self._say_started(dtype)
         return prepared
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -203,7 +210,8 @@ class Engine(Tracking, ProcessState):
         factor = 1.0 / self.gradient_accumulation_steps
         if self.scaler is not None:
             factor *= self.scaler.scale
-        (loss * factor if factor != 1.0 else loss).backward(**kwargs)
+        with self.clock.flops.backward(bool(kwargs.get("create_graph"))):
+            (loss * factor if factor != 1.0 else loss).backward(**kwargs)
         self.backend.end_backward()
         self.clock.backward(begin, loss)
         self.telemetry.phase("idle")
@@ -365,8 +373,11 @@ class Engine(Tracking, ProcessState):
         self.backend = load_backend(self.config, self.backend.group)
         return [None for _ in objects]
 
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
+    def _say_started(self, dtype: str) -> None:
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else platform.processor()
+        num_parameters = sum(param.numel() for model in self._models for param in model.parameters())
+        self.telemetry.rank_started(str(self.device), name, num_parameters, device_peak_flops(self.device, dtype))
 
     def memory_report(self) -> dict[str, int]:
         """Return this rank's bytes of parameters, gradients, optimizer_states and buffers."""

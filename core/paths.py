@@ -118,6 +118,11 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def flops(self) -> Path:
+        """flops.txt: FLOPs and forward time of every module, where `telemetry.profile_flops` asked for it."""
+        return self.path / "flops.txt"
+
+    @property
     def telemetry(self) -> Path:
         """telemetry/: the segmented log that the daemon appends to."""
         return self.path / "telemetry"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distui.core.flops import FlopMeter
 from distui.core.sharding.hooks import Hook
 from distui.core.sharding.schedule import in_backward
 from distui.core.telemetry.source import NullSource, TelemetrySource
@@ -21,13 +22,16 @@ class StepClock:
     the whole step, which waits for the loss scale or the clipping norm, is the device's.
     """
 
-    def __init__(self, telemetry: TelemetrySource | NullSource, exposed_s: Callable[[], float]) -> None:
-        self.telemetry = telemetry
+    def __init__(
+        self, telemetry: TelemetrySource | NullSource, exposed_s: Callable[[], float], flops: FlopMeter
+    ) -> None:
+        self.telemetry, self.flops = telemetry, flops
         self._exposed_s = exposed_s
         """Returns the seconds blocked in collectives since it was last asked."""
         self.step = 0
         self._begin = 0.0
         self._forward_begin = 0.0
+        self._handed = (0, 0)
         self._reset()
 
     def _reset(self) -> None:
@@ -38,6 +42,7 @@ class StepClock:
 
     def watch(self, model: nn.Module) -> list[Any]:
         """Time the forward passes of `model`; returns the hooks' handles."""
+        self.flops.watch(model)
         return [
             model.register_forward_pre_hook(Hook(self._before_forward), prepend=True),
             model.register_forward_hook(Hook(self._after_forward)),
@@ -67,9 +72,8 @@ class StepClock:
         self.telemetry.phase("data")
 
     def batch(self, tokens: int, samples: int) -> None:
-        """Account what the next forward will see."""
-        self.tokens += tokens
-        self.samples += samples
+        """Note what the script was handed; it counts once a backward follows (an evaluation's batches do not)."""
+        self._handed = (tokens, samples)
 
     def backward(self, begin: float, loss: torch.Tensor) -> None:
         """Account a backward that began at `begin` (perf_counter) and is over."""
@@ -77,6 +81,10 @@ class StepClock:
         self.exposed_comm_s += exposed
         self.backward_s += time.perf_counter() - begin - exposed
         self.micro_batches += 1
+        self.tokens += self._handed[0]
+        self.samples += self._handed[1]
+        self._handed = (0, 0)
+        self.flops.end_backward(self.tokens, self.samples)
         if loss.numel() == 1:
             self._losses.append(loss.detach())
 
@@ -107,6 +115,7 @@ class StepClock:
             grad_norm=self.grad_norm,
             learning_rate=learning_rate,
             loss_scale=loss_scale,
+            flops=self.flops.end_step(self.step, self.tokens, self.samples, self.micro_batches),
             micro_batches=self.micro_batches,
             skipped=skipped,
         )

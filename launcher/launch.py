@@ -62,7 +62,7 @@ def launch(request: LaunchRequest) -> int:
     finally:
         for signum, handler in restored.items():
             signal.signal(signum, handler)
-    return _conclude(run, outcome, time.monotonic() - started_s)
+    return _conclude(run, config, outcome, time.monotonic() - started_s)
 
 
 def resolve(request: LaunchRequest) -> Config:
@@ -172,10 +172,12 @@ def _follow(config: Config, job: Job, socket: Path | None, screen: bool) -> Outc
     return outcome
 
 
-def _conclude(run: RunFolder, outcome: Outcome, elapsed_s: float) -> int:
-    from distui.launcher.report import end_line, failure_report
+def _conclude(run: RunFolder, config: Config, outcome: Outcome, elapsed_s: float) -> int:
+    from distui.launcher.report import end_line, failure_report, flops_report
 
     if outcome.exit_status != EXIT_OK and outcome.state == "failed":
         print(failure_report(run, outcome), file=sys.stderr)
+    if config.telemetry.profile_flops and config.cluster.node_rank == 0:
+        print(flops_report(run))
     print(end_line(run, outcome, elapsed_s), file=sys.stderr)
     return outcome.exit_status

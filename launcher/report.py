@@ -111,3 +111,12 @@ def end_line(run: RunFolder, outcome: Outcome, elapsed_s: float) -> str:
     if losses:
         words.append(f"last loss {scalar(sum(losses) / len(losses))}")
     return f"{', '.join(words)}; kept in {run.path}\ndistui: to look at it again: distui monitor {run.run_id}"
+
+
+def flops_report(run: RunFolder) -> str:
+    """Return the table that `--profile-flops` asked for and where it is kept, or why there is none."""
+    try:
+        table = run.flops.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return "distui: no FLOPs profile: a script that uses the Engine writes it after its second optimizer step"
+    return f"{table}distui: this table is kept in {run.flops}"
