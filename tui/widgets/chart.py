@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from rich.style import Style
 from textual.strip import Strip
-from textual.widget import Widget
 
 from distui.tui.format import cut, scalar
-from distui.tui.widgets.palette import Ink, ink_of, line
+from distui.tui.widgets.drawn import DrawnWidget
+from distui.tui.widgets.palette import Ink, line
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 MARK_GLYPHS = ("◆", "▲", "✗")
@@ -50,7 +50,7 @@ def nice_ticks(low: float, high: float, number: int) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-class LineChart(Widget):
+class LineChart(DrawnWidget):
     """Draws what `show` gave it; redrawn only when data, size or theme change."""
 
     DEFAULT_CSS = "LineChart { height: 1fr; min-height: 4; }"
@@ -69,29 +69,12 @@ class LineChart(Widget):
         self._unit, self._from_zero, self._x_title, self._empty = unit, from_zero, x_title, empty
         self._series: list[Series] = []
         self._marks: list[Mark] = []
-        self._strips: list[Strip] | None = None
 
     def show(self, series: Sequence[Series], marks: Sequence[Mark] = (), empty: str | None = None) -> None:
         """Take new curves and event marks; `empty` is said where no curve has a point."""
         self._series, self._marks = list(series), list(marks)
         self._empty = empty or self._empty
-        self._strips = None
-        self.refresh()
-
-    def on_resize(self) -> None:
-        """Draw anew at the new size."""
-        self._strips = None
-
-    def notify_style_update(self) -> None:
-        """Draw anew in the new theme."""
-        super().notify_style_update()
-        self._strips = None
-
-    def render_line(self, y: int) -> Strip:
-        """Draw one line."""
-        if self._strips is None:
-            self._strips = self._draw(self.size.width, self.size.height, ink_of(self))
-        return self._strips[y] if y < len(self._strips) else Strip.blank(self.size.width)
+        self.redraw()
 
     def _draw(self, width: int, height: int, ink: Ink) -> list[Strip]:
         points = [

@@ -10,9 +10,9 @@ from rich.style import Style
 from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
-from textual.widget import Widget
 
 from distui.tui.format import cut, percent
+from distui.tui.widgets.drawn import DrawnWidget
 from distui.tui.widgets.palette import Ink, fill_of, ink_of, line
 
 
@@ -169,7 +169,7 @@ class StackedBars(ScrollView, can_focus=False):
         )
 
 
-class StackedColumns(Widget):
+class StackedColumns(DrawnWidget):
     """Shares over time: each column of cells is a bucket of steps, cut into categories from the bottom up."""
 
     DEFAULT_CSS = "StackedColumns { height: 1fr; min-height: 4; }"
@@ -178,28 +178,11 @@ class StackedColumns(Widget):
         super().__init__(id=id, classes=classes)
         self._empty = empty
         self._columns: Sequence[Sequence[float]] = ()
-        self._strips: list[Strip] | None = None
 
     def show(self, columns: Sequence[Sequence[float]]) -> None:
         """Take one sequence of values a category, all over the same steps; NaN is not available."""
         self._columns = columns
-        self._strips = None
-        self.refresh()
-
-    def on_resize(self) -> None:
-        """Draw anew at the new size."""
-        self._strips = None
-
-    def notify_style_update(self) -> None:
-        """Draw anew in the new theme."""
-        super().notify_style_update()
-        self._strips = None
-
-    def render_line(self, y: int) -> Strip:
-        """Draw one line."""
-        if self._strips is None:
-            self._strips = self._draw(self.size.width, self.size.height, ink_of(self))
-        return self._strips[y] if y < len(self._strips) else Strip.blank(self.size.width)
+        self.redraw()
 
     def _draw(self, width: int, height: int, ink: Ink) -> list[Strip]:
         gutter = 6
