@@ -184,10 +184,9 @@ def test_a_checkpoint_on_command_is_taken_by_all_ranks_and_loads(home: Home) -> 
         (checkpoint,) = (home.path / "state" / "runs" / run / "checkpoints").glob("step_*")
         code, out, err = home.run("checkpoint", "inspect", str(checkpoint))
         assert code == 0 and "all checksums match" in out, err
-        begin = time.monotonic()
         job.send_signal(signal.SIGINT)
         _, err = job.communicate(timeout=50)
-        assert job.returncode == 130 and time.monotonic() - begin < 50, err
+        assert job.returncode == 130, err
     finally:
         job.kill()
     assert home.status()["state"] == "stopped"
