@@ -194,6 +194,14 @@ def test_verdict_of_a_healthy_a_starting_and_an_ended_run(sample: Any) -> None:
     assert ended.tone == "good" and ended.message.startswith("after 40s, 240 steps, loss ")
 
 
+def test_verdict_calls_nobody_healthy_while_the_daemon_is_away(sample: Any) -> None:
+    away = judge(model_of(sample.sample_update()), NOW_S, daemon_away=True)
+    assert (away.state, away.tone) == ("unknown", "warn")
+    assert away.message == "the daemon is away; last known: running, all 8 ranks healthy"
+    ended = model_of(sample.sample_update(state="finished"))
+    assert judge(ended, NOW_S, daemon_away=True).state == "finished", "how it ended does not change any more"
+
+
 def test_verdict_names_who_is_missing_dead_or_stopped(sample: Any) -> None:
     hang = judge(model_of(sample.hang_update()), NOW_S)
     assert hang.tone == "bad" and hang.message.startswith(

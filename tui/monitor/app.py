@@ -147,7 +147,8 @@ class DashboardApp(App[str]):
         if not base.query(RunLine):
             return  # a last tick while the app closes
         base.query_one(RunLine).show(shown, now_s, None if away is None else now_s - away, self._pause_text())
-        base.query_one(VerdictLine).show(judge(self.model, now_s, problem), shown.run.strategy)
+        verdict = judge(self.model, now_s, problem, daemon_away=away is not None)
+        base.query_one(VerdictLine).show(verdict, shown.run.strategy)
         top = self.screen
         target = top if isinstance(top, RankScreen) else self._view if top is base else None
         if target is None:

@@ -41,10 +41,16 @@ class Verdict:
     message: str
 
 
-def judge(model: RunModel, now_s: float, problem: str = "") -> Verdict:
-    """Return the verdict of what is known now; `problem` is why nothing is known yet."""
+def judge(model: RunModel, now_s: float, problem: str = "", *, daemon_away: bool = False) -> Verdict:
+    """Return the verdict of what is known now; `problem` is why nothing is known yet.
+
+    While the daemon is away a run that had not ended is not called healthy: what was last known is told as such.
+    """
     if model.snapshot is None:
         return Verdict(CALM, "◌", "waiting", f"for the daemon{f': {problem}' if problem else ''}")
+    if daemon_away and not model.ended:
+        last = judge(model, now_s)
+        return Verdict(WARN, "?", "unknown", f"the daemon is away; last known: {last.state}, {last.message}")
     state = model.state or "unknown"
     glyph = STATE_GLYPHS.get(state, "?")
     if model.ended:
