@@ -34,10 +34,3 @@ class BufferPool:
     def give(self, buffer: torch.Tensor, kind: Any = None) -> None:
         """Take `buffer` back; nothing may be in flight on it."""
         self._free[((buffer.numel(), kind), buffer.dtype, buffer.device)].append(buffer)
-
-    def clear(self) -> None:
-        """Forget the free buffers."""
-        for free in self._free.values():
-            for buffer in free:
-                self.allocated_bytes -= buffer.numel() * buffer.element_size()
-        self._free.clear()

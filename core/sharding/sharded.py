@@ -273,8 +273,3 @@ class ShardedModel:
             "optimizer_states": states,
             "buffers": buffers,
         }
-
-    @property
-    def num_parameters(self) -> int:
-        """Elements of all parameters, tied ones once."""
-        return sum(param.numel() for param in self.model.parameters())
