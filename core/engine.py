@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from distui.core import checkpoint, ops
+from distui.core import ops
 from distui.core.activation_checkpointing import apply_activation_checkpointing
 from distui.core.backends.base import Backend
 from distui.core.backends.registry import load_backend
 from distui.core.batch import solve_batch
+from distui.core.checkpoint import Saver
 from distui.core.config import Config
 from distui.core.control import StepControl
 from distui.core.data.loader import PreparedLoader, prepare_loader, skip_first_batches
-from distui.core.errors import UserError
 from distui.core.flops import FlopMeter, device_peak_flops
 from distui.core.job import job_config, job_telemetry
 from distui.core.paths import current_run
@@ -40,11 +40,11 @@ from distui.core.precision import DTYPES, LossScaler, apply_border_casts
 from distui.core.process import ProcessState
 from distui.core.scheduler import PreparedScheduler
 from distui.core.sharding.optim import ShardedOptimizer
+from distui.core.states import States
 from distui.core.step_clock import StepClock
-from distui.core.tracking import Tracking
 
 
-class Engine(Tracking, ProcessState):
+class Engine(States, ProcessState):
     """Trains any model on the ranks that `distui launch` started; outside of it, on one process.
 
     Keyword arguments are sections of the configuration as dicts, and win over it:
@@ -55,7 +55,7 @@ class Engine(Tracking, ProcessState):
         """Join the job. Collective: all ranks. Raises ConfigError with every problem of the configuration."""
         self.config: Config = job_config(sections)
         ProcessState.__init__(self)
-        Tracking.__init__(self)
+        States.__init__(self)
         batch = solve_batch(self.config.batch, self.num_processes)
         self.gradient_accumulation_steps: int = batch.accumulation or 1
         self._micro_size = batch.micro_size
@@ -64,7 +64,7 @@ class Engine(Tracking, ProcessState):
         group = torch.distributed.group.WORLD if self.num_processes > 1 else None
         self.telemetry = job_telemetry(self.process_index, self.local_process_index, self.num_processes)
         self.backend: Backend = load_backend(self.config, group)
-        self.saver = checkpoint.Saver(self.telemetry)
+        self.saver = Saver(self.telemetry)
         flops = FlopMeter(
             self.telemetry,
             dtype=self.config.precision.dtype,
@@ -84,7 +84,6 @@ class Engine(Tracking, ProcessState):
         self._optimizers: list[torch.optim.Optimizer] = []
         self._schedulers: list[PreparedScheduler] = []
         self._loaders: list[PreparedLoader] = []
-        self._registered: list[Any] = []
         run = current_run()
         self._control = StepControl(self, run) if run is not None else None
 
@@ -310,62 +309,6 @@ class Engine(Tracking, ProcessState):
         """Pad to the largest size over ranks along `dim`. Collective."""
         return ops.pad_across_processes(tensors, dim, pad_index, pad_first)
 
-    # ---- weights and states --------------------------------------------------------------------------------------
-
-    def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True) -> nn.Module:
-        """Return the model as it was given: preparing does not wrap it."""
-        return getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
-
-    def get_state_dict(self, model: nn.Module, only_rank_0: bool = False) -> dict[str, Any]:
-        """Return the whole state of `model` on the CPU, as plain torch would save it. Collective."""
-        return self.backend.full_state_dict(model, only_rank_0)
-
-    def load_state_dict(self, model: nn.Module, state: Mapping[str, Any], strict: bool = True) -> Any:
-        """Give `model` a whole state. Collective: all ranks, each with `state`."""
-        return self.backend.load_full_state_dict(model, state, strict)
-
-    def full_parameters(self, model: nn.Module, writeback: bool = False) -> AbstractContextManager[nn.Module]:
-        """Enter with every parameter of `model` whole and current; with `writeback` changes are kept. Collective."""
-        return self.backend.full_parameters(model, writeback)
-
-    def register_for_checkpointing(self, *objects: Any) -> None:
-        """Save and load `objects` (with state_dict and load_state_dict) with the rest of the state."""
-        for value in objects:
-            if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))):
-                raise UserError(
-                    f"{type(value).__name__} cannot be registered for checkpointing",
-                    "it has no state_dict and load_state_dict",
-                    "give it both methods",
-                )
-        self._registered += objects
-
-    def save_state(self, output_dir: str, *, asynchronous: bool = False, **kwargs: Any) -> str:
-        """Save models, optimizers, schedulers, loaders, scaler, random state and registered objects. Collective.
-
-        Any stage and any number of ranks can load it. Returns the folder. With `asynchronous` the files are written
-        while training goes on; the next save, load_state and end_training wait for them and raise what went wrong.
-        """
-        return self.saver.save(self, output_dir, asynchronous)
-
-    def load_state(self, input_dir: str, **kwargs: Any) -> None:
-        """Load what `save_state` wrote. Collective."""
-        self.telemetry.phase("checkpoint")
-        self.saver.wait()
-        checkpoint.load(self, input_dir)
-        self.telemetry.event("info", "checkpoint", f"loaded {input_dir}", step=self.clock.step)
-        self.telemetry.phase("idle")
-
-    def save_model(self, model: nn.Module, save_directory: str, max_shard_size: str | int = "10GB") -> None:
-        """Write the weights of `model` as safetensors with an index. Collective."""
-        checkpoint.save_model(self, model, save_directory, max_shard_size)
-
-    def end_training(self) -> None:
-        """Finish the save in flight and the trackers, and leave the process group. Collective: all ranks, last."""
-        try:
-            self.saver.wait()
-        finally:
-            super().end_training()
-
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget everything that was prepared; returns a None for each object, to rebind the names."""
         for held in (self._models, self._optimizers, self._schedulers, self._loaders):
@@ -378,18 +321,3 @@ class Engine(Tracking, ProcessState):
         name = torch.cuda.get_device_name(self.device) if cuda else platform.processor()
         num_parameters = sum(param.numel() for model in self._models for param in model.parameters())
         self.telemetry.rank_started(str(self.device), name, num_parameters, device_peak_flops(self.device, dtype))
-
-    def memory_report(self) -> dict[str, int]:
-        """Return this rank's bytes of parameters, gradients, optimizer_states and buffers."""
-        return self.backend.memory_by_category()
-
-    def _report_memory(self) -> None:
-        cuda: dict[str, int] = {}
-        if self.device.type == "cuda":
-            cuda = {
-                "allocated_bytes": torch.cuda.memory_allocated(self.device),
-                "reserved_bytes": torch.cuda.memory_reserved(self.device),
-                "peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device),
-                "device_total_bytes": torch.cuda.get_device_properties(self.device).total_memory,
-            }
-        self.telemetry.memory(self.memory_report(), **cuda)

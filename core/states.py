@@ -1,0 +1,103 @@
+"""The part of `Engine` that keeps: whole weights, saved states, and what they weigh in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from distui.core import checkpoint
+from distui.core.backends.base import Backend
+from distui.core.errors import UserError
+from distui.core.tracking import Tracking
+
+if TYPE_CHECKING:
+    from distui.core.engine import Engine
+
+
+class States(Tracking):
+    """Reads, writes and counts what an engine holds; the engine brings the backend and the saver."""
+
+    backend: Backend
+    saver: checkpoint.Saver
+    device: torch.device
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._registered: list[Any] = []
+
+    @property
+    def _engine(self) -> Engine:
+        return cast("Engine", self)
+
+    def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True) -> nn.Module:
+        """Return the model as it was given: preparing does not wrap it."""
+        return getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
+
+    def get_state_dict(self, model: nn.Module, only_rank_0: bool = False) -> dict[str, Any]:
+        """Return the whole state of `model` on the CPU, as plain torch would save it. Collective."""
+        return self.backend.full_state_dict(model, only_rank_0)
+
+    def load_state_dict(self, model: nn.Module, state: Mapping[str, Any], strict: bool = True) -> Any:
+        """Give `model` a whole state. Collective: all ranks, each with `state`."""
+        return self.backend.load_full_state_dict(model, state, strict)
+
+    def full_parameters(self, model: nn.Module, writeback: bool = False) -> AbstractContextManager[nn.Module]:
+        """Enter with every parameter of `model` whole and current; with `writeback` changes are kept. Collective."""
+        return self.backend.full_parameters(model, writeback)
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Save and load `objects` (with state_dict and load_state_dict) with the rest of the state."""
+        for value in objects:
+            if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))):
+                raise UserError(
+                    f"{type(value).__name__} cannot be registered for checkpointing",
+                    "it has no state_dict and load_state_dict",
+                    "give it both methods",
+                )
+        self._registered += objects
+
+    def save_state(self, output_dir: str, *, asynchronous: bool = False, **kwargs: Any) -> str:
+        """Save models, optimizers, schedulers, loaders, scaler, random state and registered objects. Collective.
+
+        Any stage and any number of ranks can load it. Returns the folder. With `asynchronous` the files are written
+        while training goes on; the next save, load_state and end_training wait for them and raise what went wrong.
+        """
+        return self.saver.save(self._engine, output_dir, asynchronous)
+
+    def load_state(self, input_dir: str, **kwargs: Any) -> None:
+        """Load what `save_state` wrote. Collective."""
+        self.telemetry.phase("checkpoint")
+        self.saver.wait()
+        checkpoint.load(self._engine, input_dir)
+        self.telemetry.event("info", "checkpoint", f"loaded {input_dir}", step=self.clock.step)
+        self.telemetry.phase("idle")
+
+    def save_model(self, model: nn.Module, save_directory: str, max_shard_size: str | int = "10GB") -> None:
+        """Write the weights of `model` as safetensors with an index. Collective."""
+        checkpoint.save_model(self._engine, model, save_directory, max_shard_size)
+
+    def end_training(self) -> None:
+        """Finish the save in flight and the trackers, and leave the process group. Collective: all ranks, last."""
+        try:
+            self.saver.wait()
+        finally:
+            super().end_training()
+
+    def memory_report(self) -> dict[str, int]:
+        """Return this rank's bytes of parameters, gradients, optimizer_states and buffers."""
+        return self.backend.memory_by_category()
+
+    def _report_memory(self) -> None:
+        cuda: dict[str, int] = {}
+        if self.device.type == "cuda":
+            cuda = {
+                "allocated_bytes": torch.cuda.memory_allocated(self.device),
+                "reserved_bytes": torch.cuda.memory_reserved(self.device),
+                "peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device),
+                "device_total_bytes": torch.cuda.get_device_properties(self.device).total_memory,
+            }
+        self.telemetry.memory(self.memory_report(), **cuda)
