@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from distui.core.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from distui.core.config_import.carried import Note
 
 _SETTINGS = [
     click.option("--config", "config_path", metavar="FILE", type=click.Path(path_type=Path), help="Or ./distui.toml."),
@@ -89,23 +93,86 @@ def schema(as_json: bool) -> None:
         click.echo(f"    {accepts(field)}{f', in {unit}' if unit else ''}; default {default}; {env_name(name)}")
 
 
-@command.command("import", context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def import_settings(arguments: tuple[str, ...]) -> None:
-    """Read a DeepSpeed JSON or an Accelerate YAML (not available in this version)."""
-    raise _not_yet("distui config import")
+@command.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    default="distui.toml",
+    show_default=True,
+    help="Where the settings go; - only prints them.",
+)
+@click.option("--merge", is_flag=True, help="Change the keys in a file that exists; the former is kept as FILE.bak.")
+def import_settings(file: Path, output: str, merge: bool) -> None:
+    """Read a DeepSpeed JSON or an Accelerate YAML into distui.toml.
 
+    The settings are printed to stdout; what became of every other key of FILE is said on stderr.
+    """
+    from distui.core import config_file
+    from distui.core.config_import.files import import_file
 
-@command.command("export", context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def export_settings(arguments: tuple[str, ...]) -> None:
-    """Write a DeepSpeed JSON or an Accelerate YAML (not available in this version)."""
-    raise _not_yet("distui config export")
-
-
-def _not_yet(what: str) -> UserError:
-    return UserError(
-        f"{what} is not available in this version",
-        "no code stands behind it yet",
-        "write the settings by hand: distui config schema lists them, distui config check checks them",
+    carried = import_file(file)
+    path = None if output == "-" else Path(output)
+    before = config_file.read_text(path) if path is not None and merge else None
+    text = config_file.merge(before, carried.values)
+    click.echo(text, nl=False)
+    _say(carried.notes)
+    if path is None:
+        return
+    if not merge and (present := config_file.read_text(path)):
+        if present == text:
+            return
+        raise UserError(
+            f"{path} exists already and says something else",
+            f"nothing was written; {len(carried.values)} keys of {file} would go into it",
+            "add --merge to change those keys in it (the former file is kept), or name another with --output",
+        )
+    if not merge and path.exists():
+        return  # an empty file: the shell made it for our own stdout, as in `distui config import FILE > distui.toml`
+    backup = config_file.write(path, text, expected=before)
+    click.echo(
+        f"wrote {path} from {carried.source}'s {file}" + (f"; the former is {backup}" if backup else ""), err=True
     )
+
+
+@command.command("export")
+@click.option("--to", "tool", type=click.Choice(["deepspeed", "accelerate"]), required=True, help="Whose file it is.")
+@click.option("-o", "--output", metavar="FILE", default="-", help="Where it goes; without it, stdout.")
+@_with_settings
+def export_settings(tool: str, output: str, config_path: Path | None, assignments: tuple[str, ...]) -> None:
+    """Write the settings as a DeepSpeed JSON or an Accelerate YAML; what has no place there is said on stderr."""
+    from distui.core import config_file
+    from distui.core.config_export import export, to_text
+    from distui.core.hardware import detect
+    from distui.core.settings import load
+    from distui.launcher.launch import decided
+    from distui.launcher.launch_command import overrides_of
+
+    config = load(config_path, overrides_of(assignments, {})).config
+    if tool == "accelerate":  # its file states the number of processes
+        config.cluster.nproc = decided(config, detect()).cluster.nproc
+    table, notes = export(config, tool)
+    text = to_text(table, tool)
+    _say(notes)
+    if output == "-":
+        click.echo(text, nl=False)
+        return
+    path = Path(output)
+    backup = config_file.write(path, text, expected=config_file.read_text(path))
+    click.echo(f"wrote {path}" + (f"; the former is {backup}" if backup else ""), err=True)
+
+
+def _say(notes: list[Note]) -> None:
+    """Print notes by kind, the gravest first, one line a reason."""
+    from distui.core.config_import.carried import KINDS
+
+    for kind, words in KINDS.items():
+        reasons: dict[str, list[str]] = {}
+        for note in notes:
+            if note.kind == kind:
+                reasons.setdefault(note.why, []).append(note.key)
+        if reasons:
+            click.echo(f"{words}:", err=True)
+        for why, names in reasons.items():
+            click.echo(f"  {', '.join(dict.fromkeys(names))}: {why}", err=True)

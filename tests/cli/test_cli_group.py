@@ -67,7 +67,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "'explode' is not one of 'checkpoint', 'stacks', 'profile', 'stop', 'log-level'",
             "--help",
         ),
-        (["config", "import", "ds.json"], "distui config import is not available in this version", "by hand"),
+        (["config", "import", "ds.json"], "cannot read ds.json", "JSON or YAML"),
         (["monitor", "--web"], "--web is not available in this version", "distui monitor RUN"),
         (["monitor", "--replay"], "--replay is not available in this version", "distui monitor RUN"),
         (["monitor", "host1", "host2"], "2 names were given", "name one run"),

@@ -1,0 +1,1 @@
+"""Reads the configurations of other tools: a DeepSpeed JSON, an Accelerate YAML."""
