@@ -29,10 +29,13 @@ from distui.proto import telemetry_pb2_grpc as rpc
 
 COLLECTIVES_PER_STEP = 4
 FLUSH_S = 0.5
+WARM_UP_S = 3.0
 
 
-def batches(run: RunFolder, rank: int, world_size: int, hz: float, until: float) -> Iterator[pb.Batch]:
-    """Yield what a rank sends at each flush until `until` (monotonic seconds)."""
+def batches(
+    run: RunFolder, rank: int, world_size: int, hz: float, until: float, pace: dict[int, float]
+) -> Iterator[pb.Batch]:
+    """Yield what a rank sends at each flush until `until` (monotonic seconds); `pace` is what the daemon asks for."""
     source = pb.Source(rank=rank, node=sockets.gethostname(), pid=os.getpid(), incarnation=time.time_ns())
     seq, done, began = 0, 0, time.monotonic()
     pause = threading.Event()
@@ -64,15 +67,16 @@ def batches(run: RunFolder, rank: int, world_size: int, hz: float, until: float)
         batch.records.add(seq=seq - 1, time_s=time_s, heartbeat=beat)
         batch.records.add(seq=seq, time_s=time_s, memory=pb.Memory(allocated_bytes=1 << 30))
         yield batch
-        pause.wait(FLUSH_S)
+        period_s = max(FLUSH_S, pace.get(rank, 0.0))
+        pause.wait(period_s - time.time() % period_s)
 
 
-def publish(socket: Path, source: Iterator[pb.Batch], counts: list[int]) -> None:
+def publish(socket: Path, source: Iterator[pb.Batch], counts: list[int], rank: int, pace: dict[int, float]) -> None:
     """Send a rank's batches and count its records that were acknowledged."""
     with grpc.insecure_channel(f"unix:{socket}", options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         last = 0
         for ack in rpc.TelemetryStub(channel).Publish(source):
-            last = ack.seq
+            last, pace[rank] = ack.seq, ack.flush_s
         counts.append(last)
 
 
@@ -86,25 +90,30 @@ def measure(num_ranks: int, hz: float, seconds: float) -> dict[str, float]:
         process = psutil.Process(rpc.MonitorStub(channel).GetDaemonInfo(pb.DaemonInfoRequest()).pid)
     try:
         counts: list[int] = []
-        until = time.monotonic() + seconds
+        pace: dict[int, float] = {}
+        until = time.monotonic() + seconds + WARM_UP_S
         threads = [
-            threading.Thread(target=publish, args=(socket, batches(run, rank, num_ranks, hz, until), counts))
+            threading.Thread(
+                target=publish, args=(socket, batches(run, rank, num_ranks, hz, until, pace), counts, rank, pace)
+            )
             for rank in range(num_ranks)
         ]
-        before, began = process.cpu_times(), time.monotonic()
         for thread in threads:
             thread.start()
+        time.sleep(WARM_UP_S)  # opening the streams is not what is measured
+        before, began = process.cpu_times(), time.monotonic()
+        time.sleep(seconds)
+        after, took_s = process.cpu_times(), time.monotonic() - began
         for thread in threads:
             thread.join()
-        after, took_s = process.cpu_times(), time.monotonic() - began
         cpu_s = after.user + after.system - before.user - before.system
         size = sum(path.stat().st_size for path in run.telemetry.iterdir())
         return {
             "ranks": num_ranks,
             "steps_per_s": hz,
-            "records_per_s": sum(counts) / took_s,
+            "records_per_s": sum(counts) / (seconds + WARM_UP_S),
             "cpu_percent_of_a_core": 100 * cpu_s / took_s,
-            "cpu_us_per_record": 1e6 * cpu_s / max(1, sum(counts)),
+            "cpu_us_per_record": 1e6 * cpu_s / took_s / max(1, sum(counts)) * (seconds + WARM_UP_S),
             "disk_bytes_per_record": size / max(1, sum(counts)),
             "rss_bytes": process.memory_info().rss,
         }

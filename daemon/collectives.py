@@ -66,8 +66,13 @@ class CollectiveTotals:
 
     def add(self, rank: int, collective: pb.Collective, world_size: int) -> None:
         """Take in one collective of one rank."""
-        self.entered(rank, {collective.group: collective.seq})
-        key = (collective.group, collective.op)
+        group, seq = collective.group, collective.seq
+        known = self.last_seq.get(group)
+        if known is None:
+            known = self.last_seq[group] = {}
+        if seq > known.get(rank, 0):
+            known[rank] = seq
+        key = (group, collective.op)
         totals = self._totals.get(key)
         if totals is None:
             if len(self._totals) >= MAX_KINDS:

@@ -16,8 +16,14 @@ from distui.proto import telemetry_pb2_grpc as rpc
 
 MAX_BATCH_BYTES = 8 << 20
 CUT_S = 0.05
+FLUSH_S_PER_SOURCE = 0.15
+MAX_FLUSH_S = 2.5
+"""A batch costs the daemon more than the records in it, so many sources are asked to send less often."""
 MAX_RANKS = 1 << 16
 """More than any job has: a source that says otherwise is mistaken, and would cost memory by the rank."""
+
+
+_STARTS = frozenset({"rank_started", "run_started"})
 
 
 class Malformed(Exception):
@@ -53,7 +59,7 @@ class Telemetry(rpc.TelemetryServicer):
                 if live.keep(batch):
                     await asyncio.to_thread(live.flush)
                 source = batch.source
-                yield pb.Ack(seq=last)
+                yield pb.Ack(seq=last, flush_s=min(MAX_FLUSH_S, FLUSH_S_PER_SOURCE * self._runs.num_publishers()))
             # The requests end also when the source is killed; then gRPC cancels this call a moment later.
             await asyncio.sleep(CUT_S)
             if live is not None and not context.cancelled():
@@ -76,7 +82,8 @@ def check(batch: pb.Batch) -> None:
         if record.seq <= last:
             raise Malformed(f"record {record.seq} follows record {last}: sequence numbers must ascend from 1")
         last = record.seq
-        if max(record.rank_started.world_size, record.run_started.world_size) > MAX_RANKS:
+        body = record.WhichOneof("body")
+        if body in _STARTS and getattr(record, body).world_size > MAX_RANKS:
             raise Malformed(f"record {last}: a world of more than {MAX_RANKS} ranks")
 
 

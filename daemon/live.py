@@ -239,6 +239,10 @@ class LiveRuns:
         for live in self.runs.values():
             live.close()
 
+    def num_publishers(self) -> int:
+        """Return how many sources have a stream open."""
+        return sum(live.num_publishers for live in self.runs.values())
+
     def num_watchers(self) -> int:
         """Return how many watch."""
         return sum(live.num_watchers for live in self.runs.values())

@@ -19,6 +19,8 @@ SOURCE_CLOSED = "source_closed"
 MEAN_STEPS = 20
 NUM_EVENTS = 2000
 NUM_METRICS = 4096
+_COMMON = frozenset({"event", "metrics", "hardware"})
+"""What any source may say, whatever has become of it."""
 
 
 @dataclass(slots=True)
@@ -113,14 +115,17 @@ class RunState:
         if source.rank == DAEMON:
             for record in batch.records:
                 self._apply_daemons(record)
-                self._apply_common(source, record)
+                self._apply_common(source, record, record.WhichOneof("body"))
             return
         speaker = self._speaker(source)
+        if speaker is not None:
+            speaker.last_seen_s, speaker.closed = max(speaker.last_seen_s, batch.records[-1].time_s), False
         for record in batch.records:
-            if speaker is not None:
-                speaker.last_seen_s, speaker.closed = max(speaker.last_seen_s, record.time_s), False
-                self._apply_own(speaker, record)
-            self._apply_common(source, record)
+            body = record.WhichOneof("body")
+            if body in _COMMON:
+                self._apply_common(source, record, body)
+            elif speaker is not None:
+                self._apply_own(speaker, record, body)
 
     def check_outcome(self) -> None:
         """See whether the launcher has written outcome.json; a run that has ended gets its last steps summed up."""
@@ -146,9 +151,8 @@ class RunState:
             self.collectives.restarted(source.rank)
         return fresh
 
-    def _apply_own(self, speaker: RankRecord, record: pb.Record) -> None:
+    def _apply_own(self, speaker: RankRecord, record: pb.Record, body: str | None) -> None:
         """Take in what only a source's newest incarnation may say."""
-        body = record.WhichOneof("body")
         if body == "step":
             step = record.step
             speaker.last_step = step
@@ -184,8 +188,7 @@ class RunState:
             if speaker is not None and str(speaker.incarnation) == record.event.attributes["incarnation"]:
                 speaker.closed = True
 
-    def _apply_common(self, source: pb.Source, record: pb.Record) -> None:
-        body = record.WhichOneof("body")
+    def _apply_common(self, source: pb.Source, record: pb.Record, body: str | None) -> None:
         if body == "event":
             self.events.append(pb.TimedEvent(time_s=record.time_s, rank=source.rank, event=record.event))
         elif body == "metrics":

@@ -34,10 +34,12 @@ class Batch(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., run_dir: _Optional[str] = ..., source: _Optional[_Union[Source, _Mapping]] = ..., records: _Optional[_Iterable[_Union[Record, _Mapping]]] = ..., dropped: _Optional[int] = ...) -> None: ...
 
 class Ack(_message.Message):
-    __slots__ = ("seq",)
+    __slots__ = ("seq", "flush_s")
     SEQ_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_S_FIELD_NUMBER: _ClassVar[int]
     seq: int
-    def __init__(self, seq: _Optional[int] = ...) -> None: ...
+    flush_s: float
+    def __init__(self, seq: _Optional[int] = ..., flush_s: _Optional[float] = ...) -> None: ...
 
 class Record(_message.Message):
     __slots__ = ("seq", "time_s", "run_started", "run_finished", "rank_started", "rank_finished", "step", "memory", "heartbeat", "collective", "event", "metrics", "hardware")

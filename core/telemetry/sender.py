@@ -26,6 +26,8 @@ MEMORY_S = 1.0
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 2.0
 PROBE_S = 0.5
+MAX_PACE_S = 5.0
+"""No daemon may ask for more: the ledger and the outbox hold what comes meanwhile."""
 SPARE_RECORDS = 256
 
 
@@ -75,15 +77,16 @@ class Sender:
         while self._close_by is None:
             now = time.monotonic()
             records = collector.collect()
+            pace_s = min(MAX_PACE_S, self._stream.flush_s) if self._stream is not None else 0.0
             if now >= next_beat:
                 records.append(collector.heartbeat())
-                next_beat = now + self._heartbeat_s
+                next_beat = now + _to_next(max(self._heartbeat_s, pace_s))
             if now >= next_memory:
                 records.append(collector.memory())
-                next_memory = now + MEMORY_S
+                next_memory = now + _to_next(max(MEMORY_S, pace_s))
             self._outbox.put(records)
             self._connect()
-            until = min(next_beat, next_memory, now + self._flush_s)
+            until = min(next_beat, next_memory, now + _to_next(max(self._flush_s, pace_s)))
             if self._stream is None and self._socket is not None:
                 until = min(until, self._next_attempt)
             self._wake.wait(max(0.0, until - time.monotonic()))
@@ -152,6 +155,14 @@ class Sender:
             records=records,
             dropped=self.dropped(),
         )
+
+
+def _to_next(period_s: float) -> float:
+    """Return the seconds to the next multiple of a period on the clock.
+
+    All ranks of a node send at once then: the daemon wakes once for them, and they are late in the same collective.
+    """
+    return period_s - time.time() % period_s
 
 
 def _answers(socket: Path) -> bool:

@@ -33,6 +33,8 @@ class PublishStream:
         self._ended = self._closing = False
         self.acknowledged = False
         """Whether the daemon has acknowledged anything on this stream."""
+        self.flush_s = 0.0
+        """The time between two batches that the daemon asks for; 0 where it has not said. Units: seconds."""
         self._channel = grpc.insecure_channel(f"unix:{socket}", options=_OPTIONS)
         self._call = TelemetryStub(self._channel).Publish(self._requests())
         self._reader = threading.Thread(target=self._read, name="distui-acks", daemon=True)
@@ -61,7 +63,7 @@ class PublishStream:
     def _read(self) -> None:
         try:
             for ack in self._call:
-                self.acknowledged = True
+                self.acknowledged, self.flush_s = True, ack.flush_s
                 self._outbox.acknowledge(ack.seq)
         except grpc.RpcError:
             pass  # how a stream tells that it has ended: the sender starts the next one
