@@ -129,6 +129,8 @@ class TelemetrySection(Section):
     ring_size: PositiveInt = _field(16384, "records that wait in a rank before the oldest are dropped", "records")
     collectives: bool = _field(True, "record every collective")
     heartbeat_s: PositiveFloat = _field(1.0, "time between two signs of life", "s")
+    keep_days: NonNegativeFloat = _field(30.0, "telemetry of ended runs is deleted after so long; 0 keeps it", "days")
+    keep_gib: NonNegativeFloat = _field(10.0, "the oldest telemetry is deleted above so much; 0 keeps it", "GiB")
     profile_flops: bool = _field(False, "write FLOPs and forward time of every module after the second step")
 
 

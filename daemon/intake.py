@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-from collections.abc import AsyncIterator
+import re
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
 
-from distui.core.paths import RunFolder
+from distui.core.paths import RunFolder, default_runs_dir, write_atomic
 from distui.daemon.live import LiveRun, LiveRuns
+from distui.daemon.runs import write_outcome
+from distui.daemon.state import DAEMON, LAUNCHER
 from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
@@ -33,8 +38,9 @@ class Malformed(Exception):
 class Telemetry(rpc.TelemetryServicer):
     """Serves Publish."""
 
-    def __init__(self, runs: LiveRuns) -> None:
-        self._runs = runs
+    def __init__(self, runs: LiveRuns, folder_of: Callable[[pb.Batch], RunFolder] | None = None) -> None:
+        """Keep batches in `runs`, in the folder that `folder_of` gives; without it, in that which they name."""
+        self._runs, self._folder_of, self._forwarded = runs, folder_of or run_folder, folder_of is not None
 
     async def Publish(
         self, batches: AsyncIterator[pb.Batch], context: grpc.aio.ServicerContext
@@ -45,9 +51,9 @@ class Telemetry(rpc.TelemetryServicer):
         try:
             async for batch in batches:
                 try:
-                    check(batch)
+                    check(batch, forwarded=self._forwarded)
                     if live is None or batch.run_dir != where:
-                        folder = run_folder(batch)
+                        folder = self._folder_of(batch)
                         if live is not None:
                             live.num_publishers -= 1
                             live = None
@@ -56,7 +62,10 @@ class Telemetry(rpc.TelemetryServicer):
                 except Malformed as error:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
                 last = batch.records[-1].seq if batch.records else live.state.kept_seq(batch.source)
-                if live.keep(batch):
+                weighty = live.keep(batch)
+                if self._forwarded and live.state.told_final and not live.run.outcome.exists():
+                    write_outcome(live.run, live.state.info)
+                if weighty:
                     await asyncio.to_thread(live.flush)
                 source = batch.source
                 yield pb.Ack(seq=last, flush_s=min(MAX_FLUSH_S, FLUSH_S_PER_SOURCE * self._runs.num_publishers()))
@@ -69,11 +78,11 @@ class Telemetry(rpc.TelemetryServicer):
                 live.num_publishers -= 1
 
 
-def check(batch: pb.Batch) -> None:
-    """Raise Malformed unless the batch is what the contract says."""
+def check(batch: pb.Batch, *, forwarded: bool = False) -> None:
+    """Raise Malformed unless the batch is what the contract says; a daemon's own records come only `forwarded`."""
     if not batch.run_id or not batch.run_dir:
         raise Malformed("a batch must name its run_id and run_dir")
-    if not -1 <= batch.source.rank < MAX_RANKS:
+    if not (DAEMON if forwarded else LAUNCHER) <= batch.source.rank < MAX_RANKS:
         raise Malformed(f"rank {batch.source.rank} is no rank and no launcher")
     if not batch.source.incarnation:
         raise Malformed("a source must give its incarnation")
@@ -102,3 +111,31 @@ def run_folder(batch: pb.Batch) -> RunFolder:
     if path.name != batch.run_id:
         raise Malformed(f"run_dir {batch.run_dir!r} is not the folder of run {batch.run_id!r}")
     return RunFolder(path)
+
+
+_RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+
+
+def folder_of_another_node(batch: pb.Batch, runs: LiveRuns) -> RunFolder:
+    """Return where this node keeps a run that another node's daemon forwards; made at its first batch.
+
+    Raises: Malformed where the run's id is none, or the folder cannot be made.
+    """
+    if not _RUN_ID.fullmatch(batch.run_id):
+        raise Malformed(f"run_id {batch.run_id!r} is no name of a run")
+    for live in runs.runs.values():
+        if live.run.run_id == batch.run_id:
+            return live.run
+    run = RunFolder(default_runs_dir() / batch.run_id)
+    try:
+        if not run.path.exists():
+            run.create()
+        started = next((record for record in batch.records if record.WhichOneof("body") == "run_started"), None)
+        if not run.spec.exists():
+            spec: dict[str, object] = {"run_id": batch.run_id, "started_s": time.time()}
+            if started is not None:
+                spec["started_s"] = started.time_s
+            write_atomic(run.spec, json.dumps(spec))
+    except OSError as error:
+        raise Malformed(f"the run cannot be kept in {run.path}: {error}") from error
+    return RunFolder(run.path.resolve())

@@ -21,6 +21,8 @@ KEEP_S = 60.0
 """A run that has ended is kept in memory for so long after it was last used."""
 WEIGHTY = frozenset({"event", "run_started", "run_finished", "rank_started", "rank_finished"})
 """Records that are on the disk before they are acknowledged, and seen at once."""
+RETRY_S = 5.0
+"""A log that cannot be written is tried again so often."""
 FRESH_S = 0.2
 """Watchers that ask within this time share one snapshot."""
 
@@ -35,7 +37,9 @@ class LiveRun:
         self.num_watchers = self.num_publishers = 0
         self.used_s = time.monotonic()
         self._log: RunLog | None = None
-        self._broken = False
+        self._broken_s: float | None = None
+        """Since when nothing can be written; None where all is well. Units: monotonic seconds."""
+        self._num_lost = 0
         self._own = pb.Source(rank=DAEMON, node=this_node(), pid=os.getpid(), incarnation=incarnation)
         self._own_seq = state.kept_seq(self._own)
         self._resumed = state.kept_by_others(self._own)
@@ -65,8 +69,9 @@ class LiveRun:
         return weighty
 
     def _write(self, batch: pb.Batch) -> None:
-        if self._broken:
+        if self._broken_s is not None and time.monotonic() - self._broken_s < RETRY_S:
             self.state.lose(len(batch.records))
+            self._num_lost += len(batch.records)
             return
         try:
             if self._log is None:
@@ -74,14 +79,29 @@ class LiveRun:
             self._log.append(batch)
         except OSError as error:
             self.state.lose(len(batch.records))
+            self._num_lost += len(batch.records)
             self._give_up(error)
+            return
+        if self._broken_s is not None:
+            self._broken_s = None
+            message = f"the telemetry of this run is kept again; {self._num_lost} records are missing on the disk"
+            self._num_lost = 0
+            self._note(pb.Event(level=pb.Event.INFO, kind="telemetry_resumed", message=message))
 
     def _give_up(self, error: OSError) -> None:
         """Go on in memory only: a full disk costs the post-mortem, neither the job nor the daemon."""
-        self._broken = True
+        told, self._broken_s = self._broken_s is not None, time.monotonic()
+        if self._log is not None:
+            self._log.abandon()
+            self._log = None
+        if told:
+            return
         message = f"the telemetry of this run is no longer kept in {self.run.telemetry}: {error}"
-        _log.error("%s: %s", self.run.run_id, message)
-        event = pb.Event(level=pb.Event.ERROR, kind="telemetry_stopped", message=message)
+        self._note(pb.Event(level=pb.Event.ERROR, kind="telemetry_stopped", message=message))
+
+    def _note(self, event: pb.Event) -> None:
+        """Show an event that may not reach the disk."""
+        _log.warning("%s: %s", self.run.run_id, event.message)
         self.state.events.append(pb.TimedEvent(time_s=time.time(), rank=DAEMON, event=event))
 
     def say(self, record: pb.Record) -> None:
@@ -101,7 +121,7 @@ class LiveRun:
 
     def flush(self) -> None:
         """Have the disk keep what was written."""
-        if self._log is not None and self._log.dirty and not self._broken:
+        if self._log is not None and self._log.dirty:
             try:
                 self._log.flush()
             except OSError as error:

@@ -38,9 +38,9 @@ async def found(search: Awaitable[LiveRun], context: grpc.aio.ServicerContext) -
 class Monitor(rpc.MonitorServicer):
     """Serves runs from memory and, where they have ended long ago, from disk."""
 
-    def __init__(self, runs: LiveRuns, on_use: Callable[[], None]) -> None:
-        """Read `runs`; `on_use` is called whenever somebody asks."""
-        self._runs, self._on_use = runs, on_use
+    def __init__(self, runs: LiveRuns, on_use: Callable[[], None], addresses: list[str]) -> None:
+        """Read `runs`; `on_use` is called whenever somebody asks. `addresses` are where the daemon answers."""
+        self._runs, self._on_use, self._addresses = runs, on_use, addresses
         self._started_s = time.time()
         self._process = psutil.Process()
 
@@ -125,6 +125,7 @@ class Monitor(rpc.MonitorServicer):
             rss_bytes=self._process.memory_info().rss,
             num_runs=len(self._runs.runs),
             num_watchers=self._runs.num_watchers(),
+            addresses=self._addresses,
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distui.core.errors import UserError
-from distui.core.paths import RunFolder
+from distui.core.paths import RunFolder, write_atomic
 from distui.proto import telemetry_pb2 as pb
 
 FINAL_STATES = frozenset({"finished", "failed", "stopped"})
@@ -39,6 +39,12 @@ def read_info(run: RunFolder) -> pb.RunInfo:
         info.started_s = _folder_time_s(run.path)
     apply_outcome(info, read_json(run.outcome))
     return info
+
+
+def write_outcome(run: RunFolder, info: pb.RunInfo) -> None:
+    """Write how a run ended that another node's daemon has forwarded; on its own node the launcher does."""
+    outcome = {"state": info.state, "exit_status": info.exit_status, "message": info.message, "ranks": []}
+    write_atomic(run.outcome, json.dumps({**outcome, "finished_s": info.finished_s}))
 
 
 def apply_outcome(info: pb.RunInfo, outcome: dict[str, Any] | None) -> None:

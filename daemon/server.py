@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -17,15 +18,22 @@ from grpc_reflection.v1alpha import reflection
 
 from distui.core.errors import UserError
 from distui.core.paths import control_socket, daemon_socket, socket_path
+from distui.core.telemetry.endpoint import Endpoint
 from distui.daemon.control import Control, ControlBus
+from distui.daemon.forward import Forwarder
 from distui.daemon.hardware import HardwareSampler
-from distui.daemon.intake import MAX_BATCH_BYTES, Telemetry
+from distui.daemon.intake import MAX_BATCH_BYTES, Telemetry, folder_of_another_node
 from distui.daemon.live import LiveRuns
+from distui.daemon.metrics import MetricsServer, RunsCollector
 from distui.daemon.monitor import Monitor
+from distui.daemon.retention import Retention, prune
+from distui.daemon.security import MAX_REQUEST_BYTES, Gate, TcpOptions
+from distui.daemon.service_manager import notify, watchdog_s
 from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
 TICK_S = 1.0
+PRUNE_EVERY_S = 600.0
 GRACE_S = 0.5
 """What open streams get when the daemon ends; ranks go on with the next daemon."""
 SERVICES = ("distui.v1.Telemetry", "distui.v1.Monitor", "distui.v1.Control")
@@ -64,13 +72,26 @@ def claim_node(patience_s: float = 0.0) -> int:
     return descriptor
 
 
+@dataclass(frozen=True, slots=True)
+class DaemonOptions:
+    """What a daemon is asked to do."""
+
+    idle_s: float
+    """It ends by itself after so long in which nobody needs it; 0: never."""
+    retention: Retention
+    tcp: TcpOptions | None = None
+    metrics: TcpOptions | None = None
+    head: Endpoint | None = None
+    """The daemon to which this one's runs are forwarded."""
+
+
 class Daemon:
     """Everything that one daemon process holds."""
 
-    def __init__(self, idle_s: float) -> None:
-        """End by itself after `idle_s` seconds in which nobody needs it; 0: never."""
-        self._idle_s = idle_s
+    def __init__(self, options: DaemonOptions) -> None:
+        self._options = options
         self._runs = LiveRuns()
+        self._addresses: list[str] = []
         self._ended = asyncio.Event()
         self._used_s = time.monotonic()
 
@@ -86,28 +107,47 @@ class Daemon:
         bus = ControlBus(bus_socket)
         server = grpc.aio.server(options=_OPTIONS)
         rpc.add_TelemetryServicer_to_server(Telemetry(self._runs), server)
-        rpc.add_MonitorServicer_to_server(Monitor(self._runs, self._use), server)
+        rpc.add_MonitorServicer_to_server(Monitor(self._runs, self._use, self._addresses), server)
         rpc.add_ControlServicer_to_server(Control(self._runs, bus, self._use), server)
         status = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         server.add_insecure_port(f"unix:{socket}")
-        await server.start()
+        self._addresses.append(f"unix:{socket}")
+        servers = [server]
+        metrics = None
+        try:
+            if self._options.tcp is not None:
+                servers.append(self._tcp_server(self._options.tcp, bus, status))
+            if self._options.metrics is not None:
+                metrics = self._metrics_server(self._options.metrics)
+        except UserError:
+            bus.close()
+            raise
+        for each in servers:
+            await each.start()
         for used in (socket, bus_socket):
             os.chmod(used, 0o600)
         for service in ("", *SERVICES):
             await status.set(service, health_pb2.HealthCheckResponse.SERVING)
-        tasks = [asyncio.create_task(work) for work in (bus.serve(), self._look_after())]
+        work = [bus.serve(), self._look_after()]
+        if self._options.head is not None:
+            work.append(Forwarder(self._runs, self._options.head).serve())
+        tasks = [asyncio.create_task(each) for each in work]
         for task in tasks:
             task.add_done_callback(self._task_ended)
         _log.info("serving on %s", socket)
         on_ready()
+        notify("READY=1")
         try:
             await self._ended.wait()
         finally:
             _log.info("ending")
+            notify("STOPPING=1")
             await status.enter_graceful_shutdown()
-            await server.stop(GRACE_S)
+            await asyncio.gather(*(each.stop(GRACE_S) for each in servers))
+            if metrics is not None:
+                await asyncio.to_thread(metrics.close)
             for task in tasks:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -118,6 +158,41 @@ class Daemon:
         for result in results:
             if isinstance(result, Exception):
                 raise result
+
+    def _tcp_server(self, tcp: TcpOptions, bus: ControlBus, status: health_pb2_grpc.HealthServicer) -> grpc.aio.Server:
+        """Return the server beyond this node: the same services, behind the token. Raises: UserError."""
+        largest = MAX_BATCH_BYTES if tcp.accept else MAX_REQUEST_BYTES
+        options = [("grpc.max_receive_message_length", largest), *_OPTIONS[1:]]
+        server = grpc.aio.server(options=options, interceptors=[Gate(tcp)])
+        rpc.add_TelemetryServicer_to_server(
+            Telemetry(self._runs, lambda batch: folder_of_another_node(batch, self._runs)), server
+        )
+        rpc.add_MonitorServicer_to_server(Monitor(self._runs, self._use, self._addresses), server)
+        rpc.add_ControlServicer_to_server(Control(self._runs, bus, self._use), server)
+        health_pb2_grpc.add_HealthServicer_to_server(status, server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        credentials = tcp.credentials()
+        try:
+            if credentials is None:
+                port = server.add_insecure_port(tcp.address)
+            else:
+                port = server.add_secure_port(tcp.address, credentials)
+        except RuntimeError as error:
+            raise _cannot_listen(tcp, str(error)) from error
+        form = "plaintext" if credentials is None else "tls"
+        self._addresses.append(f"{form}://{replace(tcp, port=port).address}")
+        _log.info("listening on %s", self._addresses[-1])
+        return server
+
+    def _metrics_server(self, tcp: TcpOptions) -> MetricsServer:
+        try:
+            metrics = MetricsServer(tcp, RunsCollector(self._runs, asyncio.get_running_loop()))
+        except OSError as error:
+            raise _cannot_listen(tcp, error.strerror or str(error)) from error
+        scheme = "http" if tcp.certificate is None else "https"
+        self._addresses.append(f"{scheme}://{replace(tcp, port=metrics.port).address}/metrics")
+        _log.info("metrics on %s", self._addresses[-1])
+        return metrics
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
@@ -130,6 +205,8 @@ class Daemon:
         """Once a second: sample the hardware, look after the runs, flush, and see whether anybody is there."""
         sampler = await asyncio.to_thread(HardwareSampler)
         next_s = time.monotonic()
+        next_prune_s = next_s
+        beat_s, next_beat_s = watchdog_s(), next_s
         while True:
             next_s = max(next_s + TICK_S, time.monotonic())
             await asyncio.sleep(next_s - time.monotonic())
@@ -140,16 +217,26 @@ class Daemon:
                     run.say(pb.Record(hardware=hardware))
             self._runs.tick()
             await asyncio.to_thread(self._runs.flush)
+            if beat_s is not None and time.monotonic() >= next_beat_s:
+                next_beat_s = time.monotonic() + beat_s / 2
+                notify("WATCHDOG=1")
+            if time.monotonic() >= next_prune_s:
+                next_prune_s = time.monotonic() + PRUNE_EVERY_S
+                await asyncio.to_thread(lambda: prune(self._runs.folders(), self._options.retention))
             if live or self._runs.num_watchers():
                 self._use()
-            elif self._idle_s and time.monotonic() - self._used_s >= self._idle_s:
-                _log.info("nobody has needed the daemon for %g s", self._idle_s)
+            elif self._options.idle_s and time.monotonic() - self._used_s >= self._options.idle_s:
+                _log.info("nobody has needed the daemon for %g s", self._options.idle_s)
                 self.end()
 
 
-async def run_daemon(idle_s: float, on_ready: Callable[[Path], None]) -> None:
+def _cannot_listen(tcp: TcpOptions, why: str) -> UserError:
+    return UserError(f"the daemon cannot listen on {tcp.address}", why, "name an address of this node and a free port")
+
+
+async def run_daemon(options: DaemonOptions, on_ready: Callable[[Path], None]) -> None:
     """Serve on this node until SIGTERM, SIGINT or idleness; `on_ready` gets the socket when it answers."""
-    daemon = Daemon(idle_s)
+    daemon = Daemon(options)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, daemon.end)

@@ -87,8 +87,11 @@ class RunState:
         return self._marks.get(_key(source), 0)
 
     def kept_by_others(self, source: pb.Source) -> bool:
-        """Tell whether an earlier daemon has written of this run."""
-        return any(rank == DAEMON and incarnation != source.incarnation for rank, _, incarnation in self._marks)
+        """Tell whether an earlier daemon of the node has written of this run."""
+        return any(
+            rank == DAEMON and node == source.node and incarnation != source.incarnation
+            for rank, node, incarnation in self._marks
+        )
 
     def only_new(self, batch: pb.Batch) -> bool:
         """Cut from `batch` the records that are known already; return whether anything is left."""

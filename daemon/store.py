@@ -12,6 +12,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -79,6 +80,12 @@ class RunLog:
                 self._dirty = False
                 os.close(self._descriptor)
 
+    def abandon(self) -> None:
+        """Close the file without waiting for the disk."""
+        with self._syncing:
+            self._dirty = False
+            os.close(self._descriptor)
+
     def _next_segment(self) -> None:
         self.flush()
         number, descriptor = self._number, self._descriptor
@@ -115,10 +122,42 @@ def read_batches(run: RunFolder) -> Iterator[pb.Batch]:
                 break
 
 
-def _frames(segment: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield where each whole frame ends, and its compressed bytes."""
+@dataclass(frozen=True, slots=True, order=True)
+class Position:
+    """A place between two frames of a log."""
+
+    segment: int = 0
+    offset: int = 0
+
+
+class LogTail:
+    """Reads a log as it grows, from a position on."""
+
+    def __init__(self, run: RunFolder, start: Position) -> None:
+        """Begin behind `start`."""
+        self._run, self._at = run, start
+
+    def read(self, max_batches: int = 64) -> list[tuple[Position, pb.Batch]]:
+        """Return the next whole batches, each with the place behind it; empty where there is nothing more yet."""
+        found: list[tuple[Position, pb.Batch]] = []
+        for segment in segment_files(self._run):
+            number = int(segment.stem)
+            if number < self._at.segment:
+                continue
+            offset = self._at.offset if number == self._at.segment else 0
+            for end, body in _frames(segment, offset):
+                self._at = Position(number, end)
+                found.append((self._at, pb.Batch.FromString(zlib.decompress(body))))
+                if len(found) >= max_batches:
+                    return found
+        return found
+
+
+def _frames(segment: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Yield where each whole frame from offset `start` on ends, and its compressed bytes."""
     with open(segment, "rb") as file:
-        end = 0
+        end = start
+        file.seek(start)
         while len(head := file.read(_FRAME.size)) == _FRAME.size:
             length, checksum = _FRAME.unpack(head)
             if length > MAX_FRAME_BYTES:

@@ -13,6 +13,7 @@ import grpc
 
 from distui.core.errors import DaemonUnavailable, UserError
 from distui.core.paths import RunFolder
+from distui.core.telemetry.endpoint import Endpoint
 from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
@@ -20,22 +21,28 @@ CALL_TIMEOUT_S = 5.0
 
 
 @contextmanager
-def channel_to(socket: Path) -> Iterator[grpc.Channel]:
-    """Open a channel to the daemon's Unix socket for the block.
+def channel_to(daemon: Path | Endpoint) -> Iterator[grpc.Channel]:
+    """Open a channel to a daemon, by its socket or wherever it answers, for the block.
 
     Raises:
         UserError: the daemon does not know the run, or refuses the request.
         DaemonUnavailable: it does not answer.
     """
-    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", 256 << 20)]
-    with grpc.insecure_channel(f"unix:{socket}", options=options) as channel:
+    with _endpoint(daemon).channel() as channel:
         try:
             yield channel
         except grpc.RpcError as error:
             code, details = error.code(), error.details() or ""
             if code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT):
                 raise UserError("the daemon refused the request", details, "distui status names the runs") from error
+            if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                fix = "bring the token of that daemon with --token-file, or ask whoever runs it"
+                raise UserError("the daemon does not let you in", details, fix) from error
             raise DaemonUnavailable(f"{code.name}: {details}") from error
+
+
+def _endpoint(daemon: Path | Endpoint) -> Endpoint:
+    return Endpoint.unix(daemon) if isinstance(daemon, Path) else daemon
 
 
 def publish(socket: Path, batch: pb.Batch, timeout_s: float = 2.0) -> int:
@@ -47,10 +54,11 @@ def publish(socket: Path, batch: pb.Batch, timeout_s: float = 2.0) -> int:
         return acked
 
 
-def get_snapshot(socket: Path, run_id: str, timeout_s: float = CALL_TIMEOUT_S) -> pb.Snapshot:
+def get_snapshot(daemon: Path | Endpoint, run_id: str, timeout_s: float = CALL_TIMEOUT_S) -> pb.Snapshot:
     """Return the daemon's view of a run; "" is the newest."""
-    with channel_to(socket) as channel:
-        return rpc.MonitorStub(channel).GetSnapshot(pb.SnapshotRequest(run_id=run_id), timeout=timeout_s)
+    request, metadata = pb.SnapshotRequest(run_id=run_id), _endpoint(daemon).metadata
+    with channel_to(daemon) as channel:
+        return rpc.MonitorStub(channel).GetSnapshot(request, timeout=timeout_s, metadata=metadata)
 
 
 def snapshot_of(run: RunFolder) -> pb.Snapshot:
@@ -68,9 +76,10 @@ def snapshot_of(run: RunFolder) -> pb.Snapshot:
 
 
 def execute(
-    socket: Path, run_id: str, verb: str, arguments: Mapping[str, str], deadline_s: float
+    daemon: Path | Endpoint, run_id: str, verb: str, arguments: Mapping[str, str], deadline_s: float
 ) -> Iterator[pb.ControlReply]:
     """Have the daemon act on a run and yield what each rank answers."""
     request = pb.ControlRequest(run_id=run_id, verb=verb, arguments=dict(arguments), deadline_s=deadline_s)
-    with channel_to(socket) as channel:
-        yield from rpc.ControlStub(channel).Execute(request, timeout=deadline_s + CALL_TIMEOUT_S)
+    metadata = _endpoint(daemon).metadata
+    with channel_to(daemon) as channel:
+        yield from rpc.ControlStub(channel).Execute(request, timeout=deadline_s + CALL_TIMEOUT_S, metadata=metadata)

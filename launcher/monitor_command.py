@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
 from distui.core.errors import UserError
+from distui.launcher.remote import remote_and_run, remote_options
 
 
 @click.command("monitor", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("runs", nargs=-1, metavar="[RUN]")
+@click.argument("names", nargs=-1, metavar="[HOST:PORT] [RUN]")
 @click.option("--replay", is_flag=True, help="Play the run again from its beginning (not available in this version).")
 @click.option("--web", is_flag=True, help="Serve the dashboard to a browser (not available in this version).")
-def command(runs: tuple[str, ...], replay: bool, web: bool) -> int:
-    """Watch RUN (an id, a unique beginning of one, or a folder); without RUN, the newest. Quitting leaves it alone."""
+@remote_options
+def command(
+    names: tuple[str, ...], replay: bool, web: bool, token_file: Path | None, ca: Path | None, plaintext: bool
+) -> int:
+    """Watch RUN (an id, a unique beginning of one, or a folder); without RUN, the newest. Quitting leaves it alone.
+
+    HOST:PORT watches the daemon of another node, or a head daemon with all nodes' runs.
+    """
     for asked, what in ((replay, "--replay"), (web, "--web")):
         if asked:
             raise UserError(
@@ -22,12 +30,7 @@ def command(runs: tuple[str, ...], replay: bool, web: bool) -> int:
                 "no code stands behind it yet",
                 "distui monitor RUN shows a finished run as it was at its end",
             )
-    if len(runs) > 1:
-        raise UserError(
-            f"{len(runs)} names were given",
-            "watching several hosts on one dashboard is not available in this version",
-            "name one run of this node: distui monitor RUN",
-        )
+    endpoint, name = remote_and_run(names, token_file, ca, plaintext)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UserError(
             "the dashboard needs a terminal",
@@ -39,6 +42,10 @@ def command(runs: tuple[str, ...], replay: bool, web: bool) -> int:
     from distui.launcher.launch import configured_runs_dir
     from distui.tui.monitor.app import run_dashboard
 
-    run = find_run(runs[0] if runs else None, configured_runs_dir())
-    run_dashboard(ensure_daemon(), run.run_id)
+    if endpoint is not None:
+        from distui.launcher.daemon_client import get_snapshot
+
+        run_dashboard(endpoint, get_snapshot(endpoint, name or "").run.run_id)
+        return 0
+    run_dashboard(ensure_daemon(), find_run(name, configured_runs_dir()).run_id)
     return 0

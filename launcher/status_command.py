@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from distui.launcher.remote import remote_and_run, remote_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,15 +17,23 @@ if TYPE_CHECKING:
 
 
 @click.command("status", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run", required=False)
+@click.argument("names", nargs=-1, metavar="[HOST:PORT] [RUN]")
 @click.option("--json", "as_json", is_flag=True, help="For other programs.")
-def command(run: str | None, as_json: bool) -> None:
-    """Print one snapshot of RUN (an id, a unique beginning of one, or a folder); without RUN, of the newest."""
+@remote_options
+def command(names: tuple[str, ...], as_json: bool, token_file: Path | None, ca: Path | None, plaintext: bool) -> None:
+    """Print one snapshot of RUN (an id, a unique beginning of one, or a folder); without RUN, of the newest.
+
+    HOST:PORT asks the daemon of another node, or a head daemon with all nodes' runs.
+    """
     from distui.daemon.runs import find_run
-    from distui.launcher.daemon_client import snapshot_of
+    from distui.launcher.daemon_client import get_snapshot, snapshot_of
     from distui.launcher.launch import configured_runs_dir
 
-    snapshot = snapshot_of(find_run(run, configured_runs_dir()))
+    endpoint, run = remote_and_run(names, token_file, ca, plaintext)
+    if endpoint is not None:
+        snapshot = get_snapshot(endpoint, run or "")
+    else:
+        snapshot = snapshot_of(find_run(run, configured_runs_dir()))
     if as_json:
         from distui.daemon.snapshot import snapshot_json
 

@@ -596,7 +596,7 @@ class DaemonInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DaemonInfo(_message.Message):
-    __slots__ = ("version", "pid", "started_s", "cpu_s", "rss_bytes", "num_runs", "num_watchers")
+    __slots__ = ("version", "pid", "started_s", "cpu_s", "rss_bytes", "num_runs", "num_watchers", "addresses")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     STARTED_S_FIELD_NUMBER: _ClassVar[int]
@@ -604,6 +604,7 @@ class DaemonInfo(_message.Message):
     RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNS_FIELD_NUMBER: _ClassVar[int]
     NUM_WATCHERS_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     version: str
     pid: int
     started_s: float
@@ -611,7 +612,8 @@ class DaemonInfo(_message.Message):
     rss_bytes: int
     num_runs: int
     num_watchers: int
-    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., started_s: _Optional[float] = ..., cpu_s: _Optional[float] = ..., rss_bytes: _Optional[int] = ..., num_runs: _Optional[int] = ..., num_watchers: _Optional[int] = ...) -> None: ...
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., started_s: _Optional[float] = ..., cpu_s: _Optional[float] = ..., rss_bytes: _Optional[int] = ..., num_runs: _Optional[int] = ..., num_watchers: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ControlRequest(_message.Message):
     __slots__ = ("run_id", "verb", "arguments", "deadline_s")

@@ -21,6 +21,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import grpc
 
 from distui.core.errors import DaemonUnavailable
+from distui.core.telemetry.endpoint import Endpoint
 from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
@@ -30,18 +31,19 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.max_receive_message_length", 256 << 20),
 ]
 _RETRY_S = 0.3
 _SILENCE_S = 3.0
 
 
 class MonitorClient:
-    """Reads runs from the daemon that listens on `socket`; use it within one event loop and close it there."""
+    """Reads runs from a daemon; use it within one event loop and close it there."""
 
-    def __init__(self, socket: Path, clock: Callable[[], float] = time.time) -> None:
-        self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=_OPTIONS)
+    def __init__(self, daemon: Path | Endpoint, clock: Callable[[], float] = time.time) -> None:
+        """Read from a daemon's socket, or from wherever else one answers."""
+        endpoint = Endpoint.unix(daemon) if isinstance(daemon, Path) else daemon
+        self._channel = endpoint.aio_channel(_OPTIONS)
+        self._metadata = endpoint.metadata
         self._monitor = rpc.MonitorStub(self._channel)
         self._control = rpc.ControlStub(self._channel)
         self._clock = clock
@@ -61,7 +63,7 @@ class MonitorClient:
         """
         request = pb.WatchRequest(run_id=run_id, interval_s=interval_s, max_points=max_points)
         while True:
-            call = self._monitor.Watch(request, wait_for_ready=self.away_since_s is not None)
+            call = self._monitor.Watch(request, wait_for_ready=self.away_since_s is not None, metadata=self._metadata)
             try:
                 async for update in self._updates(call):
                     self.away_since_s, self.problem = None, ""
@@ -92,7 +94,7 @@ class MonitorClient:
 
     async def _probe(self) -> None:
         try:
-            await self._monitor.GetDaemonInfo(pb.DaemonInfoRequest(), timeout=2.0)
+            await self._monitor.GetDaemonInfo(pb.DaemonInfoRequest(), timeout=2.0, metadata=self._metadata)
             self.away_since_s = None
         except grpc.aio.AioRpcError as error:
             self._lost(error.details() or error.code().name)
@@ -108,7 +110,7 @@ class MonitorClient:
         """Return the runs the daemon knows, newest first. Raises: DaemonUnavailable."""
         request = pb.ListRunsRequest(limit=limit)
         try:
-            return list((await self._monitor.ListRuns(request, timeout=5.0)).runs)
+            return list((await self._monitor.ListRuns(request, timeout=5.0, metadata=self._metadata)).runs)
         except grpc.aio.AioRpcError as error:
             raise DaemonUnavailable(error.details() or error.code().name) from error
 
@@ -119,7 +121,7 @@ class MonitorClient:
         """
         request = pb.ReadLogRequest(run_id=run_id, rank=rank, offset=offset, max_bytes=max_bytes)
         try:
-            response: pb.ReadLogResponse = await self._monitor.ReadLog(request, timeout=5.0)
+            response: pb.ReadLogResponse = await self._monitor.ReadLog(request, timeout=5.0, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise DaemonUnavailable(error.details() or error.code().name) from error
         return response
@@ -130,7 +132,7 @@ class MonitorClient:
         """Act on the job and yield the replies as ranks give them. Raises: DaemonUnavailable."""
         request = pb.ControlRequest(run_id=run_id, verb=verb, arguments=arguments or {}, deadline_s=deadline_s)
         try:
-            async for reply in self._control.Execute(request, timeout=deadline_s + 5.0):
+            async for reply in self._control.Execute(request, timeout=deadline_s + 5.0, metadata=self._metadata):
                 yield reply
         except grpc.aio.AioRpcError as error:
             raise DaemonUnavailable(error.details() or error.code().name) from error

@@ -70,7 +70,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["config", "import", "ds.json"], "cannot read ds.json", "JSON or YAML"),
         (["monitor", "--web"], "--web is not available in this version", "distui monitor RUN"),
         (["monitor", "--replay"], "--replay is not available in this version", "distui monitor RUN"),
-        (["monitor", "host1", "host2"], "2 names were given", "name one run"),
+        (["monitor", "host1", "host2"], "2 runs were named", "name one"),
     ],
 )
 def test_a_mistake_gets_what_why_fix_and_exit_2(

@@ -18,6 +18,7 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import ContentSwitcher, Footer
 
+from distui.core.telemetry.endpoint import Endpoint
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.client import MonitorClient
 from distui.tui.monitor.dialogs import HelpScreen, StopScreen
@@ -78,7 +79,7 @@ class DashboardApp(App[str]):
         self,
         run_id: str,
         *,
-        socket: Path | None = None,
+        socket: Path | Endpoint | None = None,
         follow_job: Callable[[], int | None] | None = None,
         on_stop: Callable[[], None] | None = None,
         refresh_hz: float = 2.0,
@@ -294,7 +295,7 @@ def _id(view: type[View]) -> str:
 
 
 def run_dashboard(
-    socket: Path,
+    socket: Path | Endpoint,
     run_id: str,
     *,
     follow_job: Callable[[], int | None] | None = None,

@@ -1,0 +1,204 @@
+"""Prometheus: `/metrics` over HTTP, one scrape a snapshot of every run that is in memory.
+
+Labels name run, node, rank and GPU; never a step or a sequence number, which would make a series each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import ssl
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import psutil
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from distui.core.telemetry.endpoint import is_loopback
+from distui.daemon.live import LiveRun, LiveRuns
+from distui.daemon.monitor import own_version
+from distui.daemon.security import TcpOptions
+from distui.daemon.state import RunState
+from distui.proto import telemetry_pb2 as pb
+
+SCRAPE_TIMEOUT_S = 5.0
+_log = logging.getLogger("distui.daemon")
+
+_RANK = ["run", "node", "rank"]
+_PHASES = ("data_wait", "forward", "backward", "exposed_comm", "optimizer")
+
+
+class RunsCollector:
+    """Reads the runs on the daemon's loop, whenever Prometheus asks on its own thread."""
+
+    def __init__(self, runs: LiveRuns, loop: asyncio.AbstractEventLoop) -> None:
+        self._runs, self._loop, self._process = runs, loop, psutil.Process()
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield all metrics as they are now."""
+        return asyncio.run_coroutine_threadsafe(self._on_loop(), self._loop).result(SCRAPE_TIMEOUT_S)
+
+    async def _on_loop(self) -> list[Metric]:
+        return [*self._own(), *run_metrics([live for live in self._runs.runs.values() if not live.ended()])]
+
+    def _own(self) -> Iterator[Metric]:
+        times = self._process.cpu_times()
+        build = InfoMetricFamily("distui_build", "Version of distui.")
+        build.add_metric([], {"version": own_version()})
+        yield build
+        yield CounterMetricFamily("distui_daemon_cpu_seconds", "CPU time of the daemon.", times.user + times.system)
+        rss = self._process.memory_info().rss
+        yield GaugeMetricFamily("distui_daemon_resident_bytes", "Resident memory of the daemon.", rss)
+        yield GaugeMetricFamily("distui_daemon_watchers", "Watchers of all runs.", self._runs.num_watchers())
+
+
+def run_metrics(runs: list[LiveRun]) -> Iterator[Metric]:
+    """Yield what is known of runs; what is not available has no sample."""
+    snapshots = [(live.state, live.snapshot()) for live in runs]
+    info = InfoMetricFamily("distui_run", "A run that has not ended.", labels=["run"])
+    dropped = CounterMetricFamily("distui_records_dropped", "Telemetry records lost.", labels=["run"])
+    diagnoses = GaugeMetricFamily("distui_diagnoses", "What is wrong just now.", labels=["run", "kind"])
+    stalled = GaugeMetricFamily(
+        "distui_collective_stalled_seconds", "How long a collective has waited for ranks.", labels=["run", "group"]
+    )
+    for _, snapshot in snapshots:
+        run = snapshot.run
+        labels = {"state": run.state, "strategy": run.strategy, "name": run.name}
+        info.add_metric([run.run_id], labels)
+        dropped.add_metric([run.run_id], snapshot.dropped)
+        for kind in sorted({found.kind for found in snapshot.diagnosis}):
+            diagnoses.add_metric([run.run_id, kind], sum(found.kind == kind for found in snapshot.diagnosis))
+        for found in snapshot.diagnosis:
+            if found.kind == "hang" and found.group:
+                stalled.add_metric([run.run_id, found.group], found.since_s)
+    yield from (info, dropped, diagnoses, stalled)
+    yield from _step_metrics(snapshots)
+    yield from _rank_metrics(snapshots)
+    yield from _gpu_metrics(snapshots)
+
+
+def _step_metrics(snapshots: list[tuple[RunState, pb.Snapshot]]) -> Iterator[Metric]:
+    gauges = {
+        "step_s": GaugeMetricFamily("distui_step_seconds", "Time of the last step, mean of ranks.", labels=["run"]),
+        "tokens_per_s": GaugeMetricFamily("distui_tokens_per_second", "Tokens of all ranks.", labels=["run"]),
+        "loss": GaugeMetricFamily("distui_loss", "Loss of the last step.", labels=["run"]),
+        "grad_norm": GaugeMetricFamily("distui_gradient_norm", "Global norm before clipping.", labels=["run"]),
+        "mfu": GaugeMetricFamily("distui_mfu_ratio", "Model FLOPs over the devices' peak.", labels=["run"]),
+    }
+    phases = GaugeMetricFamily("distui_step_phase_seconds", "Parts of the last step.", labels=["run", "phase"])
+    steps = CounterMetricFamily("distui_steps", "Optimizer steps of all ranks.", labels=["run"])
+    for state, snapshot in snapshots:
+        run_id, last = snapshot.run.run_id, state.steps.history.last()
+        if last is None:
+            continue
+        steps.add_metric([run_id], last.step)
+        for name, gauge in gauges.items():
+            if name in ("step_s", "tokens_per_s") or last.HasField(name):
+                gauge.add_metric([run_id], getattr(last, name))
+        for phase in _PHASES:
+            phases.add_metric([run_id, phase], getattr(last, f"{phase}_s"))
+    yield from (*gauges.values(), phases, steps)
+
+
+def _rank_metrics(snapshots: list[tuple[RunState, pb.Snapshot]]) -> Iterator[Metric]:
+    up = GaugeMetricFamily("distui_rank_up", "1 unless the rank is dead.", labels=[*_RANK, "state"])
+    step_s = GaugeMetricFamily("distui_rank_step_seconds", "Mean of a rank's last 20 steps.", labels=_RANK)
+    allocated = GaugeMetricFamily("distui_memory_allocated_bytes", "Memory that a rank holds.", labels=_RANK)
+    category = GaugeMetricFamily("distui_memory_bytes", "Memory by category.", labels=[*_RANK, "category"])
+    for _, snapshot in snapshots:
+        for rank in snapshot.ranks:
+            labels = [snapshot.run.run_id, rank.node, str(rank.rank)]
+            up.add_metric([*labels, rank.state], float(rank.state != "dead"))
+            if rank.HasField("step_s"):
+                step_s.add_metric(labels, rank.step_s)
+            if rank.HasField("memory_bytes"):
+                allocated.add_metric(labels, rank.memory_bytes)
+            for name, num_bytes in sorted(rank.memory.by_category_bytes.items()):
+                category.add_metric([*labels, name], num_bytes)
+    yield from (up, step_s, allocated, category)
+
+
+_GPU = {
+    "utilization_percent": ("distui_gpu_utilization_percent", "Busy time of a GPU."),
+    "memory_used_bytes": ("distui_gpu_memory_used_bytes", "Memory in use on a GPU."),
+    "memory_total_bytes": ("distui_gpu_memory_total_bytes", "Memory of a GPU."),
+    "power_w": ("distui_gpu_power_watts", "Power that a GPU draws."),
+    "temperature_c": ("distui_gpu_temperature_celsius", "Temperature of a GPU."),
+}
+
+
+def _gpu_metrics(snapshots: list[tuple[RunState, pb.Snapshot]]) -> Iterator[Metric]:
+    nodes = {state.node: state for _, snapshot in snapshots for state in snapshot.nodes if state.HasField("hardware")}
+    for field, (name, words) in _GPU.items():
+        gauge = GaugeMetricFamily(name, words, labels=["node", "gpu"])
+        for node, state in sorted(nodes.items()):
+            for gpu in state.hardware.gpus:
+                if gpu.HasField(field):
+                    gauge.add_metric([node, str(gpu.index)], getattr(gpu, field))
+        yield gauge
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        _log.debug(format, *args)
+
+
+class MetricsServer:
+    """Serves `/metrics` on a thread of its own. Beyond loopback it asks for TLS and the token, as everything on TCP."""
+
+    def __init__(self, options: TcpOptions, collector: RunsCollector) -> None:
+        """Listen at once. Raises: OSError."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(collector)
+        app = make_wsgi_app(registry)
+        if not is_loopback(options.host):
+            app = _with_token(app, options.token)
+        self._server = make_server(options.host, options.port, app, server_class=_Server, handler_class=_Quiet)
+        if options.certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            _load_chain(context, options)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return int(self._server.server_port)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _load_chain(context: ssl.SSLContext, options: TcpOptions) -> None:
+    import tempfile
+
+    # ssl reads only files.
+    with tempfile.NamedTemporaryFile(suffix=".pem") as file:
+        file.write((options.key or b"") + b"\n" + (options.certificate or b""))
+        file.flush()
+        context.load_cert_chain(file.name)
+
+
+def _with_token(app: Callable[..., Any], token: str) -> Callable[..., Any]:
+    expected = f"Bearer {token}".encode()
+
+    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        if hmac.compare_digest(str(environ.get("HTTP_AUTHORIZATION", "")).encode(), expected):
+            return app(environ, start_response)
+        start_response("401 Unauthorized", [("WWW-Authenticate", "Bearer"), ("Content-Type", "text/plain")])
+        return [b"a token is needed: authorization: Bearer ...\n"]
+
+    return guarded
