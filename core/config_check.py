@@ -57,9 +57,6 @@ def _unavailable(config: Config) -> Iterator[Problem]:
     for axis in (*MODEL_AXES, "expert_parallel"):
         if (size := getattr(config.strategy, axis)) > 1:
             yield _not_available(f"strategy.{axis}", f"{axis}={size}", "1")
-    for state in ("optimizer", "params"):
-        if (home := getattr(config.offload, state)) != "none":
-            yield _not_available(f"offload.{state}", f"{state}={home}", "none")
     if (form := config.compression.gradients) != "none":
         yield _not_available("compression.gradients", f"gradients={form}", "none")
     if restarts := config.cluster.max_restarts:

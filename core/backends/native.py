@@ -13,6 +13,7 @@ from torch import nn
 from distui.core.backends.base import Backend
 from distui.core.config import Config
 from distui.core.errors import UserError
+from distui.core.offload.homes import Offload
 from distui.core.precision import DTYPES
 from distui.core.sharding.optim import ShardedOptimizer
 from distui.core.sharding.sharded import ShardedModel
@@ -30,13 +31,14 @@ class NativeBackend(Backend):
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Lay `model` out in flat buffers, in place. Collective."""
         if id(model) not in self._models:
-            precision = self.config.precision
+            precision, home = self.config.precision, self.config.offload
             self._models[id(model)] = ShardedModel(
                 model,
                 stage=self.config.strategy.zero_stage,
                 group=self.group,
                 compute_dtype=None if precision.dtype == "fp32" else DTYPES[precision.dtype],
                 reduce_in_fp32=precision.reduce_dtype == "fp32",
+                offload=Offload(home.optimizer, home.params, home.nvme_path),
             )
         return model
 

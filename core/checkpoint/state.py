@@ -21,8 +21,9 @@ from torch import nn
 
 from distui.core import ops
 from distui.core.checkpoint import folder as folders
-from distui.core.checkpoint.flat import FlatShard
+from distui.core.checkpoint.flat import CellShard, FlatShard, LoadPlanner
 from distui.core.errors import UserError
+from distui.core.offload.home import CellSlice
 from distui.core.sharding.optim import FlatRun, ShardedOptimizer
 from distui.core.sharding.sharded import ShardedModel
 from distui.core.sharding.unit import Unit
@@ -64,19 +65,27 @@ def _replicated(tensor: torch.Tensor, part: Part | None) -> FlatShard:
     return FlatShard(flat[:0] if part is not None and part[0] else flat, 0, tensor.numel())
 
 
+def _range(source: torch.Tensor | CellSlice, at: int, length: int, start: int, numel: int) -> FlatShard:
+    """Return the elements [at, at + length) of `source` as the range from `start` on of a parameter of `numel`."""
+    at = at if length else 0
+    if isinstance(source, CellSlice):
+        return CellShard(source.part(at, at + length), start, numel)
+    return FlatShard(source[at : at + length], start, numel)
+
+
 def _model_items(prefix: str, sharded: ShardedModel, part: Part | None = None) -> dict[str, torch.Tensor]:
     """Return the tensors of a model by key: flat shards of what is in units, plain tensors of the rest."""
     items: dict[str, torch.Tensor] = {}
     in_units: set[int] = set()
     for unit in sharded.units:
-        source = unit.master if unit.trainable else unit.shard
+        cell = unit.master_cell
+        source: torch.Tensor | CellSlice = unit.master if cell is None else CellSlice(cell, 0, cell.numel)
         base, end = unit.layout.shard(unit.rank)
         for index, (name, param) in enumerate(zip(unit.param_names, unit.params, strict=True)):
             in_units.add(id(param))
             low, high = _held(unit, index, base, end, part)
             at = unit.layout.spans[index].offset + low - base
-            local = source[at : at + high - low] if high > low else source[:0]
-            items[f"{prefix}.{name}"] = FlatShard(local, low, param.numel())
+            items[f"{prefix}.{name}"] = _range(source, at, high - low, low, unit.layout.spans[index].numel)
     for name, param in nn.Module.named_parameters(sharded.model):
         if id(param) not in in_units:
             items[f"{prefix}.{name}"] = _replicated(param, part)
@@ -90,9 +99,8 @@ def _optimizer_items(prefix: str, optimizer: ShardedOptimizer, part: Part | None
     items: dict[str, torch.Tensor] = {}
     for runs in optimizer.runs:
         for run in runs:
-            state = optimizer.inner.state.get(run.param, {})
-            for key, value in state.items():
-                if not isinstance(value, torch.Tensor):
+            for key, value in optimizer.states_of(run).items():
+                if not isinstance(value, torch.Tensor | CellSlice):
                     continue
                 for name, index in _params_of(run):
                     items[f"{prefix}.{name}.{key}"] = _state_item(run, index, value, part)
@@ -103,15 +111,14 @@ def _params_of(run: FlatRun) -> list[tuple[str, int]]:
     return [(run.unit.param_names[index], index) for index in run.indices]
 
 
-def _state_item(run: FlatRun, index: int, value: torch.Tensor, part: Part | None) -> torch.Tensor:
-    if not value.dim():
+def _state_item(run: FlatRun, index: int, value: torch.Tensor | CellSlice, part: Part | None) -> torch.Tensor:
+    if isinstance(value, torch.Tensor) and not value.dim():
         return value
     span = run.unit.layout.spans[index]
     base = run.unit.layout.shard(run.unit.rank)[0] + run.start
     low, high = _held(run.unit, index, base, base + run.end - run.start, part)
     at = span.offset + low - base
-    flat = value.reshape(-1)
-    return FlatShard(flat[at : at + high - low] if high > low else flat[:0], low, span.numel)
+    return _range(value if isinstance(value, CellSlice) else value.reshape(-1), at, high - low, low, span.numel)
 
 
 def random_states() -> dict[str, Any]:
@@ -225,7 +232,7 @@ def load(engine: Engine, input_dir: str) -> None:
         _allocate_states(f"optimizer{index}", optimizer, saved)
         items.update(_optimizer_items(f"optimizer{index}", optimizer))
     quieten_dcp()
-    dcp.load(items, checkpoint_id=source, no_dist=engine.num_processes == 1)
+    dcp.load(items, checkpoint_id=source, planner=LoadPlanner(), no_dist=engine.num_processes == 1)
 
     for sharded in models:
         for unit in sharded.units:
@@ -247,15 +254,10 @@ def _allocate_states(prefix: str, optimizer: ShardedOptimizer, saved: dict[str, 
     """Make room for the states that the checkpoint has and the optimizer, not having stepped, lacks."""
     for runs in optimizer.runs:
         for run in runs:
-            state = optimizer.inner.state[run.param]
             for name, _ in _params_of(run):
                 start = f"{prefix}.{name}."
                 for key in [key for key in saved if key.startswith(start) and "." not in key[len(start) :]]:
-                    meta = saved[key]
-                    value = torch.zeros((), dtype=meta.properties.dtype) if not meta.size else None
-                    if value is None:
-                        value = torch.zeros_like(run.param.detach(), dtype=meta.properties.dtype)
-                    state.setdefault(key[len(start) :], value)
+                    optimizer.make_state(run, key[len(start) :], saved[key].size, saved[key].properties.dtype)
 
 
 def _load_common(engine: Engine, common: dict[str, Any]) -> None:

@@ -53,6 +53,20 @@ def _with_params(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -
     return probe
 
 
+def probe_states(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, torch.dtype]:
+    """Return names and formats of the states that a first step keeps for each element; empty where it cannot tell."""
+    param = torch.nn.Parameter(torch.ones(7))
+    param.grad = torch.ones(7)
+    probe = _with_params(optimizer, [param])
+    probe.param_groups = [{**{key: value for key, value in group.items() if key != "params"}, "params": [param]}]
+    try:
+        probe.step()
+    except Exception:  # noqa: BLE001 - foreign code on a vector of its own: the first real step tells
+        return {}
+    state = probe.state.get(param, {})
+    return {key: value.dtype for key, value in state.items() if isinstance(value, torch.Tensor) and value.shape == (7,)}
+
+
 def _difference(optimizer: torch.optim.Optimizer) -> str:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(6, 8, generator=generator)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ import torch.distributed as dist
 from torch import nn
 
 from distui.core.errors import UserError
+from distui.core.offload.homes import Homes
+from distui.core.offload.memory import MemoryCell
+from distui.core.offload.step import UnitStream
 from distui.core.sharding.elementwise import why_not_elementwise
 from distui.core.sharding.schedule import Schedule
 from distui.core.sharding.transport import Transport
@@ -35,13 +39,20 @@ class FlatRun:
     start: int
     end: int
     param: nn.Parameter
+    """Empty between steps where its values rest elsewhere than in the step's memory."""
+    shape: tuple[int, ...]
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
     """What `engine.prepare(optimizer)` returns: steps the flat shards, then brings the weights to all ranks."""
 
     def __init__(
-        self, inner: torch.optim.Optimizer, schedule: Schedule, units: list[Unit], transport: Transport | None
+        self,
+        inner: torch.optim.Optimizer,
+        schedule: Schedule,
+        units: list[Unit],
+        transport: Transport | None,
+        homes: Homes | None = None,
     ) -> None:
         # Not Optimizer.__init__: parameters, groups and states are the inner optimizer's.
         self.inner = inner
@@ -59,7 +70,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Whether the loss scale is in `grad_factor` already."""
         self.runs: list[list[FlatRun]] = []
         self._place = {id(param): (unit, index) for unit in units for index, param in enumerate(unit.params)}
+        self._homes = homes
         self._rebind()
+        self.stream = UnitStream(inner, self.runs, homes) if homes is not None else None
+        """Steps unit by unit, where states have other homes than the device."""
 
     # ---- the torch interface -------------------------------------------------------------------------------------
 
@@ -88,11 +102,29 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of the states, for the same number of ranks; `save_state` writes what reshards."""
-        return self.inner.state_dict()
+        with self.stream.states_in_memory() if self.stream is not None else nullcontext():
+            return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` of this rank returned."""
         self.inner.load_state_dict(state_dict)
+        if self.stream is not None:
+            self.stream.stash()
+
+    def states_of(self, run: FlatRun) -> dict[str, Any]:
+        """Return the states of one run by name: tensors, or where they rest if not in memory."""
+        states: dict[str, Any] = dict(self.inner.state.get(run.param, {}))
+        return states | (self.stream.states_of(run) if self.stream is not None else {})
+
+    def make_state(self, run: FlatRun, key: str, size: torch.Size, dtype: torch.dtype) -> None:
+        """Make room for a state that a checkpoint has and the optimizer, not having stepped, lacks."""
+        state = self.inner.state[run.param]
+        if key in self.states_of(run):
+            return
+        if not size:
+            state[key] = torch.zeros((), dtype=dtype)
+        elif self.stream is None or not self.stream.make_state(run, key, dtype):
+            state[key] = torch.zeros(run.shape, dtype=dtype, device=run.param.device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: units are laid out when the model is prepared."""
@@ -128,9 +160,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if not self.step_was_skipped:
             # What is still being gathered reads the shards that the step writes.
             self._schedule.finish_gathers()
-            self._set_gradients(factor)
-            self.inner.step()
-            self._schedule.publish()
+            if self.stream is not None:
+                self.stream.step(factor)
+            else:
+                self._set_gradients(factor)
+                self.inner.step()
+            self._schedule.publish(refresh=self.stream is None)
         self.after_step(self)
 
     def train(self) -> None:
@@ -186,17 +221,24 @@ class ShardedOptimizer(torch.optim.Optimizer):
                         if unit.layout.spans[index].end > unit.layout.shard(unit.rank)[0] + start
                         and unit.layout.spans[index].offset < unit.layout.shard(unit.rank)[0] + end
                     )
-                    param = nn.Parameter(unit.master[start:end])
-                    runs.append(FlatRun(unit, inside, start, end, param))
+                    runs.append(self._run(unit, inside, start, end, (end - start,)))
             self.runs.append(runs)
             group["params"] = [run.param for run in runs]
             self._carry_states(states, params, runs)
 
-    @staticmethod
-    def _whole(unit: Unit, index: int) -> FlatRun:
+    def _whole(self, unit: Unit, index: int) -> FlatRun:
         span = unit.layout.spans[index]
-        param = nn.Parameter(unit.master[span.offset : span.end].view(span.shape))
-        return FlatRun(unit, (index,), span.offset, span.end, param)
+        return self._run(unit, (index,), span.offset, span.end, span.shape)
+
+    def _run(self, unit: Unit, indices: tuple[int, ...], start: int, end: int, shape: tuple[int, ...]) -> FlatRun:
+        device = unit.device if self._homes is None else self._homes.step_device
+        cell = unit.master_cell
+        master = cell.tensor if isinstance(cell, MemoryCell) else None if cell is not None else unit.master
+        if master is not None and master.device.type == device.type:
+            values = master[start:end].view(shape)
+        else:
+            values = torch.empty(0, dtype=torch.float32 if unit.has_master else unit.dtype, device=device)
+        return FlatRun(unit, indices, start, end, nn.Parameter(values), shape)
 
     @staticmethod
     def _prefer_fused(group: dict[str, Any]) -> None:
@@ -228,7 +270,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     if source and low < high:
                         part = source[key].reshape(-1)[low - span.offset : high - span.offset]
                         flat[low - base - run.start : high - base - run.start].copy_(part)
-                flat_state[key] = flat.view(run.param.shape)
+                flat_state[key] = flat.view(run.shape)
             self.inner.state[run.param] = flat_state
 
     def _indices(self, params: list[Any], unit: Unit) -> Iterable[tuple[Any, int]]:
@@ -255,14 +297,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._schedule.finish_gradients()
         parts = []
         for unit in self._units:
-            if not unit.trainable or unit.grad_shard is None:
+            if not unit.trainable:
                 continue
-            if units_and_indices is None:
-                pieces = [unit.grad_shard]
-            else:
-                wanted = units_and_indices.get(id(unit), set())
-                pieces = [unit.grad_shard[start:end] for start, end in unit.layout.runs(wanted, unit.rank)]
-            parts += [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float32) for piece in pieces]
+            if units_and_indices is None and norm_type == 2.0 and unit.stored_norm is not None:
+                parts.append(unit.stored_norm)
+                continue
+            with unit.gradient() as grad:
+                if units_and_indices is None:
+                    pieces = [grad]
+                else:
+                    wanted = units_and_indices.get(id(unit), set())
+                    pieces = [grad[start:end] for start, end in unit.layout.runs(wanted, unit.rank)]
+                parts += [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float32) for piece in pieces]
         device = self._units[0].device if self._units else torch.device("cpu")
         norms = torch.stack(parts) if parts else torch.zeros(1, device=device)
         if math.isinf(norm_type):
@@ -284,19 +330,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.grad_factor *= factor
             return
         for unit in self._units:
-            if unit.grad_shard is not None:
-                for start, end in unit.layout.runs(units_and_indices.get(id(unit), ()), unit.rank):
-                    unit.grad_shard[start:end].mul_(factor)
+            runs = unit.layout.runs(units_and_indices.get(id(unit), ()), unit.rank) if unit.trainable else []
+            if runs:
+                with unit.gradient(writes=True) as grad:
+                    for start, end in runs:
+                        grad[start:end].mul_(factor)
 
     def clamp_gradients(self, limit: float) -> None:
         """Clamp every gradient element to [-limit, limit]."""
         self._schedule.finish_gradients()
         factor, self.grad_factor = self.grad_factor, 1.0
         for unit in self._units:
-            if unit.trainable and unit.grad_shard is not None:
-                if factor != 1.0:
-                    unit.grad_shard.mul_(factor)
-                unit.grad_shard.clamp_(-limit, limit)
+            if unit.trainable:
+                with unit.gradient(writes=True) as grad:
+                    if factor != 1.0:
+                        grad.mul_(factor)
+                    grad.clamp_(-limit, limit)
 
     def place_of(self, params: Iterable[torch.Tensor]) -> dict[int, set[int]] | None:
         """Return which parameters of which units are meant; None if all that are trainable."""

@@ -1,4 +1,7 @@
-"""Flat buffers that are handed out and given back: allocated once, because fresh pages cost more than a copy."""
+"""Flat buffers that are handed out and given back: allocated once, because fresh pages cost more than a copy.
+
+They are page-aligned, so that a disk reads and writes them without a copy.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+
+from distui.core.offload.home import flat_buffer
 
 
 class BufferPool:
@@ -27,7 +32,7 @@ class BufferPool:
         free = self._free[((numel, kind), dtype, device)]
         if free:
             return free.pop()
-        buffer = torch.zeros(numel, dtype=dtype, device=device)
+        buffer = flat_buffer(numel, dtype, device)
         self.allocated_bytes += buffer.numel() * buffer.element_size()
         return buffer
 

@@ -50,7 +50,7 @@ class Schedule:
         self._calls: dict[int, int] = defaultdict(int)
         """Forward calls of each unit's modules since the last step; a unit called twice is complete only at the end."""
         self._late: set[int] = set()
-        self.slots = SlotRing(units) if stage >= 3 and num_ranks > 1 else None
+        self.slots = SlotRing(units) if stage >= 3 else None
         self._handles: list[Any] = []
         self._root_units = [unit for unit in units if unit.is_root]
         self._gather_lazily = stage in (1, 2) and num_ranks > 1
@@ -270,11 +270,14 @@ class Schedule:
 
     # ---- parameters ----------------------------------------------------------------------------------------------
 
-    def publish(self) -> None:
-        """After the optimizer: new weights to where forward reads them. Collective: all ranks."""
+    def publish(self, refresh: bool = True) -> None:
+        """After the optimizer: new weights to where forward reads them. Collective: all ranks.
+
+        Without `refresh` the shards in the compute format are new already.
+        """
         for unit in self.units:
             if unit.trainable:
-                unit.publish()
+                unit.publish(refresh)
         if self.slots is not None:
             self.slots.invalidate()
 

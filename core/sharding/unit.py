@@ -9,19 +9,26 @@ Buffers of a unit of P elements (padded) on one of N ranks, by what the stage sh
 
 `param.data` is a view set once. `param.grad` is None during backward: autograd hands its fresh gradient over, and one
 pass scales it and writes or adds it to the flat gradient, so nothing is ever zeroed first.
+
+What has another home than the device (`core/offload`) rests in a cell instead: then `shard`, `master` or `grad_shard`
+is not there, and `read_*`, `write_*` and `gradient` reach it wherever it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 import torch
 from torch import nn
 
-from distui.core.sharding.layout import FlatLayout, plan_layout
+from distui.core.offload.home import Cell, Transfer, Waitable
+from distui.core.offload.homes import Homes
+from distui.core.sharding.placement import Placement
 from distui.core.sharding.pool import BufferPool
-from distui.core.sharding.transport import Pending, Transport
+from distui.core.sharding.transport import Transport
+from distui.core.sharding.unit_parameters import UnitParameters
 
 _ONE_PASS_NUMEL = 1 << 14
 """Below this a gradient stays in the first-level cache, and two plain calls cost less than one with an output."""
@@ -36,31 +43,7 @@ class GradState(Enum):
     REDUCED = "reduced"
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """What of a model's states is sharded, over how many ranks, and in which formats."""
-
-    stage: int
-    rank: int
-    num_ranks: int
-    compute_dtype: torch.dtype | None
-    """Format of the parameters; None leaves each as it is."""
-    reduce_in_fp32: bool
-
-    @property
-    def shards_optimizer(self) -> bool:
-        return self.stage >= 1 and self.num_ranks > 1
-
-    @property
-    def shards_gradients(self) -> bool:
-        return self.stage >= 2 and self.num_ranks > 1
-
-    @property
-    def shards_parameters(self) -> bool:
-        return self.stage >= 3 and self.num_ranks > 1
-
-
-class Unit:
+class Unit(UnitParameters):
     """One flat group of parameters of one dtype, all trainable or all frozen."""
 
     def __init__(
@@ -73,41 +56,25 @@ class Unit:
         pool: BufferPool,
         transport: Transport | None,
         gathers: Transport | None,
+        homes: Homes | None = None,
     ) -> None:
-        self.name, self.modules, self.is_root = name, modules, is_root
-        self.placement, self.pool = placement, pool
-        self.transport, self.gathers = transport, gathers
-        self.param_names = [param_name for param_name, _ in named_params]
-        self.params = [param for _, param in named_params]
-        first = self.params[0]
-        self.trainable = first.requires_grad
-        self.dtype = placement.compute_dtype or first.dtype
-        self.device = first.device
+        super().__init__(name, named_params, modules, is_root, placement, gathers, homes)
+        self.pool, self.transport = pool, transport
         low_precision = self.dtype.itemsize < 4
         self.grad_dtype = torch.float32 if low_precision and placement.reduce_in_fp32 else self.dtype
-        num_shards = placement.num_ranks if placement.shards_optimizer else 1
-        self.layout: FlatLayout = plan_layout([(n, p.shape) for n, p in named_params], num_shards)
-        self.rank = placement.rank if num_shards > 1 else 0
         self._gaps = self.layout.gaps
         self.inverse_ranks = 1.0 / placement.num_ranks
 
-        full = self._flatten(low_precision)
-        start, end = self.layout.shard(self.rank)
-        self.full: torch.Tensor | None = None
-        if placement.shards_parameters:
-            self.shard = full[start:end].clone()
-        else:
-            self.full = full
-            self.shard = full[start:end]
-            self.bind(full)
-        if not (low_precision and self.trainable):
-            self.master = self.shard
-
         # Gradients.
         self.state = GradState.FILLING
-        self.pending: Pending | None = None
+        self.pending: Waitable | None = None
         self.grad_full: torch.Tensor | None = None
         self.grad_shard: torch.Tensor | None = None
+        self.grad_cell: Cell | None = None
+        self.stored_norm: torch.Tensor | None = None
+        """2-norm of the gradient in `grad_cell`, taken on its way there; None where it is not known."""
+        self._reduced: torch.Tensor | None = None
+        """Where the sum arrives that goes to `grad_cell`."""
         self.holds_gradient = False
         """The reduced (stage 0, 1: or local) gradient of an earlier backward is in the buffer: add to it."""
         self.arrived = [False] * len(self.params)
@@ -117,33 +84,12 @@ class Unit:
         if self.trainable:
             self._allocate_gradients()
 
-        # Parameters in flight: the all-gather after a step (stage 1, 2) or before the unit runs (stage 3).
-        self.gathering: Pending | None = None
-
-    def _flatten(self, low_precision: bool) -> torch.Tensor:
-        full = torch.zeros(self.layout.padded_numel, dtype=self.dtype, device=self.device)
-        for param, span in zip(self.params, self.layout.spans, strict=True):
-            full[span.offset : span.end].copy_(param.detach().reshape(-1))
-        if low_precision and self.trainable:
-            # The master keeps the precision that the script's own weights had.
-            start, end = self.layout.shard(self.rank)
-            self.master = torch.zeros(end - start, dtype=torch.float32, device=self.device)
-            for index, (param, span) in enumerate(zip(self.params, self.layout.spans, strict=True)):
-                low, high = self.layout.owned(index, self.rank)
-                if low < high:
-                    at = span.offset + low - start
-                    self.master[at : at + high - low].copy_(param.detach().reshape(-1)[low:high])
-        return full
-
-    def bind(self, full: torch.Tensor) -> None:
-        """Make every parameter a view of `full`; done once, so saved tensors stay right."""
-        self.full = full
-        for param, span in zip(self.params, self.layout.spans, strict=True):
-            param.data = full[span.offset : span.end].view(span.shape)
-
     def _allocate_gradients(self) -> None:
         placement = self.placement
         if placement.shards_gradients:
+            if self.homes is not None and self.homes.gradients is not None:
+                self.grad_cell = self.homes.gradients.cell(self.layout.shard_numel, self.grad_dtype)
+                return
             self.grad_shard = torch.zeros(self.layout.shard_numel, dtype=self.grad_dtype, device=self.device)
             return
         self.grad_full = torch.zeros(self.layout.padded_numel, dtype=self.grad_dtype, device=self.device)
@@ -228,26 +174,68 @@ class Unit:
 
     def reduce(self) -> None:
         """Start summing the gradient over the ranks. Collective: all ranks, in the schedule's order."""
-        assert self.grad_full is not None and self.grad_shard is not None
+        assert self.grad_full is not None
         if self.transport is None:
             self.state = GradState.REDUCED
+            if self.placement.shards_gradients:
+                self._keep_local(self.grad_full)
             return
         self.state = GradState.REDUCING
-        if self.placement.shards_gradients:
-            self.pending = self.transport.reduce_scatter(
-                self.grad_full, self.grad_shard, accumulate=self.shard_holds_gradient
-            )
-            self.shard_holds_gradient = True
-        elif self.placement.shards_optimizer:
-            self.pending = self.transport.reduce_scatter(self.grad_full, self.grad_shard)
-        else:
+        if not self.placement.shards_optimizer:
             self.pending = self.transport.all_reduce(self.grad_full)
+            return
+        accumulate = self.placement.shards_gradients and self.shard_holds_gradient
+        into = self.grad_shard
+        if self.grad_cell is not None:
+            assert self.homes is not None
+            into = self._reduced = self.homes.take(self.grad_cell.numel, self.grad_dtype)
+            if accumulate:
+                self.grad_cell.fetch(into).wait()
+        assert into is not None
+        self.pending = self.transport.reduce_scatter(self.grad_full, into, accumulate=accumulate)
+        self.shard_holds_gradient = self.placement.shards_gradients
+
+    def _keep_local(self, gradient: torch.Tensor) -> None:
+        """One rank alone: bring the gradient to its home, added to what is there."""
+        if self.grad_cell is not None:
+            if self.shard_holds_gradient:
+                with self.gradient() as before:
+                    gradient.add_(before)
+            self.pending = self._store_gradient(gradient)
+        else:
+            assert self.grad_shard is not None
+            self.grad_shard.add_(gradient) if self.shard_holds_gradient else self.grad_shard.copy_(gradient)
+        self.shard_holds_gradient = True
+
+    def _store_gradient(self, gradient: torch.Tensor) -> Transfer:
+        assert self.grad_cell is not None
+        self.stored_norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        return self.grad_cell.store(gradient)
+
+    @contextmanager
+    def gradient(self, writes: bool = False) -> Iterator[torch.Tensor]:
+        """Give this rank's shard of the reduced gradient, from wherever it is; with `writes` changes are kept."""
+        if self.grad_cell is None:
+            assert self.grad_shard is not None
+            yield self.grad_shard
+            return
+        assert self.homes is not None
+        buffer = self.homes.take(self.grad_cell.numel, self.grad_dtype)
+        self.grad_cell.fetch(buffer).wait()
+        yield buffer
+        if writes:
+            self._store_gradient(buffer).wait()
+        self.homes.give(buffer)
 
     def finish_reduce(self) -> None:
         """Wait for the sum; the pooled gradient buffer goes back."""
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
+        if self._reduced is not None:
+            assert self.homes is not None
+            reduced, self._reduced = self._reduced, None
+            self.homes.give_after(self._store_gradient(reduced), reduced)
         if self.state is GradState.REDUCING:
             self.state = GradState.REDUCED
         if self.state is GradState.REDUCED:
@@ -265,6 +253,10 @@ class Unit:
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
+        if self._reduced is not None:
+            assert self.homes is not None
+            self.homes.give(self._reduced)
+            self._reduced = None
         if self.placement.shards_gradients and self.grad_full is not None:
             self.pool.give(self.grad_full, self._gaps)
             self.grad_full = None
@@ -272,27 +264,3 @@ class Unit:
         self.holds_gradient = False
         self.shard_holds_gradient = False
         self.state = GradState.FILLING
-
-    # ---- parameters ----------------------------------------------------------------------------------------------
-
-    def publish(self) -> None:
-        """Bring weights that the optimizer stepped into the compute format and, in stage 1 and 2, to all ranks.
-
-        Collective: all ranks. The gather is waited for by `finish_gather`.
-        """
-        if self.master is not self.shard:
-            self.shard.copy_(self.master)
-        if self.placement.shards_optimizer and not self.placement.shards_parameters and self.gathers is not None:
-            assert self.full is not None
-            self.gathering = self.gathers.all_gather(self.full, self.shard)
-
-    def refresh_master(self) -> None:
-        """Take the parameters, which somebody wrote, into the optimizer's copy."""
-        if self.master is not self.shard:
-            self.master.copy_(self.shard)
-
-    def finish_gather(self) -> None:
-        """Wait until the parameters are all here."""
-        if self.gathering is not None:
-            self.gathering.wait()
-            self.gathering = None
