@@ -36,7 +36,7 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
     """
     if world_size is None and isinstance(config.cluster.nproc, int):
         world_size = config.cluster.nproc * config.cluster.nodes
-    problems = [*_unavailable(config), *_cluster(config), *_folders(config), *_offload(config)]
+    problems = [*_unavailable(config), *_cluster(config), *_folders(config), *offload_problems(config)]
     if hardware is not None:
         problems += _devices(config, hardware)
     if world_size is not None:
@@ -106,7 +106,8 @@ def _cluster(config: Config) -> Iterator[Problem]:
         )
 
 
-def _offload(config: Config) -> Iterator[Problem]:
+def offload_problems(config: Config) -> Iterator[Problem]:
+    """Yield what keeps states from the homes that are asked for."""
     offload, stage = config.offload, config.strategy.zero_stage
     if offload.params != "none" and stage != 3:
         yield Problem(

@@ -12,7 +12,8 @@ from torch import nn
 
 from distui.core.backends.base import Backend
 from distui.core.config import Config
-from distui.core.errors import UserError
+from distui.core.config_check import offload_problems
+from distui.core.errors import ConfigError, UserError
 from distui.core.offload.homes import Offload
 from distui.core.precision import DTYPES
 from distui.core.sharding.optim import ShardedOptimizer
@@ -31,6 +32,9 @@ class NativeBackend(Backend):
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Lay `model` out in flat buffers, in place. Collective."""
         if id(model) not in self._models:
+            # A script that runs without `distui launch` has not been checked.
+            if problems := list(offload_problems(self.config)):
+                raise ConfigError(problems)
             precision, home = self.config.precision, self.config.offload
             self._models[id(model)] = ShardedModel(
                 model,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +101,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of the states, for the same number of ranks; `save_state` writes what reshards."""
-        with self.stream.states_in_memory() if self.stream is not None else nullcontext():
+        if self.stream is None:
             return self.inner.state_dict()
+        with self.stream.states_in_memory():
+            found = self.inner.state_dict()
+            # The optimizer's own dicts are in it, which lose again what is in memory only here.
+            return {**found, "state": {key: dict(state) for key, state in found["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` of this rank returned."""
