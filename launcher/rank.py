@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from distui.core.errors import UserError
 from distui.core.paths import RunFolder, current_run, write_atomic
 from distui.launcher.outcome import last_step
 from distui.launcher.processes import AGENT_PID_ENV, die_with_parent, record_session, request_stop
@@ -145,6 +146,7 @@ def _keep(run: RunFolder, rank: int, error: BaseException, trace: TracebackType 
         "pid": os.getpid(),
         "type": type(error).__name__,
         "message": str(error),
+        "fix": error.fix if isinstance(error, UserError) else "",
         "traceback": "".join(traceback.format_exception(type(error), error, trace)),
         "step": last_step(run, rank),
         "time_s": time.time(),
