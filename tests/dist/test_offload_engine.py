@@ -89,7 +89,7 @@ def _across_homes(dtype: str, folder: str) -> None:
             _steps(after, range(1))  # states that are there are replaced
         after[0].load_state(target)
         found += _steps(after, range(3, 5))
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, msg=lambda text, c=cases[index]: f"{c} {text}")
+        assert found == pytest.approx(expected, abs=1e-5), cases[index]
         torch.testing.assert_close(after[0].get_state_dict(after[1]), weights, atol=1e-5, rtol=1e-4)
 
 
