@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,7 +131,7 @@ def _cases(stage: int) -> list[tuple[str, str]]:
 
 def _parity_on_ranks(stage: int, folder: str) -> None:
     plain = _plain()
-    for dtype, accumulation in itertools.product(("fp32", "bf16"), (1, 2)):
+    for dtype, accumulation in (("fp32", 2), ("bf16", 1)):
         on_device = _train(*_prepared(stage, dtype, None), accumulation, range(NUM_STEPS))
         for optimizer_home, params_home in _cases(stage):
             sharded, optimizer = _prepared(stage, dtype, Offload(optimizer_home, params_home, folder))
