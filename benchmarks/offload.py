@@ -18,6 +18,7 @@ import json
 import mmap
 import os
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -62,7 +63,10 @@ def prepare(options: argparse.Namespace, model: Any) -> tuple[Any, Any]:
     if options.variant.startswith("deepspeed"):
         import deepspeed
 
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29731")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         home = options.variant.partition("-")[2] or "none"
         zero: dict[str, Any] = {"stage": 3}
         if home != "none":
