@@ -79,7 +79,6 @@ def test_sizes_that_do_not_fit_come_with_the_nearest_that_do(
         ("offload.params", "cpu"),
         ("compression.gradients", "onebit"),
         ("cluster.max_restarts", "1"),
-        ("strategy.backend", "deepspeed"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused(key: str, value: str) -> None:

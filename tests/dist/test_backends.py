@@ -1,0 +1,185 @@
+"""The same script on every backend: one process of plain torch is what each must equal, and each loads the others."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import distui
+from distui.core.errors import UserError
+
+if TYPE_CHECKING:
+    from tests.dist.ranks import RunRanks
+
+VOCAB, NUM_SAMPLES, GLOBAL_BATCH = 31, 48, 12
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+BACKENDS = [
+    pytest.param("ddp", 0, id="ddp"),
+    pytest.param("fsdp2", 2, id="fsdp2-keep"),
+    pytest.param("fsdp2", 3, id="fsdp2"),
+    *(pytest.param("deepspeed", stage, id=f"deepspeed{stage}", marks=needs_deepspeed) for stage in range(4)),
+]
+
+
+class Model(nn.Module):
+    """Blocks, a tied head, a frozen layer, a buffer, and an attribute that scripts read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"name": "tiny"}
+        self.embedding = nn.Embedding(VOCAB, 18)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(18, 18), nn.Tanh()) for _ in range(3))
+        self.frozen = nn.Linear(18, 18).requires_grad_(False)
+        self.head = nn.Linear(18, VOCAB, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("count", torch.zeros(3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(self.frozen(x))
+
+
+def _model(seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    return Model()
+
+
+def _optimizer(model: nn.Module, clamps: bool = False) -> torch.optim.Optimizer:
+    if clamps:
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    decayed = [param for param in model.parameters() if param.requires_grad and param.dim() > 1]
+    plain = [param for param in model.parameters() if param.requires_grad and param.dim() == 1]
+    return torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=0.01)
+
+
+def _loss(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(ids_BT).flatten(0, 1), ids_BT.flatten())
+
+
+def _ids() -> torch.Tensor:
+    return torch.randint(0, VOCAB, (NUM_SAMPLES, 5), generator=torch.Generator().manual_seed(1))
+
+
+def _script(num_steps: int, accumulation: int, clip: float, seed: int = 0, **sections: Any) -> dict[str, Any]:
+    """Train as any user's script would: nothing in it depends on the backend."""
+    load_from, save_to = sections.pop("load_from", None), sections.pop("save_to", None)
+    clamps = sections.pop("clamps", False)
+    engine = distui.Engine(batch={"global_size": GLOBAL_BATCH, "accumulation": accumulation}, **sections)
+    model: Any = _model(seed if engine.process_index == 0 else 77)
+    optimizer = _optimizer(model, clamps)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    loader = DataLoader(TensorDataset(_ids()), batch_size=GLOBAL_BATCH)
+    model, optimizer, loader, scheduler = engine.prepare(model, optimizer, loader, scheduler)
+    assert model.config["name"] == "tiny" and isinstance(model, Model)
+    if load_from:
+        engine.load_state(load_from)
+    found: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "skipped": []}
+    total = torch.zeros(())
+    while len(found["losses"]) < num_steps:
+        for (ids,) in loader:
+            model.train()
+            with engine.accumulate(model):
+                with engine.autocast():
+                    loss = _loss(model, ids)
+                engine.backward(loss)
+                norm = None
+                if clamps:
+                    engine.clip_grad_value_(model.parameters(), clip)
+                else:
+                    norm = engine.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            total = total + engine.reduce(loss.detach(), "mean") / accumulation
+            if not engine.sync_gradients:
+                continue
+            found["losses"].append(total.item())
+            found["norms"].append(norm.item() if norm is not None else None)
+            found["skipped"].append(engine.optimizer_step_was_skipped)
+            total = torch.zeros(())
+            model.eval()
+            with torch.no_grad():
+                found["evaluated"].append(_loss(model, _ids()[:8]).item())
+            if len(found["losses"]) == num_steps:
+                break
+    found["memory"] = engine.memory_report()
+    found["rate"] = scheduler.get_last_lr()[0]
+    found["state"] = engine.get_state_dict(model)
+    with engine.full_parameters(model, writeback=True):
+        found["whole"] = {name: param.detach().float().clone() for name, param in model.named_parameters()}
+        if sections.get("precision") is None:
+            with torch.no_grad():
+                model.layers[0][0].bias.add_(1.0)
+    found["written"] = engine.get_state_dict(model)["layers.0.0.bias"]
+    engine.load_state_dict(model, found["state"])
+    found["reloaded"] = engine.get_state_dict(model)
+    if save_to:
+        engine.save_state(save_to)
+        engine.save_model(model, f"{save_to}-model")
+    found["step"] = engine.clock.step
+    return found
+
+
+def _plain(num_steps: int, clip: float, clamps: bool = False) -> dict[str, Any]:
+    model = _model()
+    optimizer = _optimizer(model, clamps)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    losses, norms, evaluated = [], [], []
+    for step in range(num_steps):
+        ids = _ids().split(GLOBAL_BATCH)[step % (NUM_SAMPLES // GLOBAL_BATCH)]
+        loss = _loss(model, ids)
+        loss.backward()
+        if clamps:
+            nn.utils.clip_grad_value_(model.parameters(), clip)
+        else:
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip).item())
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        with torch.no_grad():
+            evaluated.append(_loss(model, _ids()[:8]).item())
+    return {
+        "losses": losses,
+        "norms": norms,
+        "evaluated": evaluated,
+        "rate": scheduler.get_last_lr()[0],
+        "state": dict(model.state_dict()),
+    }
+
+
+def _on(backend: str, stage: int, **sections: Any) -> dict[str, Any]:
+    return {"strategy": {"backend": backend, "zero_stage": stage}, **sections}
+
+
+def _train(num_steps: int, accumulation: int, clip: float, sections: dict[str, Any]) -> dict[str, Any]:
+    return _script(num_steps, accumulation, clip, **sections)
+
+
+@pytest.mark.parametrize(("num_ranks", "accumulation"), [(2, 1), (3, 2)])
+@pytest.mark.parametrize(("backend", "stage"), BACKENDS)
+def test_the_same_script_is_plain_torch(
+    run_ranks: RunRanks, backend: str, stage: int, num_ranks: int, accumulation: int
+) -> None:
+    expected = _plain(6, 0.5)
+    for found in run_ranks(_train, num_ranks, 6, accumulation, 0.5, _on(backend, stage)):
+        assert found["step"] == 6 and not any(found["skipped"])
+        torch.testing.assert_close(found["losses"], expected["losses"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found["norms"], expected["norms"], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found["evaluated"], expected["evaluated"], atol=1e-5, rtol=1e-5)
+        assert found["rate"] == pytest.approx(expected["rate"])
+        torch.testing.assert_close(found["state"], expected["state"], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found["whole"], {k: expected["state"][k] for k in found["whole"]}, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found["written"], found["state"]["layers.0.0.bias"] + 1.0)
+        assert all(torch.equal(found["reloaded"][name], found["state"][name]) for name in found["state"])
+        assert found["memory"]["parameters"] > 0 and found["memory"]["optimizer_states"] > 0
