@@ -47,6 +47,9 @@ class PreparedOptimizer(torch.optim.Optimizer):
     def apply(self, factor: float) -> None:
         """Step with the gradients times `factor`. Collective."""
 
+    def skip(self) -> None:
+        """Leave out a step; nothing to do where `zero_grad` is enough."""
+
     @abstractmethod
     def grad_norm(self, place: Any, norm_type: float) -> torch.Tensor:
         """Return the norm of the gradients at `place` (None: all) over all ranks, times `grad_factor`. Collective."""
@@ -127,7 +130,9 @@ class PreparedOptimizer(torch.optim.Optimizer):
         self.before_step(self)
         factor, self.grad_factor = self.grad_factor, 1.0
         self.step_was_skipped, self.skip_next = self.skip_next, False
-        if not self.step_was_skipped:
+        if self.step_was_skipped:
+            self.skip()
+        else:
             self.apply(factor)
         self.after_step(self)
 
