@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -13,20 +14,40 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distui.core.backends.forward import Body, Through, restore_forward
 from distui.core.backends.plain import PlainBackend, PlainOptimizer
+from distui.core.backends.plain_items import local
 from distui.core.precision import DTYPES, apply_border_casts
 from distui.core.sharding.alike import start_alike
 from distui.core.sharding.partition import partition, shared_params
 
 
 class FSDP2Optimizer(PlainOptimizer):
-    """Steps the shards."""
+    """Steps this rank's piece of each parameter as a plain tensor: fused kernels do not know `DTensor`."""
 
-    backend: FSDP2Backend
+    def __init__(self, inner: torch.optim.Optimizer, group: dist.ProcessGroup, models: list[nn.Module]) -> None:
+        super().__init__(inner, group)
+        self._models = models
+        self.held = []
+        for param_group in inner.param_groups:
+            for index, param in enumerate(param_group["params"]):
+                piece = nn.Parameter(local(param.detach()), requires_grad=param.requires_grad)
+                param_group["params"][index] = piece
+                if param in inner.state:
+                    inner.state[piece] = {key: local(value) for key, value in inner.state.pop(param).items()}
+                self.held.append((param, piece))
+
+    def discard_gradients(self, set_to_none: bool) -> None:
+        """Forget the gradients."""
+        for param, piece in self.held:
+            param.grad = piece.grad = None
 
     def apply(self, factor: float) -> None:
         """Step, and have the next forward gather what was stepped."""
+        for param, piece in self.held:
+            # Each time: FSDP may lay a shard out anew, at the first forward for one.
+            piece.data = local(param.detach())
+            piece.grad = None if param.grad is None else local(param.grad)
         super().apply(factor)
-        for model in self.backend.models:
+        for model in self._models:
             reshard(model)
 
 
@@ -72,9 +93,9 @@ class FSDP2Backend(PlainBackend):
 
     def make_optimizer(self, inner: torch.optim.Optimizer, sharded: bool) -> PlainOptimizer:
         """Return what steps `inner` on the shards."""
-        prepared = FSDP2Optimizer(inner, self.group if sharded else None)
-        prepared.backend = self
-        return prepared
+        if not sharded or self.group is None:
+            return super().make_optimizer(inner, sharded)
+        return FSDP2Optimizer(inner, self.group, self.models)
 
     def set_sync(self, sync: bool) -> None:
         """Let the coming backward reduce gradients, or keep them whole."""

@@ -26,12 +26,16 @@ class PlainOptimizer(PreparedOptimizer):
     def __init__(self, inner: torch.optim.Optimizer, group: dist.ProcessGroup | None) -> None:
         super().__init__(inner)
         self._group = group
+        self.held: list[tuple[torch.Tensor, torch.Tensor]] = [
+            (param, param) for param_group in inner.param_groups for param in param_group["params"]
+        ]
+        """Parameters of the model, and what `inner` steps for each: the same, or this rank's piece of it."""
         for param_group in inner.param_groups:
             prefer_fused(param_group)
 
     def params(self) -> list[torch.Tensor]:
-        """Return all parameters of the groups."""
-        return [param for group in self.inner.param_groups for param in group["params"]]
+        """Return all parameters of the groups, each an object of the model."""
+        return [param for param, _ in self.held]
 
     def gradients(self, place: list[torch.Tensor] | None) -> list[torch.Tensor]:
         """Return this rank's gradients of the parameters `place`; None: of all."""
@@ -205,11 +209,13 @@ class PlainBackend(Backend):
 
     def optimizer_items(self, optimizer: PreparedOptimizer, part: Part | None) -> dict[str, torch.Tensor]:
         """Return what this rank holds of the optimizer's states."""
-        return plain_items.optimizer_items(optimizer, self._names(), part)
+        assert isinstance(optimizer, PlainOptimizer)
+        return plain_items.optimizer_items(optimizer.held, optimizer.state, self._names(), part)
 
     def allocate_states(self, optimizer: PreparedOptimizer, saved: Mapping[str, Any]) -> None:
         """Make room for states that the checkpoint has."""
-        plain_items.allocate_states(optimizer, self._names(), saved)
+        assert isinstance(optimizer, PlainOptimizer)
+        plain_items.allocate_states(optimizer.held, optimizer.state, self._names(), saved)
 
     def loaded(self, model: nn.Module) -> None:
         """Do nothing: the parameters themselves were written."""

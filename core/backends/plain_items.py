@@ -11,12 +11,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from distui.core.backends.base import Part
-from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.checkpoint.flat import FlatShard
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's piece of `tensor`, in the same memory."""
+def local(tensor: Any) -> Any:
+    """Return this rank's piece of a `DTensor`, in the same memory; anything else as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -59,15 +58,25 @@ def model_items(model: nn.Module, part: Part | None) -> dict[str, torch.Tensor]:
     return items
 
 
-def optimizer_items(optimizer: PreparedOptimizer, names: dict[int, str], part: Part | None) -> dict[str, torch.Tensor]:
+Held = Iterable[tuple[torch.Tensor, torch.Tensor]]
+"""Parameters of a model, each with what its optimizer steps: the same, or this rank's piece of it."""
+
+
+def optimizer_items(held: Held, states: Any, names: dict[int, str], part: Part | None) -> dict[str, torch.Tensor]:
     """Return states by `<parameter>.<state>`: flat pieces where they have the parameter's shape, else as they are."""
+    held = list(held)
     items: dict[str, torch.Tensor] = {}
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for param, cut in zip(params, _cuts(params, part), strict=True):
-        for key, value in optimizer.state.get(param, {}).items():
-            if isinstance(value, torch.Tensor):
-                whole = value.shape == param.shape and value.dim()
-                items[f"{names[id(param)]}.{key}"] = _piece(value, cut) if whole else value
+    for (param, stepped), (low, high) in zip(held, _cuts((param for param, _ in held), part), strict=True):
+        for key, value in states.get(stepped, {}).items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            name, flat = f"{names[id(param)]}.{key}", value.detach().reshape(-1)
+            if value.shape != stepped.shape or not value.dim():
+                items[name] = value
+            elif isinstance(param, DTensor):
+                items[name] = FlatShard(flat, _start(param), param.numel())
+            else:
+                items[name] = FlatShard(flat[low:high], low if high > low else 0, param.numel())
     return items
 
 
@@ -79,18 +88,17 @@ def states_of(name: str, saved: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key[len(start) :], meta
 
 
-def allocate_states(optimizer: PreparedOptimizer, names: dict[int, str], saved: Mapping[str, Any]) -> None:
+def allocate_states(held: Held, states: Any, names: dict[int, str], saved: Mapping[str, Any]) -> None:
     """Make room for the states that the checkpoint has and the optimizer, not having stepped, lacks."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            for key, meta in states_of(names[id(param)], saved):
-                state, dtype = optimizer.state[param], meta.properties.dtype
-                if key in state:
-                    continue
-                if meta.size.numel() == param.numel() and meta.size:
-                    state[key] = torch.zeros_like(param.detach(), dtype=dtype)
-                else:
-                    state[key] = torch.zeros(meta.size, dtype=dtype, device=param.device if meta.size else None)
+    for param, stepped in held:
+        for key, meta in states_of(names[id(param)], saved):
+            state, dtype = states[stepped], meta.properties.dtype
+            if key in state:
+                continue
+            if meta.size and meta.size.numel() == param.numel():
+                state[key] = torch.zeros_like(stepped.detach(), dtype=dtype)
+            else:
+                state[key] = torch.zeros(meta.size, dtype=dtype, device=stepped.device if meta.size else None)
 
 
 def count_bytes(**tensors: Iterable[Any]) -> dict[str, int]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import distui
+from distui.core.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,6 +89,7 @@ def _script(num_steps: int, accumulation: int, clip: float, seed: int = 0, **sec
     if load_from:
         engine.load_state(load_from)
     found: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "skipped": []}
+    found["loaded"] = engine.get_state_dict(model)
     total = torch.zeros(())
     while len(found["losses"]) < num_steps:
         for (ids,) in loader:
@@ -125,7 +130,7 @@ def _script(num_steps: int, accumulation: int, clip: float, seed: int = 0, **sec
     engine.load_state_dict(model, found["state"])
     found["reloaded"] = engine.get_state_dict(model)
     if save_to:
-        engine.save_state(save_to)
+        engine.save_state(save_to, asynchronous=True)
         engine.save_model(model, f"{save_to}-model")
     found["step"] = engine.clock.step
     return found
@@ -197,3 +202,132 @@ def test_the_same_script_is_plain_torch(
         torch.testing.assert_close(found["written"], found["state"]["layers.0.0.bias"] + 1.0)
         assert all(torch.equal(found["reloaded"][name], found["state"][name]) for name in found["state"])
         assert found["memory"]["parameters"] > 0 and found["memory"]["optimizer_states"] > 0
+
+
+LEGS = [("native", 3, 2), ("ddp", 0, 3), ("fsdp2", 3, 2), ("native", 1, 3), ("fsdp2", 2, 3), ("ddp", 0, 1)]
+DEEPSPEED_LEGS = [("native", 2, 2), *(("deepspeed", stage, 2 + stage % 2) for stage in (0, 1, 2, 3)), ("ddp", 0, 2)]
+
+
+@pytest.mark.parametrize(
+    "legs", [LEGS, pytest.param(DEEPSPEED_LEGS, marks=needs_deepspeed)], ids=["torch", "deepspeed"]
+)
+def test_any_backend_goes_on_from_what_another_saved(
+    backend_ranks: RunRanks, rank_pool: RankPool, tmp_path: Path, legs: list[tuple[str, int, int]]
+) -> None:
+    expected = _plain(3 * len(legs), 0.5)
+    losses: list[float] = []
+    before: dict[str, Any] | None = None
+    path = None
+    for number, (backend, stage, num_ranks) in enumerate(legs):
+        save_to = str(tmp_path / str(number))
+        sections = {**_on(backend, stage), "load_from": path, "save_to": save_to, "seed": number}
+        if backend == "deepspeed":
+            rank_pool.close()
+        found = backend_ranks(_train, num_ranks, 3, 1, 0.5, sections)[-1]
+        if before is not None:
+            assert found["loaded"].keys() == before.keys()
+            assert all(torch.equal(found["loaded"][name], before[name]) for name in before), "weights must be bit-exact"
+        weights = load_file(tmp_path / f"{number}-model" / "model.safetensors")
+        assert all(torch.equal(weights[name], found["state"][name]) for name in weights)
+        assert set(weights) == set(found["state"]) - {"head.weight"}
+        losses += found["losses"]
+        before, path = found["state"], save_to
+        assert found["step"] == 3 * (number + 1)
+    torch.testing.assert_close(losses, expected["losses"], atol=2e-5, rtol=1e-5)
+    assert found["rate"] == pytest.approx(expected["rate"])
+
+
+@pytest.mark.parametrize(("backend", "stage"), BACKENDS)
+def test_mixed_precision_and_value_clipping(backend_ranks: RunRanks, backend: str, stage: int) -> None:
+    first, second = backend_ranks(_formats, 2, backend, stage)
+    assert first["fp16"]["skipped"] == second["fp16"]["skipped"]
+    assert first["fp16"]["skipped"][0] and not first["fp16"]["skipped"][-1], "a scale of 2**24 overflows at first"
+    assert first["fp16"]["losses"][0] == first["fp16"]["losses"][4], "a skipped step must not move the weights"
+    for dtype, step in (("bf16", 1), ("fp16", 4)):
+        losses = first[dtype]["losses"][::step]
+        assert losses[-1] < losses[0] and losses == second[dtype]["losses"][::step]
+    plain = _plain(4, 0.001, clamps=True)
+    torch.testing.assert_close(first["clamped"]["losses"], plain["losses"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(first["clamped"]["state"], plain["state"], atol=1e-5, rtol=1e-4)
+
+
+def _formats(backend: str, stage: int) -> dict[str, Any]:
+    fp16 = {"dtype": "fp16", "initial_loss_scale": 2.0**24}
+    # DeepSpeed takes one model a backend, so each engine is a new one.
+    return {
+        "bf16": _script(8, 1, 0.5, **_on(backend, stage, precision={"dtype": "bf16"})),
+        "fp16": _script(24, 1, 0.5, **_on(backend, stage, precision=fp16)),
+        "clamped": _script(4, 1, 0.001, clamps=True, **_on(backend, stage)),
+    }
+
+
+def _no_sync(backend: str, stage: int) -> dict[str, torch.Tensor]:
+    engine = distui.Engine(**_on(backend, stage))
+    model: Any = _model()
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    model, optimizer = engine.prepare(model, torch.optim.SGD(trainable, lr=0.1))
+    batches = _ids()[:24].view(3, 2, 4, 5)
+    for index in range(2):
+        with engine.no_sync(model):
+            engine.backward(_loss(model, batches[index][engine.process_index]))
+    engine.backward(_loss(model, batches[2][engine.process_index]))
+    optimizer.step()
+    state = engine.get_state_dict(model)
+    copied = None if backend != "ddp" else copy.deepcopy(model)
+    assert engine.free_memory(model) == [None]
+    assert copied is None or type(copied.forward.__func__) is type(Model.forward), "a copy is a plain model"
+    return state
+
+
+@pytest.mark.parametrize(("backend", "stage"), BACKENDS)
+def test_no_sync_adds_up_and_memory_is_freed(backend_ranks: RunRanks, backend: str, stage: int) -> None:
+    model = _model()
+    optimizer = torch.optim.SGD([param for param in model.parameters() if param.requires_grad], lr=0.1)
+    for batch in _ids()[:24].view(3, 8, 5):
+        _loss(model, batch).backward()
+    optimizer.step()
+    for state in backend_ranks(_no_sync, 2, backend, stage):
+        torch.testing.assert_close(state, dict(model.state_dict()), atol=1e-6, rtol=1e-5)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def _with_unused(find: bool) -> float:
+    engine = distui.Engine(strategy={"backend": "ddp", "find_unused_parameters": find})
+    model = Branches()
+    model, optimizer = engine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(3):
+        loss = model(torch.ones(2, 4)).square().mean()
+        engine.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def test_ddp_names_parameters_that_take_no_part(run_ranks: RunRanks) -> None:
+    with pytest.raises(UserError, match=r"2 of 4 parameters took no part in the loss, such as unused.weight"):
+        run_ranks(_with_unused, 2, False)
+    first, second = run_ranks(_with_unused, 2, True)
+    assert first == second
+
+
+def _other_models() -> list[str]:
+    reports = []
+    for backend, stage in (("ddp", 0), ("fsdp2", 3)):
+        engine = distui.Engine(**_on(backend, stage))
+        with pytest.raises(UserError) as caught:
+            engine.prepare(nn.Linear(4 + engine.process_index, 2))
+        reports.append(caught.value.report())
+    return reports
+
+
+def test_ranks_with_different_models_are_told(run_ranks: RunRanks) -> None:
+    for report in run_ranks(_other_models, 2)[1]:
+        assert "the ranks hold different models" in report and "(2, 5)" in report
