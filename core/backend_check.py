@@ -88,10 +88,3 @@ def _formats(name: str, config: Config) -> Iterator[Problem]:
             "ddp keeps parameters and gradients in fp32 and computes by autocast, so gradients travel in fp32",
             "set precision.reduce_dtype to fp32, or strategy.backend to native or fsdp2",
         )
-    if name == "deepspeed" and dtype == "fp16":
-        yield Problem(
-            "precision.dtype",
-            "dtype=fp16 with backend=deepspeed",
-            "DeepSpeed skips overflowing steps by a loss scale of its own, which the engine cannot follow",
-            "set precision.dtype to bf16, or strategy.backend to native, ddp or fsdp2",
-        )

@@ -108,8 +108,8 @@ class DeepSpeedOptimizer(PlainOptimizer):
 class DeepSpeedBackend(PlainBackend):
     """One DeepSpeed engine, of one model and its optimizer.
 
-    bf16 is DeepSpeed's own at stages 1 to 3 (parameters in bf16, masters in fp32); otherwise autocast over fp32
-    parameters, with our loss scale under fp16.
+    bf16 is DeepSpeed's own at stages 2 and 3 (parameters in bf16, masters in fp32), and at stage 1 where gradients may
+    be summed in bf16; otherwise autocast over fp32 parameters, with our loss scale under fp16.
     """
 
     name = "deepspeed"
@@ -122,10 +122,16 @@ class DeepSpeedBackend(PlainBackend):
         """The ZeRO stage."""
         return self.config.strategy.zero_stage
 
+    @property
+    def _own_bf16(self) -> bool:
+        # At stage 1 DeepSpeed sums in fp32 by another optimizer class, which keeps whole fp32 gradients on every rank.
+        precision = self.config.precision
+        can = self.stage >= 2 or (self.stage == 1 and precision.reduce_dtype == "same")
+        return can and precision.dtype == "bf16" and self.group is not None
+
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Send the forward of `model` through a body that DeepSpeed takes over with the optimizer. Collective."""
-        dtype = self.config.precision.dtype
-        own_bf16 = dtype == "bf16" and self.stage > 0 and self.group is not None
+        dtype, own_bf16 = self.config.precision.dtype, self._own_bf16
         if self.group is not None:
             import_deepspeed()
             start_alike(model, self.group)
@@ -175,7 +181,7 @@ class DeepSpeedBackend(PlainBackend):
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {"stage": self.stage, "reduce_bucket_size": max(1, min(numel, MAX_BUCKET_NUMEL))},
         }
-        if precision.dtype == "bf16" and self.stage:
+        if self._own_bf16:
             settings["bf16"] = {"enabled": True}
             if precision.reduce_dtype == "fp32":
                 settings |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}

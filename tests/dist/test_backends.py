@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 VOCAB, NUM_SAMPLES, GLOBAL_BATCH = 31, 48, 12
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+slow = pytest.mark.timeout(400)
+"""DeepSpeed takes 10 s to import and to load its operation, in every rank that starts."""
 BACKENDS = [
     pytest.param("ddp", 0, id="ddp"),
     pytest.param("fsdp2", 2, id="fsdp2-keep"),
@@ -209,7 +211,7 @@ DEEPSPEED_LEGS = [("native", 2, 2), *(("deepspeed", stage, 2 + stage % 2) for st
 
 
 @pytest.mark.parametrize(
-    "legs", [LEGS, pytest.param(DEEPSPEED_LEGS, marks=needs_deepspeed)], ids=["torch", "deepspeed"]
+    "legs", [LEGS, pytest.param(DEEPSPEED_LEGS, marks=[needs_deepspeed, slow])], ids=["torch", "deepspeed"]
 )
 def test_any_backend_goes_on_from_what_another_saved(
     backend_ranks: RunRanks, rank_pool: RankPool, tmp_path: Path, legs: list[tuple[str, int, int]]
