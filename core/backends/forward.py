@@ -36,24 +36,34 @@ class Through:
     A copy of the model has its class's forward back: it is a plain model, and must not send anything.
     """
 
-    __slots__ = ("_model", "wrapper")
+    __slots__ = ("__wrapped__", "_model", "_own", "wrapper")
 
     def __init__(self, model: nn.Module, wrapper: Callable[..., Any]) -> None:
         self._model, self.wrapper = model, wrapper
+        self._own = model.__dict__.get("forward")
+        # `inspect.signature` follows it: libraries look up what a model's forward takes.
+        self.__wrapped__ = model.forward
         model.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.wrapper(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return _own_forward, (self._model,)
+        return _own_forward, (self._model, self._own)
+
+    def restore(self) -> None:
+        """Give the model its own forward back."""
+        del self._model.__dict__["forward"]
+        if self._own is not None:
+            self._model.forward = self._own
 
 
-def _own_forward(model: nn.Module) -> Callable[..., Any]:
-    return getattr(type(model), "forward").__get__(model)  # noqa: B009
+def _own_forward(model: nn.Module, own: Callable[..., Any] | None) -> Callable[..., Any]:
+    return own if own is not None else getattr(type(model), "forward").__get__(model)  # noqa: B009
 
 
 def restore_forward(model: nn.Module) -> None:
-    """Give `model` its class's forward back."""
-    if isinstance(model.__dict__.get("forward"), Through):
-        del model.__dict__["forward"]
+    """Give `model` its own forward back, where it leads through a wrapper."""
+    forward = model.__dict__.get("forward")
+    if isinstance(forward, Through):
+        forward.restore()

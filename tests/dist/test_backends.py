@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,7 @@ def _script(num_steps: int, accumulation: int, clip: float, seed: int = 0, **sec
     loader = DataLoader(TensorDataset(_ids()), batch_size=GLOBAL_BATCH)
     model, optimizer, loader, scheduler = engine.prepare(model, optimizer, loader, scheduler)
     assert model.config["name"] == "tiny" and isinstance(model, Model)
+    assert list(inspect.signature(model.forward).parameters) == ["ids"]
     if load_from:
         engine.load_state(load_from)
     found: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "skipped": []}
