@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any
 
 import torch
@@ -67,10 +66,7 @@ class DDPBackend(PlainBackend):
 
         Raises: UserError where parameters took no part, which DDP would only find out at the next forward.
         """
-        with warnings.catch_warnings():
-            # Every gradient passes through `_average`, in Python, whatever the layout of its bucket.
-            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            super().backward(loss, factor, **kwargs)
+        super().backward(loss, factor, **kwargs)
         if not self.config.strategy.find_unused_parameters:
             for model in self.models:
                 wrapper = self._wrapper(model)
