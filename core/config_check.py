@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distui.core.backend_check import check_backend
 from distui.core.batch import solve_batch
 from distui.core.config import Config
 from distui.core.errors import ConfigError, Problem
-from distui.core.settings import nearest
 
 if TYPE_CHECKING:
     from distui.core.hardware import Hardware
-
-PLANNED_BACKENDS = ("ddp", "fsdp2", "deepspeed")
-"""Names that later versions register; until then they are refused as not available, not as unknown."""
 
 BF16_CAPABILITY = (8, 0)
 
@@ -36,7 +32,7 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
     """
     if world_size is None and isinstance(config.cluster.nproc, int):
         world_size = config.cluster.nproc * config.cluster.nodes
-    problems = [*_unavailable(config), *_cluster(config), *_folders(config), *_offload(config)]
+    problems = [*_unavailable(config), *check_backend(config), *_cluster(config), *_folders(config), *_offload(config)]
     if hardware is not None:
         problems += _devices(config, hardware)
     if world_size is not None:
@@ -64,24 +60,6 @@ def _unavailable(config: Config) -> Iterator[Problem]:
         yield _not_available("compression.gradients", f"gradients={form}", "none")
     if restarts := config.cluster.max_restarts:
         yield _not_available("cluster.max_restarts", f"max_restarts={restarts}", "0")
-    yield from _backend(config.strategy.backend)
-
-
-def _backend(name: str) -> Iterator[Problem]:
-    registered = sorted(entry.name for entry in entry_points(group="distui.backends"))
-    if name in registered:
-        return
-    listed = ", ".join(registered) or "none"
-    if name in PLANNED_BACKENDS:
-        yield _not_available("strategy.backend", f"backend={name}", listed)
-        return
-    near = nearest(name, registered)
-    yield Problem(
-        "strategy.backend",
-        f"no backend is called {name!r}",
-        f"registered in the entry points distui.backends: {listed}",
-        f"write {near}" if near else "name one of these, or install the package that registers it",
-    )
 
 
 def _cluster(config: Config) -> Iterator[Problem]:

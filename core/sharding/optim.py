@@ -8,7 +8,7 @@ on working, and the optimizer's states are sharded because its parameters are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distui.core.backends.optimizer import PreparedOptimizer, prefer_fused
 from distui.core.errors import UserError
 from distui.core.sharding.elementwise import why_not_elementwise
 from distui.core.sharding.schedule import Schedule
 from distui.core.sharding.transport import Transport
 from distui.core.sharding.unit import Unit
-
-_FUSED = {"Adam", "AdamW", "SGD", "Adagrad"}
 
 
 @dataclass(slots=True)
@@ -37,111 +36,35 @@ class FlatRun:
     param: nn.Parameter
 
 
-class ShardedOptimizer(torch.optim.Optimizer):
+class ShardedOptimizer(PreparedOptimizer):
     """What `engine.prepare(optimizer)` returns: steps the flat shards, then brings the weights to all ranks."""
 
     def __init__(
         self, inner: torch.optim.Optimizer, schedule: Schedule, units: list[Unit], transport: Transport | None
     ) -> None:
-        # Not Optimizer.__init__: parameters, groups and states are the inner optimizer's.
-        self.inner = inner
+        super().__init__(inner)
         self._schedule, self._units, self._transport = schedule, units, transport
-        self.step_was_skipped = False
-        self.grad_factor = 1.0
-        """Multiplied into the gradients at the next step: clipping and loss scaling, each without a pass of its own."""
-        self.step_allowed: Callable[[], bool] = lambda: True
-        """False while gradients accumulate: `step` and `zero_grad` then do nothing."""
-        self.before_step: Callable[[ShardedOptimizer], None] = lambda _: None
-        self.after_step: Callable[[ShardedOptimizer], None] = lambda _: None
-        self.skip_next = False
-        """Set before a step that must not happen (fp16 overflow, on all ranks alike)."""
-        self.unscaled = False
-        """Whether the loss scale is in `grad_factor` already."""
         self.runs: list[list[FlatRun]] = []
         self._place = {id(param): (unit, index) for unit in units for index, param in enumerate(unit.params)}
         self._rebind()
 
-    # ---- the torch interface -------------------------------------------------------------------------------------
+    # ---- what the engine asks for --------------------------------------------------------------------------------
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's groups; `params` are flat shards."""
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The inner optimizer's states, by flat shard."""
-        return self.inner.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.inner.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The inner optimizer's default hyper-parameters."""
-        return self.inner.defaults
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return this rank's part of the states, for the same number of ranks; `save_state` writes what reshards."""
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` of this rank returned."""
-        self.inner.load_state_dict(state_dict)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: units are laid out when the model is prepared."""
-        raise UserError(
-            "a parameter group cannot be added after prepare",
-            "the flat buffers are laid out already",
-            "add every group before engine.prepare(model, optimizer)",
-        )
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients (no memory is written); nothing while they accumulate."""
-        if self.step_allowed():
-            self._schedule.discard_gradients()
-            self.grad_factor = 1.0
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Step the shards, then start to bring the weights to all ranks. Collective: all ranks.
-
-        Nothing while gradients accumulate. Sets `step_was_skipped` where an overflow forbade the step.
-        """
-        if closure is not None:
-            raise UserError(
-                "optimizer.step(closure) is not supported",
-                "a closure runs the model again inside the step",
-                "call engine.backward(loss) and then optimizer.step()",
-            )
-        if not self.step_allowed():
-            return
+    def finish_gradients(self) -> None:
+        """Return when the gradients of the step are reduced. Collective."""
         self._schedule.finish_gradients()
-        self.before_step(self)
-        factor, self.grad_factor = self.grad_factor, 1.0
-        self.step_was_skipped, self.skip_next = self.skip_next, False
-        if not self.step_was_skipped:
-            # What is still being gathered reads the shards that the step writes.
-            self._schedule.finish_gathers()
-            self._set_gradients(factor)
-            self.inner.step()
-            self._schedule.publish()
-        self.after_step(self)
 
-    def train(self) -> None:
-        """Put the inner optimizer into training mode, where it has one (schedule-free optimizers)."""
-        if callable(getattr(self.inner, "train", None)):
-            self.inner.train()  # type: ignore[attr-defined]
+    def discard_gradients(self, set_to_none: bool) -> None:
+        """Forget the gradients (no memory is written)."""
+        self._schedule.discard_gradients()
 
-    def eval(self) -> None:
-        """Put the inner optimizer into evaluation mode, where it has one."""
-        if callable(getattr(self.inner, "eval", None)):
-            self.inner.eval()  # type: ignore[attr-defined]
+    def apply(self, factor: float) -> None:
+        """Step the shards, then start to bring the weights to all ranks. Collective: all ranks."""
+        # What is still being gathered reads the shards that the step writes.
+        self._schedule.finish_gathers()
+        self._set_gradients(factor)
+        self.inner.step()
+        self._schedule.publish()
 
     # ---- shards --------------------------------------------------------------------------------------------------
 
@@ -158,7 +81,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         groups_params = [list(group["params"]) for group in self.inner.param_groups]
         self.inner.state.clear()
         for group, params in zip(self.inner.param_groups, groups_params, strict=True):
-            self._prefer_fused(group)
+            prefer_fused(group)
             by_unit: dict[int, list[int]] = {}
             unit_of = {}
             for param in params:
@@ -197,12 +120,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         span = unit.layout.spans[index]
         param = nn.Parameter(unit.master[span.offset : span.end].view(span.shape))
         return FlatRun(unit, (index,), span.offset, span.end, param)
-
-    @staticmethod
-    def _prefer_fused(group: dict[str, Any]) -> None:
-        # torch's fused kernels read and write each state once; the default loops over several passes.
-        if group.get("fused", False) is None and group.get("foreach") is None:
-            group["fused"] = not (group.get("differentiable") or group.get("capturable"))
 
     def _carry_states(self, states: dict[Any, Any], params: list[Any], runs: list[FlatRun]) -> None:
         """Take over states that the optimizer had already (a resumed script)."""
