@@ -7,14 +7,14 @@ power, so that small values keep a relative precision of their own:
 
     m = scale * sign(c) * (c / 127)^2,  c in -127..127        v = scale * (c / 255)^4,  c in 0..255
 
-Codes are rounded up or down at random with the chances that make the mean right. Rounding to the nearest would freeze v:
-at beta2 = 0.999 a step changes it by a tenth of a percent, a code by some percent. The chance comes from a hash of step
-and element, so a run can be repeated and needs no generator's state. A v that is not 0 never becomes 0.
+Codes are rounded up or down at random with the chances that make the mean right. Rounding to the nearest would freeze
+v: at beta2 = 0.999 a step changes it by a tenth of a percent, a code by some percent. The chance comes from a hash of
+step and element, so a run can be repeated and needs no generator's state. A v that is not 0 never becomes 0.
 
-Source: Dettmers et al., arXiv 2110.02861 (block-wise 8-bit states); a power in place of their dynamic tree, which needs a
-table and a search. The hash is the finaliser of MurmurHash3.
-Bytes: 16.06 a parameter (read p, g; write p in fp32; both moments 1 byte read and written, scales) against 28, and 2 for
-a 16-bit `out`. State: 2.03 bytes a parameter against 8.
+Source: Dettmers et al., arXiv 2110.02861 (block-wise 8-bit states); a power in place of their dynamic tree, which needs
+a table and a search. The hash is the finaliser of MurmurHash3.
+Bytes: 16.06 a parameter (read p and g, write p, in fp32; read and write both moments, 1 byte each, and the scales)
+against 28, and 2 for a 16-bit `out`. State: 2.03 bytes a parameter against 8.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def quantize_moments(exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: int,
     sq_ratio = (exp_avg_sq / _spread(sq_scales.where(sq_scales > 0, 1.0), numel)).clamp_(max=1.0)
     codes = _codes(ratio, 2, 127.0, (bits & 0xFFFF).float() / 65536.0)
     sq_codes = _codes(sq_ratio, 4, 255.0, (bits >> 16).float() / 65536.0)
-    sq_codes = torch.where(sq_ratio > 0, sq_codes.clamp_(min=1.0), sq_codes)
+    sq_codes = torch.where(sq_ratio > 0, sq_codes.clamp(min=1.0), sq_codes)
     return codes.mul_(exp_avg.sign()).to(torch.int8), scales, sq_codes.to(torch.uint8), sq_scales
 
 

@@ -142,7 +142,7 @@ def cross_entropy_rows_(
 
 
 def _chunk_rows(num_rows: int, num_classes: int, width: int) -> int:
-    """Return how many rows go at once: then a chunk's logits weigh about what all hidden states do (arXiv 2410.10989)."""
+    """Return how many rows go at once: their logits weigh about what all hidden states do."""
     pieces = -(-num_classes // width)
     return 1 << max(0, (-(-num_rows // pieces) - 1).bit_length())
 
@@ -201,14 +201,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, bias, target)
             return every
         # No row that counts: 0 / 0, which is NaN, as in torch.
-        factor = torch.ones_like(every[0]) if reduction == "sum" else 1.0 / (target != ignore_index).sum().to(every.dtype)
+        factor = (
+            torch.ones_like(every[0]) if reduction == "sum" else 1.0 / (target != ignore_index).sum().to(every.dtype)
+        )
         if found is not None:
             ctx.save_for_backward(factor, found.hidden, found.weight, found.bias)
         ctx.formats = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return every.sum() if reduction == "sum" else every.sum() * factor
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         results: list[torch.Tensor | None] = []
@@ -263,7 +265,7 @@ def linear_cross_entropy(
         )
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
     rows = chunk_rows or _chunk_rows(hidden.shape[0], weight.shape[0], weight.shape[1])
-    loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _LinearCrossEntropy.apply(
         hidden, weight, bias, target, ignore_index, reduction, rows, use_triton, needs
     )
     return loss

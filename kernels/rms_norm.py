@@ -199,5 +199,5 @@ def rms_norm(
         use_triton = triton is not None and x.is_cuda and x.shape[-1] <= MAX_COLS and x.dtype != torch.float64
     if not use_triton or not x.numel():
         return rms_norm_reference(x, weight, eps=eps, offset=offset, round_first=round_first)
-    out: torch.Tensor = _RMSNorm.apply(x, weight, eps, offset, round_first)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _RMSNorm.apply(x, weight, eps, offset, round_first)
     return out

@@ -132,14 +132,18 @@ def rotary(
     Raises: ValueError where sizes do not fit.
     """
     if head_dim not in (1, 2) or x.dim() != 4 or x.shape[-1] % 2:
-        raise ValueError(f"x of shape {tuple(x.shape)} with heads at {head_dim}: 4 dimensions, an even last one, 1 or 2")
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} with heads at {head_dim}: 4 dimensions, an even last one, 1 or 2"
+        )
     table = (x.shape[3 - head_dim], x.shape[-1])
     if cos.shape != sin.shape or cos.shape[1:] != table or cos.shape[0] not in (1, x.shape[0]):
-        raise ValueError(f"cos is {tuple(cos.shape)}, sin {tuple(sin.shape)}: [1 or {x.shape[0]}, {table[0]}, {table[1]}]")
+        raise ValueError(
+            f"cos is {tuple(cos.shape)}, sin {tuple(sin.shape)}: [1 or {x.shape[0]}, {table[0]}, {table[1]}]"
+        )
     differentiable_tables = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if use_triton is None:
         use_triton = triton is not None and x.is_cuda and x.dtype != torch.float64
     if not use_triton or differentiable_tables or not x.numel():
         return rotary_reference(x, cos, sin, head_dim)
-    out: torch.Tensor = _Rotary.apply(x, cos, sin, head_dim)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _Rotary.apply(x, cos, sin, head_dim)
     return out

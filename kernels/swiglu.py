@@ -83,7 +83,9 @@ if triton is not None:
 def _pair(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both as [rows, columns] with unit stride in a row: one long row where they are contiguous."""
     num_cols = gate.numel() if gate.is_contiguous() and up.is_contiguous() else gate.shape[-1]
-    first, second = (x if x.stride(1) == 1 else x.contiguous() for x in (gate.reshape(-1, num_cols), up.reshape(-1, num_cols)))
+    first, second = (
+        x if x.stride(1) == 1 else x.contiguous() for x in (gate.reshape(-1, num_cols), up.reshape(-1, num_cols))
+    )
     return first, second
 
 
@@ -135,5 +137,5 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, use_triton: bool | None = No
         use_triton = triton is not None and gate.is_cuda and gate.dtype != torch.float64
     if not use_triton or not gate.numel():
         return swiglu_reference(gate, up)
-    out: torch.Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _SwiGLU.apply(gate, up)
     return out

@@ -171,9 +171,7 @@ def test_linear_cross_entropy_at_its_edges() -> None:
     for use_triton in (False, True):
         # Nothing counts: NaN, as in torch; frozen weights get no gradient.
         assert linear_cross_entropy(hidden, weight, ignored, ignore_index=-1, use_triton=use_triton).isnan()
-        total = linear_cross_entropy(
-            hidden, weight, ignored, ignore_index=-1, reduction="sum", use_triton=use_triton
-        )
+        total = linear_cross_entropy(hidden, weight, ignored, ignore_index=-1, reduction="sum", use_triton=use_triton)
         assert total.item() == 0.0
         assert torch.equal(torch.autograd.grad(total, hidden)[0], torch.zeros_like(hidden))
     outside = torch.tensor([0, 1, 2, 5], device=DEVICE)
@@ -236,9 +234,7 @@ def test_the_8_bit_kernel_steps_as_its_reference(grad_dtype: torch.dtype) -> Non
             out = None if out_dtype is None else torch.zeros(numel, dtype=out_dtype, device=DEVICE)
             for step in (1, 2, 3):
                 grad = _random(numel, seed=step).to(grad_dtype)
-                adamw8bit(
-                    master, grad, moments, out, step=step, grad_factor=0.5, use_triton=use_triton, **HYPER
-                )
+                adamw8bit(master, grad, moments, out, step=step, grad_factor=0.5, use_triton=use_triton, **HYPER)
             found.append((master, moments, out))
         (master, moments, out), (master_t, moments_t, out_t) = found
         # A code may flip where a chance is met to the last bit; the next steps then differ by that.
