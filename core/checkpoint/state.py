@@ -90,7 +90,7 @@ def _optimizer_items(prefix: str, optimizer: ShardedOptimizer, part: Part | None
     items: dict[str, torch.Tensor] = {}
     for runs in optimizer.runs:
         for run in runs:
-            state = optimizer.inner.state.get(run.param, {})
+            state = optimizer.state_of(run)
             for key, value in state.items():
                 if not isinstance(value, torch.Tensor):
                     continue
@@ -227,6 +227,9 @@ def load(engine: Engine, input_dir: str) -> None:
     quieten_dcp()
     dcp.load(items, checkpoint_id=source, no_dist=engine.num_processes == 1)
 
+    for optimizer in engine._optimizers:
+        if isinstance(optimizer, ShardedOptimizer) and optimizer.flat is not None:
+            optimizer.flat.narrow()
     for sharded in models:
         for unit in sharded.units:
             if unit.trainable:
@@ -245,6 +248,8 @@ def load(engine: Engine, input_dir: str) -> None:
 
 def _allocate_states(prefix: str, optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:
     """Make room for the states that the checkpoint has and the optimizer, not having stepped, lacks."""
+    if optimizer.flat is not None:
+        optimizer.flat.forget()
     for runs in optimizer.runs:
         for run in runs:
             state = optimizer.inner.state[run.param]
