@@ -19,8 +19,6 @@ against 28, and 2 for a 16-bit `out`. State: 2.03 bytes a parameter against 8.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 try:
@@ -141,28 +139,28 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["seed"])
     def _adamw8bit_kernel(
-        master_ptr: Any,
-        grad_ptr: Any,
-        codes_ptr: Any,
-        scales_ptr: Any,
-        sq_codes_ptr: Any,
-        sq_scales_ptr: Any,
-        out_ptr: Any,
-        numel: Any,
-        num_blocks: Any,
-        seed: Any,
-        step_size: Any,
-        decay: Any,
-        one_minus_beta1: Any,
-        beta2: Any,
-        one_minus_beta2: Any,
-        inverse_bias2_sqrt: Any,
-        eps: Any,
-        grad_factor: Any,
+        master_ptr,
+        grad_ptr,
+        codes_ptr,
+        scales_ptr,
+        sq_codes_ptr,
+        sq_scales_ptr,
+        out_ptr,
+        numel,
+        num_blocks,
+        seed,
+        step_size,
+        decay,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        inverse_bias2_sqrt,
+        eps,
+        grad_factor,
         HAS_OUT: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK_SIZE: tl.constexpr,
-    ) -> None:
+    ):
         rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         offsets = rows[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
         mask = offsets < numel

@@ -11,8 +11,6 @@ Bytes: one read of the buffer.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 try:
@@ -33,7 +31,7 @@ def l2_norm_reference(x: torch.Tensor) -> torch.Tensor:
 if triton is not None:
 
     @triton.jit
-    def _partial_kernel(x_ptr: Any, partial_ptr: Any, numel: Any, num_programs: Any, BLOCK_SIZE: tl.constexpr) -> None:
+    def _partial_kernel(x_ptr, partial_ptr, numel, num_programs, BLOCK_SIZE: tl.constexpr):
         program = tl.program_id(0).to(tl.int64)
         total = tl.zeros([BLOCK_SIZE], dtype=tl.float32)
         for start in range(program * BLOCK_SIZE, numel, num_programs * BLOCK_SIZE):
@@ -43,7 +41,7 @@ if triton is not None:
         tl.store(partial_ptr + program, tl.sum(total, axis=0))
 
     @triton.jit
-    def _finish_kernel(partial_ptr: Any, out_ptr: Any, count: Any, BLOCK_SIZE: tl.constexpr) -> None:
+    def _finish_kernel(partial_ptr, out_ptr, count, BLOCK_SIZE: tl.constexpr):
         offsets = tl.arange(0, BLOCK_SIZE)
         partial = tl.load(partial_ptr + offsets, mask=offsets < count, other=0.0)
         tl.store(out_ptr, tl.sqrt(tl.sum(partial, axis=0)))

@@ -66,16 +66,16 @@ if triton is not None:
 
     @triton.jit
     def _rows_kernel(
-        logits_ptr: Any,
-        target_ptr: Any,
-        loss_ptr: Any,
-        factor_ptr: Any,
-        num_classes: Any,
-        ignore_index: Any,
+        logits_ptr,
+        target_ptr,
+        loss_ptr,
+        factor_ptr,
+        num_classes,
+        ignore_index,
         HAS_FACTOR: tl.constexpr,
         WRITE_GRAD: tl.constexpr,
         BLOCK_SIZE: tl.constexpr,
-    ) -> None:
+    ):
         row = tl.program_id(0).to(tl.int64)
         start_ptr = logits_ptr + row * num_classes
         target = tl.load(target_ptr + row)

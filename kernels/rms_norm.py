@@ -47,17 +47,17 @@ if triton is not None:
 
     @triton.jit
     def _forward_kernel(
-        x_ptr: Any,
-        weight_ptr: Any,
-        out_ptr: Any,
-        rstd_ptr: Any,
-        num_cols: Any,
-        eps: Any,
-        offset: Any,
+        x_ptr,
+        weight_ptr,
+        out_ptr,
+        rstd_ptr,
+        num_cols,
+        eps,
+        offset,
         HAS_WEIGHT: tl.constexpr,
         ROUND_FIRST: tl.constexpr,
         BLOCK_SIZE: tl.constexpr,
-    ) -> None:
+    ):
         row = tl.program_id(0).to(tl.int64)
         cols = tl.arange(0, BLOCK_SIZE)
         mask = cols < num_cols
@@ -73,19 +73,19 @@ if triton is not None:
 
     @triton.jit
     def _backward_kernel(
-        grad_ptr: Any,
-        x_ptr: Any,
-        weight_ptr: Any,
-        rstd_ptr: Any,
-        grad_x_ptr: Any,
-        partial_ptr: Any,
-        num_rows: Any,
-        num_cols: Any,
-        offset: Any,
-        num_programs: Any,
+        grad_ptr,
+        x_ptr,
+        weight_ptr,
+        rstd_ptr,
+        grad_x_ptr,
+        partial_ptr,
+        num_rows,
+        num_cols,
+        offset,
+        num_programs,
         HAS_WEIGHT: tl.constexpr,
         BLOCK_SIZE: tl.constexpr,
-    ) -> None:
+    ):
         program = tl.program_id(0).to(tl.int64)
         cols = tl.arange(0, BLOCK_SIZE)
         mask = cols < num_cols

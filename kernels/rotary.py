@@ -34,24 +34,24 @@ if triton is not None:
 
     @triton.jit
     def _rotary_kernel(
-        x_ptr: Any,
-        cos_ptr: Any,
-        sin_ptr: Any,
-        out_ptr: Any,
-        x_batch: Any,
-        x_head: Any,
-        x_position: Any,
-        out_batch: Any,
-        out_head: Any,
-        out_position: Any,
-        table_batch: Any,
-        num_positions: Any,
-        num_heads: Any,
-        half: Any,
+        x_ptr,
+        cos_ptr,
+        sin_ptr,
+        out_ptr,
+        x_batch,
+        x_head,
+        x_position,
+        out_batch,
+        out_head,
+        out_position,
+        table_batch,
+        num_positions,
+        num_heads,
+        half,
         BACKWARD: tl.constexpr,
         BLOCK_HEADS: tl.constexpr,
         BLOCK_HALF: tl.constexpr,
-    ) -> None:
+    ):
         program = tl.program_id(0).to(tl.int64)
         batch, position = program // num_positions, program % num_positions
         heads, dims = tl.arange(0, BLOCK_HEADS), tl.arange(0, BLOCK_HALF)

@@ -34,15 +34,15 @@ if triton is not None:
 
     @triton.jit
     def _forward_kernel(
-        gate_ptr: Any,
-        up_ptr: Any,
-        out_ptr: Any,
-        gate_stride: Any,
-        up_stride: Any,
-        num_cols: Any,
-        blocks_a_row: Any,
+        gate_ptr,
+        up_ptr,
+        out_ptr,
+        gate_stride,
+        up_stride,
+        num_cols,
+        blocks_a_row,
         BLOCK_SIZE: tl.constexpr,
-    ) -> None:
+    ):
         program = tl.program_id(0).to(tl.int64)
         row = program // blocks_a_row
         cols = (program % blocks_a_row) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -54,17 +54,17 @@ if triton is not None:
 
     @triton.jit
     def _backward_kernel(
-        grad_ptr: Any,
-        gate_ptr: Any,
-        up_ptr: Any,
-        grad_gate_ptr: Any,
-        grad_up_ptr: Any,
-        gate_stride: Any,
-        up_stride: Any,
-        num_cols: Any,
-        blocks_a_row: Any,
+        grad_ptr,
+        gate_ptr,
+        up_ptr,
+        grad_gate_ptr,
+        grad_up_ptr,
+        gate_stride,
+        up_stride,
+        num_cols,
+        blocks_a_row,
         BLOCK_SIZE: tl.constexpr,
-    ) -> None:
+    ):
         program = tl.program_id(0).to(tl.int64)
         row = program // blocks_a_row
         cols = (program % blocks_a_row) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
