@@ -45,15 +45,15 @@ LOW = ("x_ptr", "weight_ptr", "out_ptr", "grad_ptr", "grad_x_ptr", "gate_ptr", "
 FLOATS = ("step_size", "decay", "one_minus_beta1", "one_minus_beta2", "beta1", "beta2", "inverse_bias2_sqrt", "eps",
           "grad_factor", "offset")
 KERNELS = [
-    ("l2_norm", "_partial_kernel", dict(BLOCK_SIZE=4096)),
-    ("l2_norm", "_finish_kernel", dict(BLOCK_SIZE=1024)),
-    ("rms_norm", "_forward_kernel", dict(HAS_WEIGHT=True, ROUND_FIRST=True, BLOCK_SIZE=1024)),
-    ("rms_norm", "_backward_kernel", dict(HAS_WEIGHT=True, BLOCK_SIZE=1024)),
-    ("swiglu", "_forward_kernel", dict(BLOCK_SIZE=1024)),
-    ("swiglu", "_backward_kernel", dict(BLOCK_SIZE=1024)),
+    ("l2_norm", "_partial_kernel", dict(BLOCK_SIZE=128)),
+    ("l2_norm", "_finish_kernel", dict(BLOCK_SIZE=128)),
+    ("rms_norm", "_forward_kernel", dict(HAS_WEIGHT=True, ROUND_FIRST=True, BLOCK_SIZE=128)),
+    ("rms_norm", "_backward_kernel", dict(HAS_WEIGHT=True, BLOCK_SIZE=128)),
+    ("swiglu", "_forward_kernel", dict(BLOCK_SIZE=128)),
+    ("swiglu", "_backward_kernel", dict(BLOCK_SIZE=128)),
     ("rotary", "_rotary_kernel", dict(BACKWARD=True, BLOCK_HEADS=8, BLOCK_HALF=64)),
-    ("linear_cross_entropy", "_rows_kernel", dict(HAS_FACTOR=True, WRITE_GRAD=True, BLOCK_SIZE=1024)),
-    ("fused_adamw", "_fused_adamw_kernel", dict(HAS_OUT=True, BLOCK_SIZE=1024)),
+    ("linear_cross_entropy", "_rows_kernel", dict(HAS_FACTOR=True, WRITE_GRAD=True, BLOCK_SIZE=128)),
+    ("fused_adamw", "_fused_adamw_kernel", dict(HAS_OUT=True, BLOCK_SIZE=128)),
     ("adamw8bit", "_adamw8bit_kernel", dict(HAS_OUT=True, ROWS=4, BLOCK_SIZE=256)),
 ]
 
