@@ -19,9 +19,11 @@ from torch import nn
 from distui.core.backends.optimizer import PreparedOptimizer, prefer_fused
 from distui.core.errors import UserError
 from distui.core.sharding.elementwise import why_not_elementwise
+from distui.core.sharding.flat_adam import FlatAdam, why_not_flat
 from distui.core.sharding.schedule import Schedule
 from distui.core.sharding.transport import Transport
 from distui.core.sharding.unit import Unit
+from distui.kernels.l2_norm import l2_norm
 
 
 @dataclass(slots=True)
@@ -40,13 +42,20 @@ class ShardedOptimizer(PreparedOptimizer):
     """What `engine.prepare(optimizer)` returns: steps the flat shards, then brings the weights to all ranks."""
 
     def __init__(
-        self, inner: torch.optim.Optimizer, schedule: Schedule, units: list[Unit], transport: Transport | None
+        self,
+        inner: torch.optim.Optimizer,
+        schedule: Schedule,
+        units: list[Unit],
+        transport: Transport | None,
+        state_bits: int = 32,
     ) -> None:
         super().__init__(inner)
         self._schedule, self._units, self._transport = schedule, units, transport
         self.runs: list[list[FlatRun]] = []
         self._place = {id(param): (unit, index) for unit in units for index, param in enumerate(unit.params)}
         self._rebind()
+        self.flat = self._flat(state_bits)
+        """Steps in the place of the inner optimizer, where a kernel does."""
 
     # ---- what the engine asks for --------------------------------------------------------------------------------
 
@@ -62,9 +71,22 @@ class ShardedOptimizer(PreparedOptimizer):
         """Step the shards, then start to bring the weights to all ranks. Collective: all ranks."""
         # What is still being gathered reads the shards that the step writes.
         self._schedule.finish_gathers()
-        self._set_gradients(factor)
-        self.inner.step()
+        if self.flat is not None:
+            self.flat.step(factor)
+        else:
+            self._set_gradients(factor)
+            self.inner.step()
         self._schedule.publish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's part of the states, for the same number of ranks; `save_state` writes what reshards."""
+        return self.inner.state_dict() if self.flat is None else self.flat.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` of this rank returned."""
+        self.inner.load_state_dict(state_dict)
+        if self.flat is not None:
+            self.flat.narrow()
 
     # ---- shards --------------------------------------------------------------------------------------------------
 
@@ -114,6 +136,31 @@ class ShardedOptimizer(PreparedOptimizer):
             self.runs.append(runs)
             group["params"] = [run.param for run in runs]
             self._carry_states(states, params, runs)
+
+    def _flat(self, state_bits: int) -> FlatAdam | None:
+        if state_bits == 8:
+            if reason := why_not_flat(self.inner):
+                raise UserError(
+                    f"optimizer.state_bits=8 does not work with {type(self.inner).__name__} as it is set",
+                    reason,
+                    "set optimizer.state_bits to 32, or use torch.optim.AdamW without these options",
+                )
+            wide = next((run.param for runs in self.runs for run in runs if run.param.dtype != torch.float32), None)
+            if wide is not None:
+                raise UserError(
+                    f"optimizer.state_bits=8 does not work with parameters in {wide.dtype}",
+                    f"{wide.numel()} of them have no fp32 master",
+                    "build the model in float32 or a 16-bit format, or set optimizer.state_bits to 32",
+                )
+            return FlatAdam(self.inner, self.runs, 8)
+        return FlatAdam(self.inner, self.runs, 32) if FlatAdam.serves(self.inner, self.runs) else None
+
+    def state_of(self, run: FlatRun) -> dict[str, Any]:
+        """Return a run's state as torch's optimizer has it, to be saved or, if it is not in 8 bits, loaded into."""
+        if self.flat is not None:
+            return self.flat.full_state(run)
+        state: dict[str, Any] = self.inner.state.get(run.param, {})
+        return state
 
     @staticmethod
     def _whole(unit: Unit, index: int) -> FlatRun:
@@ -179,7 +226,10 @@ class ShardedOptimizer(PreparedOptimizer):
             else:
                 wanted = units_and_indices.get(id(unit), set())
                 pieces = [unit.grad_shard[start:end] for start, end in unit.layout.runs(wanted, unit.rank)]
-            parts += [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float32) for piece in pieces]
+            if norm_type == 2.0:
+                parts += [l2_norm(piece) for piece in pieces]
+            else:
+                parts += [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float32) for piece in pieces]
         device = self._units[0].device if self._units else torch.device("cpu")
         norms = torch.stack(parts) if parts else torch.zeros(1, device=device)
         if math.isinf(norm_type):

@@ -113,9 +113,9 @@ class ShardedModel:
 
         return check
 
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, state_bits: int = 32) -> ShardedOptimizer:
         """Rebind `optimizer` to this model's flat shards."""
-        prepared = ShardedOptimizer(optimizer, self.schedule, self.units, self.transport)
+        prepared = ShardedOptimizer(optimizer, self.schedule, self.units, self.transport, state_bits)
         self.optimizers.append(prepared)
         return prepared
 
