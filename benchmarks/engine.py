@@ -29,7 +29,9 @@ MODELS = {
     "deep": {"num_layers": 48, "dim": 128, "num_heads": 4, "batch": 4, "seq": 64},
 }
 DEFAULT = ["bare", "ddp", "native0", "native1", "native2", "native3", "zero_redundancy", "fsdp2_keep", "fsdp2_reshard"]
-ALL = [*DEFAULT, "deepspeed1", "deepspeed2", "deepspeed3", "accelerate_fsdp2"]
+BACKENDS = ["engine_native0", "engine_native3", "engine_ddp0", "engine_fsdp2_2", "engine_fsdp2_3", "engine_deepspeed2"]
+"""`distui.Engine` and the documented loop on each backend: what the engine adds to what stands under it."""
+ALL = [*DEFAULT, "deepspeed1", "deepspeed2", "deepspeed3", "accelerate_fsdp2", *BACKENDS]
 VOCAB = 256
 
 
@@ -136,6 +138,23 @@ def make_step(variant: str, model: Any, dtype: str) -> Any:
             return loss
 
         return native
+    if variant.startswith("engine_"):
+        import distui
+
+        backend = variant.removeprefix("engine_")[:-1].rstrip("_")
+        strategy = {"backend": backend, "zero_stage": int(variant[-1])}
+        trainer = distui.Engine(strategy=strategy, precision={"dtype": dtype})
+        net, stepping = trainer.prepare(model, adamw(model.parameters()))
+
+        def engine_step(ids: Any) -> Any:
+            with trainer.accumulate(net):
+                loss = loss_of(net, ids)
+                trainer.backward(loss)
+                stepping.step()
+                stepping.zero_grad()
+            return loss
+
+        return engine_step
     if variant.startswith("fsdp2"):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

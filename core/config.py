@@ -46,9 +46,14 @@ class ClusterSection(Section):
 class StrategySection(Section):
     """Who holds which model state, and who computes what."""
 
-    backend: str = _field("native", "engine under the script: native, or a name that a plug-in registers")
+    backend: str = _field(
+        "native", "engine under the script: native, ddp, fsdp2, deepspeed, or a name that a plug-in registers"
+    )
     zero_stage: Literal[0, 1, 2, 3] = _field(
         0, "what is sharded over the data-parallel ranks: 1 optimizer states, 2 gradients too, 3 parameters too"
+    )
+    find_unused_parameters: bool = _field(
+        False, "ddp: look in each forward for parameters that take no part in it; the other backends need no word"
     )
     tensor_parallel: PositiveInt = _field(1, "ranks that share each matrix multiplication")
     pipeline_parallel: PositiveInt = _field(1, "stages that the layers are cut into")
@@ -103,6 +108,9 @@ class OptimizerSection(Section):
     )
     max_grad_norm: NonNegativeFloat = _field(
         0.0, "clip gradients to this norm where the script does not clip; 0 leaves them"
+    )
+    state_bits: Literal[8, 32] = _field(
+        32, "format of Adam's two moments; 8 keeps them block by block in a quarter of the memory", "bits"
     )
 
 
@@ -160,7 +168,8 @@ class Config(Section):
 
     def summary(self) -> str:
         """Return the strategy in a few words, such as `ZeRO-2, bf16, offload cpu`."""
-        words = [f"ZeRO-{self.strategy.zero_stage}" if self.strategy.backend == "native" else self.strategy.backend]
+        backend, stage = self.strategy.backend, self.strategy.zero_stage
+        words = [f"ZeRO-{stage}" if backend == "native" else f"{backend} ZeRO-{stage}" if stage else backend]
         words.append(self.precision.dtype)
         for axis, word in (("tensor", "TP"), ("pipeline", "PP"), ("context", "CP"), ("expert", "EP")):
             if (size := getattr(self.strategy, f"{axis}_parallel")) > 1:

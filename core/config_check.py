@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distui.core.backend_check import check_backend
 from distui.core.batch import solve_batch
 from distui.core.config import Config
 from distui.core.errors import ConfigError, Problem
-from distui.core.settings import nearest
 
 if TYPE_CHECKING:
     from distui.core.hardware import Hardware
-
-PLANNED_BACKENDS = ("ddp", "fsdp2", "deepspeed")
-"""Names that later versions register; until then they are refused as not available, not as unknown."""
 
 BF16_CAPABILITY = (8, 0)
 
@@ -36,7 +32,8 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
     """
     if world_size is None and isinstance(config.cluster.nproc, int):
         world_size = config.cluster.nproc * config.cluster.nodes
-    problems = [*_unavailable(config), *_cluster(config), *_folders(config), *offload_problems(config)]
+    problems = [*_unavailable(config), *check_backend(config), *_cluster(config), *_folders(config)]
+    problems += [*offload_problems(config), *_states(config)]
     if hardware is not None:
         problems += _devices(config, hardware)
     if world_size is not None:
@@ -61,24 +58,6 @@ def _unavailable(config: Config) -> Iterator[Problem]:
         yield _not_available("compression.gradients", f"gradients={form}", "none")
     if restarts := config.cluster.max_restarts:
         yield _not_available("cluster.max_restarts", f"max_restarts={restarts}", "0")
-    yield from _backend(config.strategy.backend)
-
-
-def _backend(name: str) -> Iterator[Problem]:
-    registered = sorted(entry.name for entry in entry_points(group="distui.backends"))
-    if name in registered:
-        return
-    listed = ", ".join(registered) or "none"
-    if name in PLANNED_BACKENDS:
-        yield _not_available("strategy.backend", f"backend={name}", listed)
-        return
-    near = nearest(name, registered)
-    yield Problem(
-        "strategy.backend",
-        f"no backend is called {name!r}",
-        f"registered in the entry points distui.backends: {listed}",
-        f"write {near}" if near else "name one of these, or install the package that registers it",
-    )
 
 
 def _cluster(config: Config) -> Iterator[Problem]:
@@ -133,6 +112,41 @@ def offload_problems(config: Config) -> Iterator[Problem]:
             )
         else:
             yield from _writable("offload.nvme_path", offload.nvme_path)
+
+
+def _states(config: Config) -> Iterator[Problem]:
+    optimizer = config.optimizer
+    if optimizer.state_bits == 32:
+        return
+    if optimizer.name not in ("adamw", "adam"):
+        yield Problem(
+            "optimizer.state_bits",
+            f"state_bits={optimizer.state_bits} with name={optimizer.name}",
+            "only the two moments of Adam and AdamW are kept in 8 bits",
+            "set optimizer.state_bits to 32, or optimizer.name to adamw",
+        )
+    if config.offload.optimizer != "none" or config.offload.params != "none":
+        yield Problem(
+            "optimizer.state_bits",
+            f"state_bits={optimizer.state_bits} with offload",
+            f"offload.optimizer={config.offload.optimizer}, offload.params={config.offload.params}: offloaded states are "
+            "stepped in 32 bits",
+            "set optimizer.state_bits to 32, or both homes to none",
+        )
+    if config.strategy.backend != "native":
+        yield Problem(
+            "optimizer.state_bits",
+            f"state_bits={optimizer.state_bits} with backend={config.strategy.backend}",
+            "8-bit states are the native engine's",
+            "set strategy.backend to native, or optimizer.state_bits to 32",
+        )
+    if config.offload.optimizer != "none":
+        yield Problem(
+            "optimizer.state_bits",
+            f"state_bits={optimizer.state_bits} with offload.optimizer={config.offload.optimizer}",
+            "states that leave the device are fp32: the host's fused Adam steps them",
+            "set optimizer.state_bits to 32, or offload.optimizer to none",
+        )
 
 
 def _folders(config: Config) -> Iterator[Problem]:

@@ -27,6 +27,7 @@ from torch import nn
 from distui.core import ops
 from distui.core.activation_checkpointing import apply_activation_checkpointing
 from distui.core.backends.base import Backend
+from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.backends.registry import load_backend
 from distui.core.batch import solve_batch
 from distui.core.checkpoint import Saver
@@ -36,10 +37,9 @@ from distui.core.data.loader import PreparedLoader, prepare_loader, skip_first_b
 from distui.core.flops import FlopMeter, device_peak_flops
 from distui.core.job import job_config, job_telemetry
 from distui.core.paths import current_run
-from distui.core.precision import DTYPES, LossScaler, apply_border_casts
+from distui.core.precision import DTYPES
 from distui.core.process import ProcessState
 from distui.core.scheduler import PreparedScheduler
-from distui.core.sharding.optim import ShardedOptimizer
 from distui.core.states import States
 from distui.core.step_clock import StepClock
 
@@ -73,15 +73,13 @@ class Engine(States, ProcessState):
             writes=self.is_main_process,
         )
         self.clock = StepClock(self.telemetry, self.backend.take_exposed_s, flops)
-        fp16 = self.config.precision.dtype == "fp16"
-        precision = self.config.precision
-        self.scaler = LossScaler(precision.initial_loss_scale, precision.loss_scale_window) if fp16 else None
+        self.scaler = self.backend.loss_scaler()
         self.sync_gradients = True
         """Whether the current micro-batch is the last before the optimizer steps."""
         self._micro_step = 0
         self._norm_of_step: torch.Tensor | None = None
         self._models: list[nn.Module] = []
-        self._optimizers: list[torch.optim.Optimizer] = []
+        self._optimizers: list[PreparedOptimizer] = []
         self._schedulers: list[PreparedScheduler] = []
         self._loaders: list[PreparedLoader] = []
         run = current_run()
@@ -117,23 +115,19 @@ class Engine(States, ProcessState):
         model.to(self.device)
         apply_activation_checkpointing(model, self.config.activation_checkpointing.mode)
         prepared = self.backend.prepare_model(model)
-        dtype = self.config.precision.dtype
-        if dtype != "fp32":
-            apply_border_casts(prepared, DTYPES[dtype])
         self.clock.watch(prepared)
         self._models.append(prepared)
-        self._say_started(dtype)
+        self._say_started(self.config.precision.dtype)
         return prepared
 
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> PreparedOptimizer:
         """Make `optimizer` step this rank's shards. Collective."""
-        if any(optimizer is known for known in self._optimizers):
+        if isinstance(optimizer, PreparedOptimizer):
             return optimizer
         prepared = self.backend.prepare_optimizer(optimizer)
-        if isinstance(prepared, ShardedOptimizer):
-            prepared.step_allowed = lambda: self.sync_gradients
-            prepared.before_step = self._before_step
-            prepared.after_step = self._after_step
+        prepared.step_allowed = lambda: self.sync_gradients
+        prepared.before_step = self._before_step
+        prepared.after_step = self._after_step
         self._optimizers.append(prepared)
         return prepared
 
@@ -210,7 +204,7 @@ class Engine(States, ProcessState):
         if self.scaler is not None:
             factor *= self.scaler.scale
         with self.clock.flops.backward(bool(kwargs.get("create_graph"))):
-            (loss * factor if factor != 1.0 else loss).backward(**kwargs)
+            self.backend.backward(loss, factor, **kwargs)
         self.backend.end_backward()
         self.clock.backward(begin, loss)
         self.telemetry.phase("idle")
@@ -238,18 +232,17 @@ class Engine(States, ProcessState):
         if self.sync_gradients:
             self._unscale()
             for optimizer in self._optimizers:
-                if isinstance(optimizer, ShardedOptimizer):
-                    optimizer.clamp_gradients(clip_value)
+                optimizer.clamp_gradients(clip_value)
 
     def _unscale(self) -> None:
         if self.scaler is None:
             return
         for optimizer in self._optimizers:
-            if isinstance(optimizer, ShardedOptimizer) and not optimizer.unscaled:
+            if not optimizer.unscaled:
                 optimizer.grad_factor /= self.scaler.scale
                 optimizer.unscaled = True
 
-    def _before_step(self, optimizer: ShardedOptimizer) -> None:
+    def _before_step(self, optimizer: PreparedOptimizer) -> None:
         self.telemetry.phase("optimizer")
         self._step_begin = time.perf_counter()
         max_norm = self.config.optimizer.max_grad_norm
@@ -260,7 +253,7 @@ class Engine(States, ProcessState):
             norm = self._norm_of_step if self._norm_of_step is not None else optimizer.grad_norm(None, 2.0)
             optimizer.skip_next = not bool(torch.isfinite(norm))
 
-    def _after_step(self, optimizer: ShardedOptimizer) -> None:
+    def _after_step(self, optimizer: PreparedOptimizer) -> None:
         if self.scaler is not None:
             self.scaler.update(overflow=optimizer.step_was_skipped)
         optimizer.unscaled = False
@@ -281,7 +274,7 @@ class Engine(States, ProcessState):
     @property
     def optimizer_step_was_skipped(self) -> bool:
         """Whether the last step was skipped by an overflow (fp16)."""
-        return any(getattr(optimizer, "step_was_skipped", False) for optimizer in self._optimizers)
+        return any(optimizer.step_was_skipped for optimizer in self._optimizers)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in the configured format where operations allow it; does nothing under fp32."""
@@ -313,6 +306,7 @@ class Engine(States, ProcessState):
         """Forget everything that was prepared; returns a None for each object, to rebind the names."""
         for held in (self._models, self._optimizers, self._schedulers, self._loaders):
             held.clear()
+        self.backend.free()
         self.backend = load_backend(self.config, self.backend.group)
         return [None for _ in objects]
 

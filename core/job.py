@@ -11,6 +11,7 @@ from distui.core.config import Config
 from distui.core.errors import ConfigError, Problem
 from distui.core.paths import current_run
 from distui.core.settings import load
+from distui.core.telemetry.plain_steps import stand_back
 from distui.core.telemetry.source import NullSource, TelemetrySource, current, open_source
 
 
@@ -50,6 +51,7 @@ def job_telemetry(rank: int, local_rank: int, world_size: int) -> TelemetrySourc
 
     The launcher's rank process opens it before the script runs, and closes it when the script has ended.
     """
+    stand_back()
     source = current()
     if source is not None and source.active:
         return source

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from distui.core.errors import UserError
+from distui.core.experiment_trackers import SERVICES
 
 
 @runtime_checkable
@@ -194,7 +195,9 @@ class TensorBoardTracker(_Folder):
         self._writer.close()
 
 
-KINDS: dict[str, Callable[..., Tracker]] = {kind.name: kind for kind in (JsonlTracker, CsvTracker, TensorBoardTracker)}
+KINDS: dict[str, Callable[..., Tracker]] = {
+    kind.name: kind for kind in (JsonlTracker, CsvTracker, TensorBoardTracker, *SERVICES)
+}
 
 
 def open_trackers(

@@ -33,7 +33,9 @@ class Tracking:
         log_with: str | Tracker | Iterable[str | Tracker] = "jsonl",
         logging_dir: str | Path | None = None,
     ) -> None:
-        """Start trackers on rank 0: "jsonl", "csv", "tensorboard", or objects that are one.
+        """Start trackers on rank 0: "jsonl", "csv", "tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "trackio".
+
+        Objects that have the methods of a tracker are taken too.
 
         `config` is kept with them; `init_kwargs` holds options by tracker's name. They write under `logging_dir`, which
         is the run's own folder in a launched job, else `trackers/` in the working directory.

@@ -12,13 +12,15 @@ _LAZY = {
     "Engine": "distui.core.engine",
     "DistuiError": "distui.core.errors",
     "UserError": "distui.core.errors",
+    "notebook_launcher": "distui.launcher.notebook",
 }
 
-__all__ = ["DistuiError", "Engine", "UserError", "__version__"]
+__all__ = ["DistuiError", "Engine", "UserError", "__version__", "notebook_launcher"]
 
 if TYPE_CHECKING:
     from distui.core.engine import Engine
     from distui.core.errors import DistuiError, UserError
+    from distui.launcher.notebook import notebook_launcher
 
 
 def __getattr__(name: str) -> Any:

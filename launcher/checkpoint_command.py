@@ -33,9 +33,10 @@ def inspect_checkpoint(folder: Path, as_json: bool) -> None:
     assert isinstance(files, dict) and isinstance(shapes, dict)
     total = sum(fact["bytes"] for fact in files.values())
     click.echo(f"{source}: step {manifest['step']}, whole: {len(files)} files, {num_bytes(total)}, all checksums match")
+    backend = manifest.get("backend", "native")
     click.echo(
-        f"saved by {manifest['world_size']} rank(s) under ZeRO-{manifest['zero_stage']}, {manifest['dtype']}; "
-        "any number of ranks and any stage loads it"
+        f"saved by {manifest['world_size']} rank(s) under {'' if backend == 'native' else f'{backend} '}"
+        f"ZeRO-{manifest['zero_stage']}, {manifest['dtype']}; any number of ranks, any stage and backend loads it"
     )
     num_parameters = 0
     for name, shape in shapes.items():

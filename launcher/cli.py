@@ -20,6 +20,7 @@ COMMANDS = {
     "launch": ("launch_command", "Start a training script on every rank."),
     "monitor": ("monitor_command", "Watch a running or finished run live."),
     "status": ("status_command", "Print one snapshot of a run, for people or as JSON."),
+    "report": ("report_command", "Write a run on one page, or its telemetry as tables."),
     "control": ("control_command", "Act on a running job: checkpoint, stacks, profile, stop."),
     "checkpoint": ("checkpoint_command", "Look into checkpoints, and merge them to safetensors."),
     "config": ("config_command", "Show, check or describe the settings."),

@@ -56,7 +56,7 @@ def launch(request: LaunchRequest) -> int:
         screen = wants_screen(request) and config.telemetry.enabled
         if not screen:
             say_start(run)
-        socket = _daemon(config)
+        socket = start_daemon(config)
         with DaemonKeeper(socket):
             outcome = _follow(config, job, socket, screen)
     finally:
@@ -137,7 +137,7 @@ def wants_screen(request: LaunchRequest) -> bool:
     return not said_no and sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def _daemon(config: Config) -> Path | None:
+def start_daemon(config: Config) -> Path | None:
     """Return the daemon's socket, starting one where none answers; the job goes on without."""
     if not config.telemetry.enabled:
         return None

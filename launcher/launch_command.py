@@ -37,7 +37,7 @@ def overrides_of(assignments: tuple[str, ...], flags: dict[str, str | None]) -> 
 @click.option("--node-rank", metavar="R", help="This node's place among them, from 0.")
 @click.option("--master-addr", metavar="ADDR", help="Address of node 0.")
 @click.option("--master-port", metavar="PORT", help="Port on node 0 where ranks meet.")
-@click.option("--backend", metavar="NAME", help="strategy.backend: native, or a plug-in's name.")
+@click.option("--backend", metavar="NAME", help="strategy.backend: native, ddp, fsdp2, deepspeed, or a plug-in's.")
 @click.option("--zero", metavar="0-3", help="strategy.zero_stage: what is sharded over the ranks.")
 @click.option("--offload", metavar="HOME", help="offload.optimizer: none, cpu or nvme.")
 @click.option("--name", metavar="NAME", help="Name of the run.")

@@ -44,6 +44,7 @@ def main() -> None:
     source = _open_source(run, rank)
     if source is not None:
         source.on_control("stop", lambda command: _stop_job(run))
+        _watch_optimizers(source)
     status, error = _run_script(run, rank, sys.argv[1:])
     if status == 0:
         _leave_group()
@@ -87,6 +88,13 @@ def _open_source(run: RunFolder, rank: int) -> TelemetrySource | None:
     except Exception as error:  # noqa: BLE001  whatever it is, the script must run
         print(f"distui: no telemetry from rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         return None
+
+
+def _watch_optimizers(source: TelemetrySource) -> None:
+    """Send the steps of a script that has no engine."""
+    from distui.core.telemetry.plain_steps import watch_optimizers
+
+    watch_optimizers(source)
 
 
 def _stop_job(run: RunFolder) -> str:

@@ -11,13 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.config import Config
+from distui.core.errors import Problem
+from distui.core.precision import LossScaler
+
+Part = tuple[int, int]
+"""Which of how many equal parts a rank writes of what every rank holds; load has none and takes the whole."""
 
 
 class Backend(ABC):
     """Prepares models and optimizers, and owns what happens between `backward` and `step`.
 
-    One instance serves one `distui.Engine`. Methods marked Collective must be called by all ranks.
+    One instance serves one `distui.Engine`. Methods marked Collective must be called by all ranks. A backend whose
+    models keep plain tensors has most of this in `distui.core.backends.plain.PlainBackend`.
     """
 
     name: str
@@ -26,29 +33,50 @@ class Backend(ABC):
         """`group` is the data-parallel group; None where the script runs as one process."""
         self.config, self.group = config, group
 
-    @abstractmethod
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Make `model` train on this backend. Collective."""
+    @classmethod
+    def check(cls, config: Config, num_ranks: int) -> list[Problem]:
+        """Return what this backend cannot do of `config`; of ours `core.backend_check` tells it sooner."""
+        return []
+
+    # ---- training ------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Make `model` train on this backend in `precision.dtype`, taking any and giving fp32 outputs. Collective.
+
+        The same object should come back: scripts use its attributes and the names of its parameters.
+        """
+
+    @abstractmethod
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> PreparedOptimizer:
         """Make `optimizer` step models that were prepared before it. Collective."""
 
     @abstractmethod
     def set_sync(self, sync: bool) -> None:
-        """Say whether the coming backward is the last before the step."""
+        """Say whether the coming forward and backward are the last before the step."""
 
-    @abstractmethod
-    def before_backward(self) -> None:
+    def loss_scaler(self) -> LossScaler | None:
+        """Return the loss scale of fp16; None under the other formats."""
+        precision = self.config.precision
+        if precision.dtype != "fp16":
+            return None
+        return LossScaler(precision.initial_loss_scale, precision.loss_scale_window)
+
+    def before_backward(self) -> None:  # noqa: B027
         """Get ready for a backward."""
 
-    @abstractmethod
-    def end_backward(self) -> None:
+    def backward(self, loss: torch.Tensor, factor: float, **kwargs: Any) -> None:
+        """Compute the gradients of `loss` times `factor`. Collective."""
+        (loss * factor if factor != 1.0 else loss).backward(**kwargs)
+
+    def end_backward(self) -> None:  # noqa: B027
         """Finish a backward, also for parameters that took no part in it. Collective."""
 
     @abstractmethod
     def clip_grad_norm_(self, params: Iterable[torch.Tensor], max_norm: float, norm_type: float) -> torch.Tensor:
         """Clip by the global norm over all ranks, and return the norm before. Collective."""
+
+    # ---- whole weights -------------------------------------------------------------------------------------------
 
     @abstractmethod
     def full_parameters(self, model: nn.Module, writeback: bool) -> AbstractContextManager[nn.Module]:
@@ -62,10 +90,41 @@ class Backend(ABC):
     def load_full_state_dict(self, model: nn.Module, state: Mapping[str, Any], strict: bool) -> Any:
         """Take the model's whole state. Collective."""
 
-    @abstractmethod
-    def memory_by_category(self) -> dict[str, int]:
-        """Return bytes of this rank by category."""
+    # ---- checkpoints: what a rank holds, by the parameters' names -------------------------------------------------
 
     @abstractmethod
+    def model_items(self, model: nn.Module, part: Part | None) -> dict[str, torch.Tensor]:
+        """Return parameters and buffers by name, in the memory that training uses. Collective.
+
+        Parameters are `FlatShard`s of the fp32 copies, where there are such. With `part` a rank gives only its part of
+        what others hold as well; without, all that it holds.
+        """
+
+    @abstractmethod
+    def optimizer_items(self, optimizer: PreparedOptimizer, part: Part | None) -> dict[str, torch.Tensor]:
+        """Return optimizer states by `<parameter>.<state>`: `FlatShard`s like the parameters', and numbers."""
+
+    @abstractmethod
+    def allocate_states(self, optimizer: PreparedOptimizer, saved: Mapping[str, Any]) -> None:
+        """Make room for the states in `saved` (name -> size and properties) that an optimizer lacks before a step."""
+
+    @abstractmethod
+    def loaded(self, model: nn.Module) -> None:
+        """Go on with what was written into the tensors of `model_items`. Collective."""
+
+    def param_shapes(self, model: nn.Module) -> dict[str, list[int]]:
+        """Return the whole shape of every parameter by name, each once."""
+        return {name: list(param.shape) for name, param in nn.Module.named_parameters(model)}
+
+    # ---- accounting ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def memory_by_category(self) -> dict[str, int]:
+        """Return bytes of this rank by category: parameters, gradients, optimizer_states, buffers."""
+
     def take_exposed_s(self) -> float:
-        """Return the seconds that this rank was blocked in collectives since the last call."""
+        """Return the seconds that this rank was seen blocked in collectives since the last call."""
+        return 0.0
+
+    def free(self) -> None:  # noqa: B027
+        """Let go of all models and optimizers."""

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distui.core.backends.base import Backend
+from distui.core.backends import native_items
+from distui.core.backends.base import Backend, Part
+from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.config import Config
 from distui.core.config_check import offload_problems
 from distui.core.errors import ConfigError, UserError
 from distui.core.offload.homes import Offload
-from distui.core.precision import DTYPES
+from distui.core.precision import DTYPES, apply_border_casts
 from distui.core.sharding.optim import ShardedOptimizer
 from distui.core.sharding.sharded import ShardedModel
 
@@ -44,14 +46,16 @@ class NativeBackend(Backend):
                 reduce_in_fp32=precision.reduce_dtype == "fp32",
                 offload=Offload(home.optimizer, home.params, home.nvme_path),
             )
+            if precision.dtype != "fp32":
+                apply_border_casts(model, DTYPES[precision.dtype])
         return model
 
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
         """Rebind `optimizer` to the flat shards of the model that holds its parameters. Collective."""
         first = next((param for group in optimizer.param_groups for param in group["params"]), None)
         for sharded in self._models.values():
             if any(param is first for param in sharded.model.parameters()):
-                return sharded.prepare_optimizer(optimizer)
+                return sharded.prepare_optimizer(optimizer, self.config.optimizer.state_bits)
         raise UserError(
             "the optimizer's parameters belong to no prepared model",
             f"{len(self._models)} models are prepared, and none holds the optimizer's first parameter",
@@ -132,6 +136,26 @@ class NativeBackend(Backend):
     def load_full_state_dict(self, model: nn.Module, state: Mapping[str, Any], strict: bool) -> Any:
         """Take the model's whole state. Collective."""
         return self.sharded(model).load_full_state_dict(state, strict)
+
+    def model_items(self, model: nn.Module, part: Part | None) -> dict[str, torch.Tensor]:
+        """Return what this rank holds of parameters and buffers. Collective."""
+        sharded = self.sharded(model)
+        sharded.schedule.finish_gathers()
+        return native_items.model_items(sharded, part)
+
+    def optimizer_items(self, optimizer: PreparedOptimizer, part: Part | None) -> dict[str, torch.Tensor]:
+        """Return what this rank holds of the optimizer's states."""
+        assert isinstance(optimizer, ShardedOptimizer)
+        return native_items.optimizer_items(optimizer, part)
+
+    def allocate_states(self, optimizer: PreparedOptimizer, saved: Mapping[str, Any]) -> None:
+        """Make room for states that the checkpoint has."""
+        assert isinstance(optimizer, ShardedOptimizer)
+        native_items.allocate_states(optimizer, saved)
+
+    def loaded(self, model: nn.Module) -> None:
+        """Bring what was loaded into shards and masters to all ranks. Collective."""
+        native_items.loaded(self.sharded(model))
 
     def memory_by_category(self) -> dict[str, int]:
         """Return bytes of this rank by category."""

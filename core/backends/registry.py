@@ -1,32 +1,60 @@
-"""Finds a backend by the name that its distribution registers under the entry point `distui.backends`."""
+"""Finds a backend by its name: ours, or what a distribution registers under the entry point `distui.backends`.
+
+Torch-free until a backend is loaded.
+"""
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
-from distui.core.backends.base import Backend
 from distui.core.config import Config
-from distui.core.errors import UserError
+from distui.core.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from distui.core.backends.base import Backend
+
+GROUP = "distui.backends"
+
+BUILT_IN = {
+    "native": "distui.core.backends.native:NativeBackend",
+    "ddp": "distui.core.backends.ddp:DDPBackend",
+    "fsdp2": "distui.core.backends.fsdp2:FSDP2Backend",
+    "deepspeed": "distui.core.backends.deepspeed:DeepSpeedBackend",
+}
+"""Registered in pyproject.toml as well; here so that they are found when distui runs without being installed."""
+
+
+def registered() -> dict[str, EntryPoint]:
+    """Return every backend by name. Ours cannot be replaced under their names."""
+    others = {point.name: point for point in entry_points(group=GROUP)}
+    return others | {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
 
 
 def load_backend(config: Config, group: dist.ProcessGroup | None) -> Backend:
     """Return the configured backend.
 
-    Raises: UserError that lists the registered names.
+    Raises: UserError that lists the registered names, or says why the backend cannot be imported; ConfigError with
+    what the backend itself finds wrong.
     """
     name = config.strategy.backend
-    if name == "native":
-        from distui.core.backends.native import NativeBackend
-
-        return NativeBackend(config, group)
-    found = {point.name: point for point in entry_points(group="distui.backends")}
+    found = registered()
     if name not in found:
         raise UserError(
             f"strategy.backend={name!r} is not installed",
-            f"registered are {', '.join(sorted({'native', *found}))}",
+            f"registered are {', '.join(sorted(found))}",
             "choose one of them, or install the distribution that brings it",
         )
-    backend: type[Backend] = found[name].load()
+    try:
+        backend: type[Backend] = found[name].load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"strategy.backend={name!r} cannot be loaded from {found[name].value}",
+            f"{type(error).__name__}: {error}",
+            "install what it needs, or choose another backend",
+        ) from error
+    if problems := backend.check(config, group.size() if group is not None else 1):
+        raise ConfigError(problems)
     return backend(config, group)

@@ -17,108 +17,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 
 from distui.core import ops
 from distui.core.checkpoint import folder as folders
-from distui.core.checkpoint.flat import CellShard, FlatShard, LoadPlanner
+from distui.core.checkpoint.flat import LoadPlanner
 from distui.core.errors import UserError
-from distui.core.offload.home import CellSlice
-from distui.core.sharding.optim import FlatRun, ShardedOptimizer
-from distui.core.sharding.sharded import ShardedModel
-from distui.core.sharding.unit import Unit
 
 if TYPE_CHECKING:
     from distui.core.engine import Engine
-
-
-def _sharded_models(engine: Engine) -> list[ShardedModel]:
-    from distui.core.backends.native import NativeBackend
-
-    if not isinstance(engine.backend, NativeBackend):
-        raise UserError(
-            f"save_state does not know the backend {engine.backend.name!r}",
-            "only the native engine's shards can be written",
-            "use strategy.backend='native'",
-        )
-    return [engine.backend.sharded(model) for model in engine._models]
-
-
-Part = tuple[int, int]
-"""Which of how many equal parts a rank writes of what every rank holds; load has none and takes the whole."""
-
-
-def _held(unit: Unit, index: int, base: int, end: int, part: Part | None) -> tuple[int, int]:
-    """Return the range of parameter `index` that lies in [base, end) of the unit's flat buffer and is this rank's."""
-    span = unit.layout.spans[index]
-    if part is not None and unit.layout.num_shards == 1:
-        rank, count = part
-        base = max(base, unit.layout.padded_numel * rank // count)
-        end = min(end, unit.layout.padded_numel * (rank + 1) // count)
-    low = min(max(base - span.offset, 0), span.numel)
-    return low, min(max(end - span.offset, low), span.numel)
-
-
-def _replicated(tensor: torch.Tensor, part: Part | None) -> FlatShard:
-    """Return a tensor that every rank holds; rank 0 writes it, so that what belongs together is of one rank."""
-    flat = tensor.detach().reshape(-1)
-    return FlatShard(flat[:0] if part is not None and part[0] else flat, 0, tensor.numel())
-
-
-def _range(source: torch.Tensor | CellSlice, at: int, length: int, start: int, numel: int) -> FlatShard:
-    """Return the elements [at, at + length) of `source` as the range from `start` on of a parameter of `numel`."""
-    at = at if length else 0
-    if isinstance(source, CellSlice):
-        return CellShard(source.part(at, at + length), start, numel)
-    return FlatShard(source[at : at + length], start, numel)
-
-
-def _model_items(prefix: str, sharded: ShardedModel, part: Part | None = None) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model by key: flat shards of what is in units, plain tensors of the rest."""
-    items: dict[str, torch.Tensor] = {}
-    in_units: set[int] = set()
-    for unit in sharded.units:
-        cell = unit.master_cell
-        source: torch.Tensor | CellSlice = unit.master if cell is None else CellSlice(cell, 0, cell.numel)
-        base, end = unit.layout.shard(unit.rank)
-        for index, (name, param) in enumerate(zip(unit.param_names, unit.params, strict=True)):
-            in_units.add(id(param))
-            low, high = _held(unit, index, base, end, part)
-            at = unit.layout.spans[index].offset + low - base
-            items[f"{prefix}.{name}"] = _range(source, at, high - low, low, unit.layout.spans[index].numel)
-    for name, param in nn.Module.named_parameters(sharded.model):
-        if id(param) not in in_units:
-            items[f"{prefix}.{name}"] = _replicated(param, part)
-    for name, buffer in sharded.model.named_buffers():
-        items[f"{prefix}.{name}"] = _replicated(buffer, part)
-    return items
-
-
-def _optimizer_items(prefix: str, optimizer: ShardedOptimizer, part: Part | None = None) -> dict[str, torch.Tensor]:
-    """Return optimizer states by key: `<prefix>.<parameter>.<state>`, flat shards or whole scalars."""
-    items: dict[str, torch.Tensor] = {}
-    for runs in optimizer.runs:
-        for run in runs:
-            for key, value in optimizer.states_of(run).items():
-                if not isinstance(value, torch.Tensor | CellSlice):
-                    continue
-                for name, index in _params_of(run):
-                    items[f"{prefix}.{name}.{key}"] = _state_item(run, index, value, part)
-    return items
-
-
-def _params_of(run: FlatRun) -> list[tuple[str, int]]:
-    return [(run.unit.param_names[index], index) for index in run.indices]
-
-
-def _state_item(run: FlatRun, index: int, value: torch.Tensor | CellSlice, part: Part | None) -> torch.Tensor:
-    if isinstance(value, torch.Tensor) and not value.dim():
-        return value
-    span = run.unit.layout.spans[index]
-    base = run.unit.layout.shard(run.unit.rank)[0] + run.start
-    low, high = _held(run.unit, index, base, base + run.end - run.start, part)
-    at = span.offset + low - base
-    return _range(value if isinstance(value, CellSlice) else value.reshape(-1), at, high - low, low, span.numel)
 
 
 def random_states() -> dict[str, Any]:
@@ -156,32 +62,34 @@ def items_to_save(engine: Engine) -> dict[str, torch.Tensor]:
     """Return what this rank writes of models and optimizers, by key, in the memory that training uses."""
     part = (engine.process_index, engine.num_processes)
     items: dict[str, torch.Tensor] = {}
-    for index, sharded in enumerate(_sharded_models(engine)):
-        sharded.schedule.finish_gathers()
-        items.update(_model_items(f"model{index}", sharded, part))
+    for index, model in enumerate(engine._models):
+        items |= _under(f"model{index}", engine.backend.model_items(model, part))
     for index, optimizer in enumerate(engine._optimizers):
-        assert isinstance(optimizer, ShardedOptimizer)
-        items.update(_optimizer_items(f"optimizer{index}", optimizer, part))
+        items |= _under(f"optimizer{index}", engine.backend.optimizer_items(optimizer, part))
     return items
+
+
+def _under(prefix: str, items: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}.{name}": item for name, item in items.items()}
 
 
 def facts(engine: Engine) -> dict[str, object]:
     """Return what the manifest tells of the run and of the tensors' shapes."""
-    models = _sharded_models(engine)
     return {
         "step": engine.clock.step,
         "world_size": engine.num_processes,
+        "backend": engine.backend.name,
         "zero_stage": engine.config.strategy.zero_stage,
         "dtype": engine.config.precision.dtype,
         "shapes": {
-            f"model{index}.{name}": list(param.shape)
-            for index, sharded in enumerate(models)
-            for name, param in nn.Module.named_parameters(sharded.model)
+            f"model{index}.{name}": shape
+            for index, model in enumerate(engine._models)
+            for name, shape in engine.backend.param_shapes(model).items()
         },
         "buffer_shapes": {
             f"model{index}.{name}": list(buffer.shape)
-            for index, sharded in enumerate(models)
-            for name, buffer in sharded.model.named_buffers()
+            for index, model in enumerate(engine._models)
+            for name, buffer in model.named_buffers()
         },
     }
 
@@ -216,10 +124,9 @@ def load(engine: Engine, input_dir: str) -> None:
         raise UserError(*outcome[0])
     reader = dcp.FileSystemReader(source)
     saved = reader.read_metadata().state_dict_metadata
-    models = _sharded_models(engine)
     items: dict[str, Any] = {}
-    for index, sharded in enumerate(models):
-        items.update(_model_items(f"model{index}", sharded))
+    for index, model in enumerate(engine._models):
+        items |= _under(f"model{index}", engine.backend.model_items(model, None))
     missing = sorted(set(items) - set(saved))
     if missing:
         raise UserError(
@@ -228,36 +135,21 @@ def load(engine: Engine, input_dir: str) -> None:
             "build the same model that was saved",
         )
     for index, optimizer in enumerate(engine._optimizers):
-        assert isinstance(optimizer, ShardedOptimizer)
-        _allocate_states(f"optimizer{index}", optimizer, saved)
-        items.update(_optimizer_items(f"optimizer{index}", optimizer))
+        prefix = f"optimizer{index}"
+        own = {key.removeprefix(f"{prefix}."): meta for key, meta in saved.items() if key.startswith(f"{prefix}.")}
+        engine.backend.allocate_states(optimizer, own)
+        items |= _under(prefix, engine.backend.optimizer_items(optimizer, None))
     quieten_dcp()
     dcp.load(items, checkpoint_id=source, planner=LoadPlanner(), no_dist=engine.num_processes == 1)
-
-    for sharded in models:
-        for unit in sharded.units:
-            if unit.trainable:
-                unit.publish()
-        if sharded.schedule.slots is not None:
-            sharded.schedule.slots.invalidate()
-        sharded.schedule.finish_gathers()
+    for model in engine._models:
+        engine.backend.loaded(model)
     common = torch.load(source / "state.pt", weights_only=True)
     _load_common(engine, common)
-    own = source / f"rank{engine.process_index}.pt"
-    if own.exists():
-        _set_random_states(torch.load(own, weights_only=True)["random"])
+    random_file = source / f"rank{engine.process_index}.pt"
+    if random_file.exists():
+        _set_random_states(torch.load(random_file, weights_only=True)["random"])
     if dist.is_initialized():
         engine.wait_for_everyone()
-
-
-def _allocate_states(prefix: str, optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:
-    """Make room for the states that the checkpoint has and the optimizer, not having stepped, lacks."""
-    for runs in optimizer.runs:
-        for run in runs:
-            for name, _ in _params_of(run):
-                start = f"{prefix}.{name}."
-                for key in [key for key in saved if key.startswith(start) and "." not in key[len(start) :]]:
-                    optimizer.make_state(run, key[len(start) :], saved[key].size, saved[key].properties.dtype)
 
 
 def _load_common(engine: Engine, common: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ on working, and the optimizer's states are sharded because its parameters are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distui.core.backends.optimizer import PreparedOptimizer, prefer_fused
 from distui.core.errors import UserError
 from distui.core.offload.homes import Homes
 from distui.core.offload.memory import MemoryCell
 from distui.core.offload.step import UnitStream
 from distui.core.sharding.elementwise import why_not_elementwise
+from distui.core.sharding.flat_adam import FlatAdam, why_not_flat
 from distui.core.sharding.schedule import Schedule
 from distui.core.sharding.transport import Transport
 from distui.core.sharding.unit import Unit
-
-_FUSED = {"Adam", "AdamW", "SGD", "Adagrad"}
+from distui.kernels.l2_norm import l2_norm
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ class FlatRun:
     shape: tuple[int, ...]
 
 
-class ShardedOptimizer(torch.optim.Optimizer):
+class ShardedOptimizer(PreparedOptimizer):
     """What `engine.prepare(optimizer)` returns: steps the flat shards, then brings the weights to all ranks."""
 
     def __init__(
@@ -52,55 +53,46 @@ class ShardedOptimizer(torch.optim.Optimizer):
         units: list[Unit],
         transport: Transport | None,
         homes: Homes | None = None,
+        state_bits: int = 32,
     ) -> None:
-        # Not Optimizer.__init__: parameters, groups and states are the inner optimizer's.
-        self.inner = inner
+        super().__init__(inner)
         self._schedule, self._units, self._transport = schedule, units, transport
-        self.step_was_skipped = False
-        self.grad_factor = 1.0
-        """Multiplied into the gradients at the next step: clipping and loss scaling, each without a pass of its own."""
-        self.step_allowed: Callable[[], bool] = lambda: True
-        """False while gradients accumulate: `step` and `zero_grad` then do nothing."""
-        self.before_step: Callable[[ShardedOptimizer], None] = lambda _: None
-        self.after_step: Callable[[ShardedOptimizer], None] = lambda _: None
-        self.skip_next = False
-        """Set before a step that must not happen (fp16 overflow, on all ranks alike)."""
-        self.unscaled = False
-        """Whether the loss scale is in `grad_factor` already."""
         self.runs: list[list[FlatRun]] = []
         self._place = {id(param): (unit, index) for unit in units for index, param in enumerate(unit.params)}
         self._homes = homes
         self._rebind()
         self.stream = UnitStream(inner, self.runs, homes) if homes is not None else None
         """Steps unit by unit, where states have other homes than the device."""
+        self.flat = self._flat(state_bits) if homes is None else None
+        """Steps in the place of the inner optimizer, where a kernel does."""
 
-    # ---- the torch interface -------------------------------------------------------------------------------------
+    # ---- what the engine asks for --------------------------------------------------------------------------------
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's groups; `params` are flat shards."""
-        return self.inner.param_groups
+    def finish_gradients(self) -> None:
+        """Return when the gradients of the step are reduced. Collective."""
+        self._schedule.finish_gradients()
 
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = groups
+    def discard_gradients(self, set_to_none: bool) -> None:
+        """Forget the gradients (no memory is written)."""
+        self._schedule.discard_gradients()
 
-    @property
-    def state(self) -> Any:
-        """The inner optimizer's states, by flat shard."""
-        return self.inner.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.inner.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The inner optimizer's default hyper-parameters."""
-        return self.inner.defaults
+    def apply(self, factor: float) -> None:
+        """Step the shards, then start to bring the weights to all ranks. Collective: all ranks."""
+        # What is still being gathered reads the shards that the step writes.
+        self._schedule.finish_gathers()
+        if self.stream is not None:
+            self.stream.step(factor)
+        elif self.flat is not None:
+            self.flat.step(factor)
+        else:
+            self._set_gradients(factor)
+            self.inner.step()
+        self._schedule.publish(refresh=self.stream is None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of the states, for the same number of ranks; `save_state` writes what reshards."""
+        if self.flat is not None:
+            return self.flat.state_dict()
         if self.stream is None:
             return self.inner.state_dict()
         with self.stream.states_in_memory():
@@ -111,75 +103,30 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` of this rank returned."""
         self.inner.load_state_dict(state_dict)
+        if self.flat is not None:
+            self.flat.narrow()
         if self.stream is not None:
             self.stream.stash()
 
-    def states_of(self, run: FlatRun) -> dict[str, Any]:
-        """Return the states of one run by name: tensors, or where they rest if not in memory."""
-        states: dict[str, Any] = dict(self.inner.state.get(run.param, {}))
-        return states | (self.stream.states_of(run) if self.stream is not None else {})
+    def state_of(self, run: FlatRun) -> dict[str, Any]:
+        """Return a run's state as torch's optimizer has it, to be saved or, if it is not in 8 bits, loaded into.
+
+        What is not in memory is there as the range of the cell in which it rests.
+        """
+        if self.flat is not None:
+            return self.flat.full_state(run)
+        state: dict[str, Any] = self.inner.state.get(run.param, {})
+        return state | self.stream.states_of(run) if self.stream is not None else state
 
     def make_state(self, run: FlatRun, key: str, size: torch.Size, dtype: torch.dtype) -> None:
         """Make room for a state that a checkpoint has and the optimizer, not having stepped, lacks."""
         state = self.inner.state[run.param]
-        if key in self.states_of(run):
+        if key in state or (self.stream is not None and key in self.stream.states_of(run)):
             return
         if not size:
             state[key] = torch.zeros((), dtype=dtype)
         elif self.stream is None or not self.stream.make_state(run, key, dtype):
             state[key] = torch.zeros(run.shape, dtype=dtype, device=run.param.device)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: units are laid out when the model is prepared."""
-        raise UserError(
-            "a parameter group cannot be added after prepare",
-            "the flat buffers are laid out already",
-            "add every group before engine.prepare(model, optimizer)",
-        )
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients (no memory is written); nothing while they accumulate."""
-        if self.step_allowed():
-            self._schedule.discard_gradients()
-            self.grad_factor = 1.0
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Step the shards, then start to bring the weights to all ranks. Collective: all ranks.
-
-        Nothing while gradients accumulate. Sets `step_was_skipped` where an overflow forbade the step.
-        """
-        if closure is not None:
-            raise UserError(
-                "optimizer.step(closure) is not supported",
-                "a closure runs the model again inside the step",
-                "call engine.backward(loss) and then optimizer.step()",
-            )
-        if not self.step_allowed():
-            return
-        self._schedule.finish_gradients()
-        self.before_step(self)
-        factor, self.grad_factor = self.grad_factor, 1.0
-        self.step_was_skipped, self.skip_next = self.skip_next, False
-        if not self.step_was_skipped:
-            # What is still being gathered reads the shards that the step writes.
-            self._schedule.finish_gathers()
-            if self.stream is not None:
-                self.stream.step(factor)
-            else:
-                self._set_gradients(factor)
-                self.inner.step()
-            self._schedule.publish(refresh=self.stream is None)
-        self.after_step(self)
-
-    def train(self) -> None:
-        """Put the inner optimizer into training mode, where it has one (schedule-free optimizers)."""
-        if callable(getattr(self.inner, "train", None)):
-            self.inner.train()  # type: ignore[attr-defined]
-
-    def eval(self) -> None:
-        """Put the inner optimizer into evaluation mode, where it has one."""
-        if callable(getattr(self.inner, "eval", None)):
-            self.inner.eval()  # type: ignore[attr-defined]
 
     # ---- shards --------------------------------------------------------------------------------------------------
 
@@ -196,7 +143,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         groups_params = [list(group["params"]) for group in self.inner.param_groups]
         self.inner.state.clear()
         for group, params in zip(self.inner.param_groups, groups_params, strict=True):
-            self._prefer_fused(group)
+            prefer_fused(group)
             by_unit: dict[int, list[int]] = {}
             unit_of = {}
             for param in params:
@@ -229,6 +176,24 @@ class ShardedOptimizer(torch.optim.Optimizer):
             group["params"] = [run.param for run in runs]
             self._carry_states(states, params, runs)
 
+    def _flat(self, state_bits: int) -> FlatAdam | None:
+        if state_bits == 8:
+            if reason := why_not_flat(self.inner):
+                raise UserError(
+                    f"optimizer.state_bits=8 does not work with {type(self.inner).__name__} as it is set",
+                    reason,
+                    "set optimizer.state_bits to 32, or use torch.optim.AdamW without these options",
+                )
+            wide = next((run.param for runs in self.runs for run in runs if run.param.dtype != torch.float32), None)
+            if wide is not None:
+                raise UserError(
+                    f"optimizer.state_bits=8 does not work with parameters in {wide.dtype}",
+                    f"{wide.numel()} of them have no fp32 master",
+                    "build the model in float32 or a 16-bit format, or set optimizer.state_bits to 32",
+                )
+            return FlatAdam(self.inner, self.runs, 8)
+        return FlatAdam(self.inner, self.runs, 32) if FlatAdam.serves(self.inner, self.runs) else None
+
     def _whole(self, unit: Unit, index: int) -> FlatRun:
         span = unit.layout.spans[index]
         return self._run(unit, (index,), span.offset, span.end, span.shape)
@@ -242,12 +207,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         else:
             values = torch.empty(0, dtype=torch.float32 if unit.has_master else unit.dtype, device=device)
         return FlatRun(unit, indices, start, end, nn.Parameter(values), shape)
-
-    @staticmethod
-    def _prefer_fused(group: dict[str, Any]) -> None:
-        # torch's fused kernels read and write each state once; the default loops over several passes.
-        if group.get("fused", False) is None and group.get("foreach") is None:
-            group["fused"] = not (group.get("differentiable") or group.get("capturable"))
 
     def _carry_states(self, states: dict[Any, Any], params: list[Any], runs: list[FlatRun]) -> None:
         """Take over states that the optimizer had already (a resumed script)."""
@@ -311,6 +270,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 else:
                     wanted = units_and_indices.get(id(unit), set())
                     pieces = [grad[start:end] for start, end in unit.layout.runs(wanted, unit.rank)]
+                if norm_type == 2.0:
+                    parts += [l2_norm(piece) for piece in pieces]
+                    continue
                 parts += [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float32) for piece in pieces]
         device = self._units[0].device if self._units else torch.device("cpu")
         norms = torch.stack(parts) if parts else torch.zeros(1, device=device)

@@ -12,6 +12,7 @@ from torch import nn
 
 from distui.core.errors import UserError
 from distui.core.offload.homes import Homes, Offload, agreed, open_homes
+from distui.core.sharding.alike import start_alike
 from distui.core.sharding.hooks import Hook, WaitingParameters
 from distui.core.sharding.optim import ShardedOptimizer
 from distui.core.sharding.partition import partition, split_by_kind
@@ -72,7 +73,7 @@ class ShardedModel:
                 second = dist.new_group(dist.get_process_group_ranks(group))
                 assert second is not None
                 self.gathers = Transport(second, "data_parallel_gather", self.pool)
-            self._same_start()
+            start_alike(model, group)
         self.units = self._build_units() if self.homes is None else agreed(self._build_units, self._group)
         self.schedule = Schedule(model, self.units, self.placement.effective_stage, num_ranks)
         self.optimizers: list[ShardedOptimizer] = []
@@ -104,27 +105,6 @@ class ShardedModel:
                 )
         return units
 
-    def _same_start(self) -> None:
-        """Give every rank the parameters and buffers of rank 0, and refuse models that differ in shape."""
-        assert self.transport is not None
-        named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        mine = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]
-        of_rank_0: list[Any] = [mine if self.placement.rank == 0 else None]
-        dist.broadcast_object_list(of_rank_0, group=self.transport.group, group_src=0)
-        differing = [pair for pair in zip(of_rank_0[0], mine, strict=False) if pair[0] != pair[1]]
-        same = torch.tensor(int(not differing and len(mine) == len(of_rank_0[0])))
-        dist.all_reduce(same, op=dist.ReduceOp.MIN, group=self.transport.group)
-        if not same.item():
-            why = (
-                f"rank 0 has {differing[0][0]}, rank {self.placement.rank} {differing[0][1]}"
-                if differing
-                else (f"rank 0 has {len(of_rank_0[0])} tensors, rank {self.placement.rank} {len(mine)}")
-            )
-            raise UserError("the ranks hold different models", why, "build the same model on every rank")
-        for _, tensor in named:
-            if tensor.numel():
-                dist.broadcast(tensor.detach(), group=self.transport.group, group_src=0)
-
     def _guard_reads(self) -> None:
         if self.placement.shards_parameters:
             # Outside of `full_parameters` a parameter's memory is a slot that units take turns on.
@@ -152,11 +132,18 @@ class ShardedModel:
 
         return check
 
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, state_bits: int = 32) -> ShardedOptimizer:
         """Rebind `optimizer` to this model's flat shards."""
 
+        if self.homes is not None and state_bits != 32:
+            raise UserError(
+                f"optimizer.state_bits={state_bits} with offload",
+                "offloaded states are stepped in 32 bits",
+                "set optimizer.state_bits to 32, or offload.optimizer and offload.params to none",
+            )
+
         def rebind() -> ShardedOptimizer:
-            return ShardedOptimizer(optimizer, self.schedule, self.units, self.transport, self.homes)
+            return ShardedOptimizer(optimizer, self.schedule, self.units, self.transport, self.homes, state_bits)
 
         prepared = rebind() if self.homes is None else agreed(rebind, self._group)
         self.optimizers.append(prepared)

@@ -46,6 +46,8 @@ class UnitParameters:
         self.master_cell: Cell | None = None
         self.has_master = low_precision and self.trainable
         """Whether the optimizer steps an fp32 copy; else it steps the parameters themselves."""
+        self.shard_is_current = False
+        """The step wrote the parameters beside their fp32 master: publishing them needs no conversion."""
         self._place_parameters()
 
         # Parameters in flight: the all-gather after a step (stage 1, 2) or before the unit runs (stage 3).
@@ -100,8 +102,9 @@ class UnitParameters:
 
         Collective: all ranks. The gather is waited for by `finish_gather`. Without `refresh` the shard is new already.
         """
-        if refresh and self.has_master:
+        if refresh and self.has_master and not self.shard_is_current:
             self.write_shard(self.read_master())
+        self.shard_is_current = False
         if self.placement.shards_optimizer and not self.placement.shards_parameters and self.gathers is not None:
             assert self.full is not None
             self.gathering = self.gathers.all_gather(self.full, self.shard)

@@ -218,3 +218,45 @@ def test_a_failing_rank_is_named_with_its_traceback(home: Home) -> None:
     assert code == 3
     assert "rank 1" in err and "ZeroDivisionError: the data is bad" in err and "step 5" in err and "rank1.log" in err
     assert home.status()["state"] == "failed"
+
+
+TORCHRUN_SCRIPT = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo")
+model = DistributedDataParallel(torch.nn.Linear(64, 64))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1)  # a second optimizer is not a second step
+for _ in range(7):
+    model(torch.randn(8, 64)).square().mean().backward()
+    optimizer.step()
+    other.step()
+    optimizer.zero_grad()
+if dist.get_rank() == 1:
+    names = [name for name in os.environ if name.startswith("TORCHELASTIC_")]
+    names += ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    with open(sys.argv[1], "w") as file:
+        json.dump({name: os.environ[name] for name in names}, file)
+print("torchrun's script is done")
+dist.destroy_process_group()
+"""
+
+
+def test_a_torchrun_script_runs_unchanged_and_is_seen(home: Home) -> None:
+    script, told = home.path / "torchrun_script.py", home.path / "environ.json"
+    script.write_text(TORCHRUN_SCRIPT)
+    code, _, err = home.run("launch", "--nproc", "2", str(script), str(told))
+    assert code == 0, err
+    environ = json.loads(told.read_text())
+    assert [environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")] == ["1", "1", "2", "2"]
+    assert environ["MASTER_ADDR"] and environ["MASTER_PORT"].isdecimal() and environ["TORCHELASTIC_RUN_ID"]
+    status = home.status()
+    assert status["state"] == "finished"
+    for rank in status["ranks"]:
+        assert rank["step"] == 7 and rank["step_s"] > 0 and rank["memory_bytes"] > 0
+        assert rank["loss"] is None and rank["tokens_per_s"] is None, "what nobody told is not known"
+    logs = sorted((home.path / "state" / "runs" / status["run"] / "logs").glob("rank*.log"))
+    assert [log.read_text().count("torchrun's script is done") for log in logs] == [1, 1]

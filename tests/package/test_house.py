@@ -19,7 +19,10 @@ MAX_LINES = 400
 MAX_PUBLIC_METHODS = 20
 MATCHES_AN_OUTSIDE_API = {"Engine"}
 TORCH_FREE = ("tui", "daemon", "proto", "core/plan", "core/telemetry")
-TORCH_FREE_FILES = ("config", "settings", "config_check", "config_file", "paths", "errors", "batch")
+TORCH_FREE_FILES = (
+    *("config", "settings", "config_check", "config_file", "paths", "errors", "batch"),
+    *("backend_check", "backends/registry"),
+)
 TORCH_PROCESSES = {"launcher/agent.py", "launcher/collectives_bench.py"}
 """Modules of the launcher that run in processes of their own, where ranks are started or measured."""
 

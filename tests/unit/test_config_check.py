@@ -77,7 +77,6 @@ def test_sizes_that_do_not_fit_come_with_the_nearest_that_do(
         ("strategy.expert_parallel", "4"),
         ("compression.gradients", "onebit"),
         ("cluster.max_restarts", "1"),
-        ("strategy.backend", "deepspeed"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused(key: str, value: str) -> None:
@@ -90,6 +89,42 @@ def test_an_unknown_backend_is_told_the_nearest() -> None:
     (problem,) = found_in(strategy__backend="natve")
     assert (problem.path, problem.fix) == ("strategy.backend", "write native")
     assert "native" in problem.why
+
+
+@pytest.mark.parametrize(
+    ("backend", "stage", "fix"),
+    [
+        ("ddp", 2, "set strategy.zero_stage to 0, or strategy.backend to native or fsdp2 or deepspeed"),
+        ("fsdp2", 0, "set strategy.zero_stage to 2 or 3, or strategy.backend to native or ddp or deepspeed"),
+        ("fsdp2", 1, "set strategy.zero_stage to 2 or 3, or strategy.backend to native or deepspeed"),
+    ],
+)
+def test_a_stage_that_a_backend_has_not_is_refused(backend: str, stage: int, fix: str) -> None:
+    (problem,) = found_in(strategy__backend=backend, strategy__zero_stage=str(stage))
+    assert (problem.path, problem.fix) == ("strategy.zero_stage", fix)
+    assert problem.what == f"zero_stage={stage} with backend={backend}"
+
+
+def test_what_only_native_does_is_refused_elsewhere() -> None:
+    problems = found_in(
+        strategy__backend="ddp", offload__optimizer="cpu", compression__gradients="int8", precision__dtype="bf16",
+        precision__reduce_dtype="same",
+    )  # fmt: skip
+    found = {(problem.path, problem.what) for problem in problems}
+    assert ("offload.optimizer", "optimizer=cpu with backend=ddp") in found
+    assert ("compression.gradients", "gradients=int8 with backend=ddp") in found
+    assert ("precision.reduce_dtype", "reduce_dtype=same with backend=ddp and dtype=bf16") in found
+    assert found_in(strategy__backend="ddp") == []
+    assert found_in(strategy__backend="fsdp2", strategy__zero_stage="3", precision__dtype="bf16") == []
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_deepspeed_must_be_installed(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    monkeypatch.setattr("distui.core.backend_check.find_spec", lambda name: object() if installed else None)
+    problems = found_in(strategy__backend="deepspeed", strategy__zero_stage="1")
+    assert [problem.fix.split(",")[0] for problem in problems] == (
+        [] if installed else ['pip install "distui[deepspeed]"']
+    )
 
 
 def test_offload_needs_its_stage() -> None:
@@ -143,3 +178,12 @@ def test_hardware_limits() -> None:
     assert found_in(hardware="2xA100-40GB", cluster__nproc="2", precision__dtype="bf16") == []
     (problem,) = found_in(hardware="1xV100-16GB", precision__dtype="bf16")
     assert problem.path == "precision.dtype" and "7.0" in problem.why
+
+
+def test_8_bit_states_are_adams_on_the_device() -> None:
+    assert not found_in(optimizer__state_bits="8")
+    found = found_in(
+        optimizer__state_bits="8", optimizer__name="sgd", offload__optimizer="cpu", strategy__zero_stage="1"
+    )
+    problems = [problem.what for problem in found if problem.path == "optimizer.state_bits"]
+    assert problems == ["state_bits=8 with name=sgd", "state_bits=8 with offload.optimizer=cpu"]

@@ -1,0 +1,115 @@
+"""What a rank holds of native models and optimizers, as flat ranges by the parameters' names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from distui.core.backends.base import Part
+from distui.core.backends.plain_items import states_of
+from distui.core.checkpoint.flat import CellShard, FlatShard
+from distui.core.offload.home import CellSlice
+from distui.core.sharding.optim import FlatRun, ShardedOptimizer
+from distui.core.sharding.sharded import ShardedModel
+from distui.core.sharding.unit import Unit
+
+
+def _held(unit: Unit, index: int, base: int, end: int, part: Part | None) -> tuple[int, int]:
+    """Return the range of parameter `index` that lies in [base, end) of the unit's flat buffer and is this rank's."""
+    span = unit.layout.spans[index]
+    if part is not None and unit.layout.num_shards == 1:
+        rank, count = part
+        base = max(base, unit.layout.padded_numel * rank // count)
+        end = min(end, unit.layout.padded_numel * (rank + 1) // count)
+    low = min(max(base - span.offset, 0), span.numel)
+    return low, min(max(end - span.offset, low), span.numel)
+
+
+def _replicated(tensor: torch.Tensor, part: Part | None) -> FlatShard:
+    """Return a tensor that every rank holds; rank 0 writes it, so that what belongs together is of one rank."""
+    flat = tensor.detach().reshape(-1)
+    return FlatShard(flat[:0] if part is not None and part[0] else flat, 0, tensor.numel())
+
+
+def _range(source: torch.Tensor | CellSlice, at: int, length: int, start: int, numel: int) -> FlatShard:
+    """Return the elements [at, at + length) of `source` as the range from `start` on of a parameter of `numel`."""
+    at = at if length else 0
+    if isinstance(source, CellSlice):
+        return CellShard(source.part(at, at + length), start, numel)
+    return FlatShard(source[at : at + length], start, numel)
+
+
+def model_items(sharded: ShardedModel, part: Part | None) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model by key: flat shards of what is in units, plain tensors of the rest."""
+    items: dict[str, torch.Tensor] = {}
+    in_units: set[int] = set()
+    for unit in sharded.units:
+        cell = unit.master_cell
+        source: torch.Tensor | CellSlice = unit.master if cell is None else CellSlice(cell, 0, cell.numel)
+        base, end = unit.layout.shard(unit.rank)
+        for index, (name, param) in enumerate(zip(unit.param_names, unit.params, strict=True)):
+            in_units.add(id(param))
+            low, high = _held(unit, index, base, end, part)
+            at = unit.layout.spans[index].offset + low - base
+            items[name] = _range(source, at, high - low, low, unit.layout.spans[index].numel)
+    for name, param in nn.Module.named_parameters(sharded.model):
+        if id(param) not in in_units:
+            items[name] = _replicated(param, part)
+    for name, buffer in sharded.model.named_buffers():
+        items[name] = _replicated(buffer, part)
+    return items
+
+
+def optimizer_items(optimizer: ShardedOptimizer, part: Part | None) -> dict[str, torch.Tensor]:
+    """Return optimizer states by key: `<parameter>.<state>`, flat shards or whole scalars."""
+    items: dict[str, torch.Tensor] = {}
+    for runs in optimizer.runs:
+        for run in runs:
+            state = optimizer.state_of(run)
+            for key, value in state.items():
+                if not isinstance(value, torch.Tensor | CellSlice):
+                    continue
+                for name, index in _params_of(run):
+                    items[f"{name}.{key}"] = _state_item(run, index, value, part)
+    return items
+
+
+def _params_of(run: FlatRun) -> list[tuple[str, int]]:
+    return [(run.unit.param_names[index], index) for index in run.indices]
+
+
+def _state_item(run: FlatRun, index: int, value: torch.Tensor | CellSlice, part: Part | None) -> torch.Tensor:
+    if isinstance(value, torch.Tensor) and not value.dim():
+        return value
+    span = run.unit.layout.spans[index]
+    base = run.unit.layout.shard(run.unit.rank)[0] + run.start
+    low, high = _held(run.unit, index, base, base + run.end - run.start, part)
+    at = span.offset + low - base
+    return _range(value if isinstance(value, CellSlice) else value.reshape(-1), at, high - low, low, span.numel)
+
+
+def allocate_states(optimizer: ShardedOptimizer, saved: Mapping[str, Any]) -> None:
+    """Make room for the states that the checkpoint has and the optimizer, not having stepped, lacks."""
+    if optimizer.flat is not None:
+        optimizer.flat.forget()
+    for runs in optimizer.runs:
+        for run in runs:
+            for name, _ in _params_of(run):
+                for key, meta in states_of(name, saved):
+                    optimizer.make_state(run, key, meta.size, meta.properties.dtype)
+
+
+def loaded(sharded: ShardedModel) -> None:
+    """Bring what was written into the shards and masters to all ranks. Collective."""
+    for optimizer in sharded.optimizers:
+        if optimizer.flat is not None:
+            optimizer.flat.narrow()
+    for unit in sharded.units:
+        if unit.trainable:
+            unit.publish()
+    if sharded.schedule.slots is not None:
+        sharded.schedule.slots.invalidate()
+    sharded.schedule.finish_gathers()
