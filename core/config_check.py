@@ -125,14 +125,6 @@ def _states(config: Config) -> Iterator[Problem]:
             "only the two moments of Adam and AdamW are kept in 8 bits",
             "set optimizer.state_bits to 32, or optimizer.name to adamw",
         )
-    if config.offload.optimizer != "none" or config.offload.params != "none":
-        yield Problem(
-            "optimizer.state_bits",
-            f"state_bits={optimizer.state_bits} with offload",
-            f"offload.optimizer={config.offload.optimizer}, offload.params={config.offload.params}: offloaded states are "
-            "stepped in 32 bits",
-            "set optimizer.state_bits to 32, or both homes to none",
-        )
     if config.strategy.backend != "native":
         yield Problem(
             "optimizer.state_bits",
