@@ -121,7 +121,7 @@ def create_run(request: LaunchRequest, config: Config) -> RunFolder:
     run.create()
     toml = to_toml(config)
     write_atomic(run.config, toml)
-    spec = {
+    spec: dict[str, object] = {
         "run_id": run.run_id,
         "name": name,
         "command": list(request.target),

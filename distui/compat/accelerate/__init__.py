@@ -1,7 +1,7 @@
 """The face of Hugging Face Accelerate 1.15: `from distui.compat.accelerate import Accelerator`.
 
-`distui launch --as accelerate train.py` gives it to a script that imports `accelerate`. Names load on first use. What is
-not offered can be imported and raises where it is used, with the way around (`refusals.py`).
+`distui launch --as accelerate train.py` gives it to a script that imports `accelerate`. Names load on first use.
+What is not offered can be imported and raises where it is used, with the way around (`refusals.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _IN: dict[str, str] = {
     "state": "PartialState",
     "utils": "AutocastKwargs DataLoaderConfiguration DDPCommunicationHookType DeepSpeedPlugin "
     "DistributedDataParallelKwargs DistributedType FullyShardedDataParallelPlugin GradScalerKwargs "
-    "InitProcessGroupKwargs ParallelismConfig ProfileKwargs find_executable_batch_size load_checkpoint_in_model "
+    "InitProcessGroupKwargs ParallelismConfig ProfileKwargs find_executable_batch_size is_rich_available "
+    "load_checkpoint_in_model "
     "synchronize_rng_states",
 }
 _LAZY = {name: f"{_BASE}.{module}" for module, names in _IN.items() for name in names.split()}

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import types
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from distui.compat.accelerate.arguments import plugins_of, settle, sort_handlers
 from distui.compat.accelerate.data_loader import prepare_data_loader, skip_first_batches
-from distui.compat.accelerate.loaders import DataLoaderDispatcher, PreparedDataLoader
+from distui.compat.accelerate.loaders import PreparedDataLoader
 from distui.compat.accelerate.logging import get_logger
 from distui.compat.accelerate.optimizer import AcceleratedOptimizer
 from distui.compat.accelerate.refusals import NotOffered, refuse_argument
@@ -26,14 +22,11 @@ from distui.compat.accelerate.state import AcceleratorState, GradientState
 from distui.compat.accelerate.steps import NoteSync, Steps
 from distui.compat.accelerate.tracking import filter_trackers
 from distui.compat.accelerate.utils.dataclasses import (
-    AutocastKwargs,
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
-    ProfileKwargs,
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
-from distui.compat.accelerate.utils.enums import DistributedType, FP8BackendType
 from distui.core.engine import Engine
 from distui.core.job import job_config
 from distui.core.precision import cast_floating
@@ -41,6 +34,14 @@ from distui.core.precision import cast_floating
 __all__ = ["Accelerator", "DataLoaderConfiguration", "GradientAccumulationPlugin"]
 
 logger = get_logger("accelerate.accelerator")
+
+_PARALLEL_RANKS = (
+    "data_parallel_rank",
+    "data_parallel_shard_rank",
+    "tensor_parallel_rank",
+    "pipeline_parallel_rank",
+    "context_parallel_rank",
+)
 
 
 def _casting_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -166,10 +167,11 @@ class Accelerator(Steps, Saving):
         """Move `model` to the device and shard it; it is not wrapped. Collective."""
         if any(model is known for known in self._models):
             return model
-        if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:  # type: ignore[arg-type]
+        device_map: Any = getattr(model, "hf_device_map", None) or {}
+        if len(set(device_map.values())) > 1:
             raise NotOffered(
                 "a model spread with device_map='auto' cannot be trained on several ranks",
-                f"its layers lie on {len(set(model.hf_device_map.values()))} devices",  # type: ignore[union-attr,operator]
+                f"its layers lie on {len(set(device_map.values()))} devices",
                 "load it without device_map and shard it: strategy.zero_stage=3",
             )
         prepared = self.engine.prepare_model(model)
@@ -193,7 +195,7 @@ class Accelerator(Steps, Saving):
         if "forward" in model.__dict__:
             model.__dict__["_forward_before_autocast"] = model.forward
         model.__dict__["_autocast"] = (self.device.type, torch.bfloat16, options)
-        model.forward = types.MethodType(_casting_forward, model)  # type: ignore[method-assign]
+        model.forward = types.MethodType(_casting_forward, model)
 
     def prepare_optimizer(
         self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
@@ -249,7 +251,8 @@ class Accelerator(Steps, Saving):
     def _keep(self, loader: PreparedDataLoader) -> None:
         loader.on_wait, loader.on_batch = self.engine.clock.data_wait, self.engine.clock.batch
         self._dataloaders.append(loader)
-        self.engine._loaders.append(loader)  # type: ignore[arg-type]  saved with the rest of the state
+        loaders: list[Any] = self.engine._loaders  # saved with the rest of the state
+        loaders.append(loader)
 
     def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
         """Make `scheduler` step when its optimizer does."""
@@ -289,7 +292,7 @@ class Accelerator(Steps, Saving):
         if not keep_fp32_wrapper and "_autocast" in model.__dict__:
             del model.__dict__["_autocast"], model.__dict__["forward"]
             if own := model.__dict__.pop("_forward_before_autocast", None):
-                model.forward = own  # type: ignore[method-assign]
+                model.forward = own
         return model
 
     def free_memory(self, *objects: Any) -> list[None]:
@@ -310,10 +313,13 @@ class Accelerator(Steps, Saving):
     def __getattr__(self, name: str) -> Any:
         refusals = {
             "maybe_context_parallel": "use strategy.context_parallel of distui's config",
+            **dict.fromkeys(_PARALLEL_RANKS, "use accelerator.process_index"),
             "lomo_backward": "use an optimizer with a step of its own",
             "deepspeed_engine_wrapped": "distui's own engine runs what a DeepSpeedPlugin asks for",
             "deepspeed_ulysses_dl_adapter": "use strategy.context_parallel of distui's config",
         }
+        if hasattr(type(self), name):  # a property that raised AttributeError: its own error is the one to tell
+            return object.__getattribute__(self, name)
         if name in refusals:
             raise NotOffered(f"Accelerator.{name} is not offered by distui", "it would do nothing", refusals[name])
         raise AttributeError(f"'Accelerator' object has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What `Accelerator(...)` was called with, as sections of distui's configuration; what has no counterpart is refused."""
+"""What `Accelerator(...)` was called with, as sections of distui's configuration; the rest is refused."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _precision(mixed_precision: str | None) -> str | None:
         return None
     wanted = str(mixed_precision)
     if wanted not in PrecisionType:
-        known = [str(member) for member in PrecisionType]  # type: ignore[attr-defined]
+        known = [str(member) for member in PrecisionType]
         raise ValueError(f"Unknown mixed_precision mode: {wanted}. Choose between {known}")
     if wanted == "fp8":
         raise refuse_argument("Accelerator", "mixed_precision", "fp8", "use bf16")
@@ -168,7 +168,7 @@ def plugins_of(
         raise refuse_argument("Accelerator", "megatron_lm_plugin", "...", _NO_MEGATRON)
     if torch_tp_plugin is not None:
         raise refuse_argument("Accelerator", "torch_tp_plugin", "...", "use ParallelismConfig(tp_size=...)")
-    found = []
+    found: list[Any] = []
     if isinstance(deepspeed_plugin, dict):
         if len(deepspeed_plugin) != 1:
             raise NotOffered(

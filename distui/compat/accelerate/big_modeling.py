@@ -25,7 +25,8 @@ def init_on_device(device: Any, include_buffers: bool | None = None) -> Iterator
     def register_there(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(module, name, param)
         if param is not None:
-            kind, options = type(module._parameters[name]), dict(param.__dict__)
+            kind: Any = type(param)
+            options = dict(param.__dict__)
             module._parameters[name] = kind(param.detach().to(wanted), requires_grad=param.requires_grad, **options)
 
     nn.Module.register_parameter = register_there  # type: ignore[method-assign,assignment]

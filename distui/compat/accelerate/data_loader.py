@@ -37,10 +37,19 @@ __all__ = [
     "skip_first_batches",
 ]
 
-_OPTIONS = (
-    "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator prefetch_factor "
-    "persistent_workers pin_memory_device in_order"
-).split()
+_OPTIONS = [
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+    "in_order",
+]
 """What a prepared loader takes over; who reads which indices is its own matter."""
 
 
@@ -84,7 +93,7 @@ def prepare_data_loader(
         options.pop("pin_memory_device", None)  # deprecated in torch: setting it warns
     dataset, synchronized = dataloader.dataset, None
     sampler = get_sampler(dataloader)
-    if isinstance(sampler, RandomSampler) and use_seedable_sampler and not isinstance(sampler, SeedableRandomSampler):
+    if isinstance(sampler, RandomSampler) and use_seedable_sampler:
         sampler = SeedableRandomSampler(
             data_source=sampler.data_source,
             replacement=sampler.replacement,

@@ -14,11 +14,11 @@ from distui.compat.accelerate.refusals import NotOffered
 from distui.core import ops
 
 if TYPE_CHECKING:
-    from distui.compat.accelerate.accelerator import Accelerator
+    from distui.compat.accelerate.ranks import Ranks
 
 
 @contextmanager
-def joining(accelerator: Accelerator) -> Iterator[None]:
+def joining(accelerator: Ranks, models: list[nn.Module]) -> Iterator[None]:
     """Let ranks leave the block after different numbers of backward passes (stage 0). Collective.
 
     Before each training forward the ranks count who is still at work; one that has left the block adds zeros to every
@@ -35,7 +35,7 @@ def joining(accelerator: Accelerator) -> Iterator[None]:
             f"the strategy is {backend.name} at stage {stage}, and joining works on the native backend at stage 0",
             "leave even_batches=True, or use drop_last",
         )
-    models = list(accelerator._models)
+    models = list(models)
 
     def announce(module: nn.Module, args: object) -> None:
         if torch.is_grad_enabled():

@@ -89,11 +89,11 @@ class PreparedDataLoader(DataLoader[Any]):
 
     def set_sampler(self, sampler: Any) -> None:
         """Draw indices from `sampler`."""
-        batches = self.sampler if isinstance(self.sampler, BatchSampler) else self.batch_sampler
+        batches: Any = self.sampler if isinstance(self.sampler, BatchSampler) else self.batch_sampler
         while hasattr(batches, "batch_sampler"):
-            batches.sampler = sampler  # type: ignore[union-attr]
+            batches.sampler = sampler
             batches = batches.batch_sampler
-        batches.sampler = sampler  # type: ignore[union-attr]
+        batches.sampler = sampler
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration that of `epoch`."""
@@ -101,11 +101,11 @@ class PreparedDataLoader(DataLoader[Any]):
         told: Any = self.batch_sampler
         while told is not None:
             for value in (told, getattr(told, "sampler", None)):
-                if callable(getattr(value, "set_epoch", None)):
-                    value.set_epoch(epoch)
+                if callable(tell := getattr(value, "set_epoch", None)):
+                    tell(epoch)
             told = getattr(told, "batch_sampler", None)
-        if callable(getattr(self.dataset, "set_epoch", None)):
-            self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+        if callable(tell := getattr(self.dataset, "set_epoch", None)):
+            tell(epoch)
 
     def _generator(self) -> torch.Generator | None:
         own = getattr(get_sampler(self), "generator", None)
@@ -144,7 +144,7 @@ class PreparedDataLoader(DataLoader[Any]):
     @property
     def _index_sampler(self) -> Any:
         # What torch's iterators draw from: indices that are skipped are not read.
-        inner = super()._index_sampler  # type: ignore[misc]
+        inner = super()._index_sampler
         if not self._skip_now or isinstance(self.dataset, IterableDataset) or self.persistent_workers:
             return inner
         skip, self._skip_now = self._skip_now * self._reads_per_batch, 0
@@ -218,11 +218,11 @@ class DataLoaderShard(PreparedDataLoader):
         try:
             batches = super().__iter__()
             following = islice(batches, self._skip_now, None) if self._skip_now else batches
-            batch = next(following, self)  # type: ignore[call-overload]
+            batch = next(following, self)
             while batch is not self:
                 if self.device is not None:
                     batch = send_to_device(batch, self.device, non_blocking=self._non_blocking)
-                ahead = next(following, self)  # type: ignore[call-overload]
+                ahead = next(following, self)
                 yield self._hand_out(batch, ahead is self, began_s)
                 began_s = time.perf_counter()
                 batch = ahead
@@ -275,7 +275,7 @@ class DataLoaderDispatcher(PreparedDataLoader):
 
     def _global_batches(self) -> Iterator[tuple[Any, bool]]:
         """Yield rank 0's whole batches, with whether each is the last."""
-        batches = super().__iter__()
+        batches: Iterator[Any] = super().__iter__()
         each = self._reads_per_batch
         batches = islice(batches, self._skip_now * each, None) if self._skip_now else batches
 
@@ -300,7 +300,8 @@ class DataLoaderDispatcher(PreparedDataLoader):
         ranks = self.state.num_processes
         size = find_batch_size(whole)
         if rest := -size % ranks:
-            whole = concatenate([whole, first or slice_tensors(whole, slice(0, ranks))])
+            filler = slice_tensors(whole, slice(0, ranks)) if first is None else first
+            whole = concatenate([whole, slice_tensors(filler, slice(0, rest))])
         each = (size + rest) // ranks
         parts = [
             self.slice_fn(whole, slice(rank * each, (rank + 1) * each), process_index=rank, num_processes=ranks)

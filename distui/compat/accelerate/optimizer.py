@@ -55,7 +55,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         """Give the optimizer its state back."""
         self.optimizer.load_state_dict(state_dict)
 
-    def zero_grad(self, set_to_none: bool | None = None) -> None:  # type: ignore[override]
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Forget the gradients, unless they accumulate."""
         self.optimizer.zero_grad(set_to_none=True if set_to_none is None else set_to_none)
 

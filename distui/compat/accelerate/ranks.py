@@ -97,7 +97,10 @@ class Ranks:
         self, function: Callable[..., Any] | None = None, local_process_index: int | None = None
     ) -> Any:
         """Decorate a function to run on one rank of each node only."""
-        return self.engine.on_local_process(function, local_process_index)
+        here = self.local_process_index == local_process_index
+        if function is None:
+            return lambda decorated: self.engine._only(here, decorated)
+        return self.engine._only(here, function)
 
     def main_process_first(self) -> AbstractContextManager[None]:
         """Run the block on rank 0 first. Collective."""

@@ -12,6 +12,10 @@ PAGE = "docs/coming-from-accelerate.md"
 class NotOffered(UserError, NotImplementedError):
     """A part of Accelerate's API that distui does not offer; the fix is the way around."""
 
+    def __str__(self) -> str:
+        """Return also the way around: a script's traceback shows nothing else."""
+        return f"{self.what}: {self.why}; instead, {self.fix}"
+
 
 class _Refused(type):
     """The metaclass of a refused name: importing it is fine, using it is not."""
@@ -168,4 +172,4 @@ def install_module_refusals() -> None:
     import sys
 
     if not any(isinstance(finder, _RefusedModules) for finder in sys.meta_path):
-        sys.meta_path.append(_RefusedModules())  # type: ignore[arg-type]
+        sys.meta_path.append(_RefusedModules())

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from distui.compat.accelerate.state import AcceleratorState
 from distui.compat.accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from distui.compat.accelerate.utils.dataclasses import ProjectConfiguration
+from distui.core import ops
 from distui.core.engine import Engine
 from distui.core.errors import UserError
 
@@ -111,6 +112,8 @@ class Saving:
                 kept = sorted((path for path in folder.iterdir() if path.is_dir()), key=_number)
                 for path in kept[: max(0, len(kept) + 1 - settings.total_limit)]:
                     shutil.rmtree(path)
+        # Ranks may name folders of their own (a temporary one each): rank 0's counts.
+        output_dir = ops.broadcast_object(output_dir)
         if output_dir is None:
             raise ValueError("save_state needs an output_dir, or automatic_checkpoint_naming")
         if self._save_model_state_pre_hook:
@@ -134,6 +137,7 @@ class Saving:
                 raise ValueError("Either pass in an input_dir or use automatic_checkpoint_naming")
             folders = [path for path in self._automatic().iterdir() if path.is_dir()]
             input_dir = max(folders, key=_number)
+        input_dir = ops.broadcast_object(input_dir)
         if not Path(input_dir).is_dir():
             raise ValueError(f"Tried to find {input_dir} but folder does not exist")
         if not (Path(input_dir) / "manifest.json").exists() and (Path(input_dir) / "random_states_0.pkl").exists():

@@ -17,9 +17,20 @@ from distui.compat.accelerate.utils.enums import DistributedType
 from distui.core.process import ProcessState
 
 _OF_PROCESS = frozenset(
-    "wait_for_everyone main_process_first local_main_process_first on_main_process on_local_main_process "
-    "on_last_process on_process on_local_process is_main_process is_local_main_process is_last_process "
-    "use_distributed".split()
+    [
+        "wait_for_everyone",
+        "main_process_first",
+        "local_main_process_first",
+        "on_main_process",
+        "on_local_main_process",
+        "on_last_process",
+        "on_process",
+        "on_local_process",
+        "is_main_process",
+        "is_local_main_process",
+        "is_last_process",
+        "use_distributed",
+    ]
 )
 
 

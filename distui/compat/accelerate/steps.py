@@ -42,6 +42,7 @@ class Steps(Ranks, Given):
     step: int
     _sync_each_batch: bool
     _dataloaders: list[PreparedDataLoader]
+    _models: list[nn.Module]
 
     def __init__(self) -> None:
         self._forward_without_sync = False
@@ -194,7 +195,7 @@ class Steps(Ranks, Given):
         try:
             from distui.compat.accelerate.joining import joining
 
-            with joining(self) if uneven else nullcontext():
+            with joining(self, self._models) if uneven else nullcontext():
                 yield
         finally:
             for batches, before in overridden:

@@ -185,7 +185,7 @@ LOGGER_TYPE_TO_CLASS: dict[str, type[GeneralTracker]] = {
     "wandb": WandBTracker,
 }
 _LIBRARY = {"tensorboard": "tensorboard", "wandb": "wandb"}
-_OTHERS = {str(member) for member in LoggerType} - set(LOGGER_TYPE_TO_CLASS) - {"all"}  # type: ignore[call-overload]
+_OTHERS = {str(member) for member in LoggerType} - set(LOGGER_TYPE_TO_CLASS) - {"all"}
 
 
 def _is_there(name: str) -> bool:

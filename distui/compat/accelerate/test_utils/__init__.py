@@ -38,7 +38,7 @@ def assert_exception(exception_class: type[BaseException], msg: str | None = Non
     """Fail unless the block raises `exception_class` with `msg` in its text."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  whatever it is, it is told
         assert isinstance(error, exception_class), f"Expected {exception_class}, got {type(error)}: {error}"
         assert msg is None or msg in str(error), f"Expected {msg!r} in {error}"
         return

@@ -11,7 +11,7 @@ class EnumWithContains(enum.EnumMeta):
 
     def __contains__(cls, item: Any) -> bool:
         try:
-            cls(item)  # type: ignore[call-overload]
+            cls(item)
         except ValueError:
             return False
         return True

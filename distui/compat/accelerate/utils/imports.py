@@ -37,10 +37,32 @@ _LIBRARIES = {
     "triton": "triton",
     "wandb": "wandb",
 }
-_NEVER = (
-    "amdsmi deepspeed fp8 habana_gaudi1 hpu megatron_lm mlu mps msamp musa neuron npu pippy sagemaker sdaa torch_xla "
-    "torchao transformer_engine transformer_engine_mxfp8 xccl xpu 4bit_bnb 8bit_bnb bitsandbytes_multi_backend"
-).split()
+_NEVER = [
+    "amdsmi",
+    "deepspeed",
+    "fp8",
+    "habana_gaudi1",
+    "hpu",
+    "megatron_lm",
+    "mlu",
+    "mps",
+    "msamp",
+    "musa",
+    "neuron",
+    "npu",
+    "pippy",
+    "sagemaker",
+    "sdaa",
+    "torch_xla",
+    "torchao",
+    "transformer_engine",
+    "transformer_engine_mxfp8",
+    "xccl",
+    "xpu",
+    "4bit_bnb",
+    "8bit_bnb",
+    "bitsandbytes_multi_backend",
+]
 """Not there for a script under distui, whatever is installed: distui's engine runs on none of them."""
 
 
