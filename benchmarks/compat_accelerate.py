@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT_S = 150.0
+TIMEOUT_S = 300.0
 
 
 def reason(output: str) -> str:
