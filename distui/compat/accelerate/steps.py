@@ -120,10 +120,11 @@ class Steps(Ranks, Given):
         self.engine.backward(loss, **kwargs)
         if held_back:
             self._send(self.sync_gradients or self._sync_each_batch)
-        schedules = getattr(self.engine.backend, "_models", {})
-        for sharded in schedules.values() if isinstance(schedules, dict) else ():
-            # Stage 0: also while gradients accumulate, param.grad is there to be read (this rank's part of the mean).
-            sharded.schedule.show_gradients()
+        prepared = getattr(self.engine.backend, "_models", {})
+        for sharded in prepared.values() if isinstance(prepared, dict) else ():
+            if (schedule := getattr(sharded, "schedule", None)) is not None:
+                # Native, stage 0: param.grad can be read while gradients accumulate too, as this rank's part.
+                schedule.show_gradients()
 
     def unscale_gradients(self, optimizer: Any = None) -> None:
         """Divide the loss scale out of the gradients (fp16)."""
