@@ -19,13 +19,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 300.0
+ALONE = {"test_notebook": {"ACCELERATE_NUM_PROCESSES": "2"}}
+"""Scripts that start ranks themselves, and how many."""
 
 
 def reason(output: str) -> str:
     """Return the line that says most: the error's."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "Error:" in line or "Exception:" in line or line.startswith("error:")]
-    told = [line for line in errors if not line.startswith(("error: rank", "torch.distributed.elastic"))]
+    told = [line for line in errors if not line.startswith(("error: rank", "other ranks", "torch.distributed.elastic"))]
     return (told or errors or lines or ["no output"])[-1].removeprefix("[rank0]: ").removeprefix("[rank1]: ")[:160]
 
 
@@ -80,13 +82,17 @@ def main() -> None:
             "HF_HUB_OFFLINE": "1",
         }
         for script in chosen:
-            launch = [sys.executable, "-m", "distui", "launch", "--as", "accelerate", "--nproc", arguments.nproc]
-            state, seconds, why = run([*launch, "--no-tui", *arguments.options.split(), str(script)], ours, folder)
+            alone = ALONE.get(script.stem, {})
+            nproc = "1" if alone else arguments.nproc
+            launch = [sys.executable, "-m", "distui", "launch", "--as", "accelerate", "--nproc", nproc]
+            state, seconds, why = run(
+                [*launch, "--no-tui", *arguments.options.split(), str(script)], {**ours, **alone}, folder
+            )
             failed += state != "pass"
             row = [script.stem, f"{state} {seconds:.0f} s", why]
             if arguments.peer:
-                peer = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-                torchrun = [arguments.peer, "-m", "torch.distributed.run", "--nproc-per-node", arguments.nproc]
+                peer = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", **alone}
+                torchrun = [arguments.peer, "-m", "torch.distributed.run", "--nproc-per-node", nproc]
                 state, seconds, why = run([*torchrun, "--standalone", str(script)], peer, folder)
                 row += [f"{state} {seconds:.0f} s", why]
             print("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |", flush=True)

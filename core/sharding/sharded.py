@@ -62,7 +62,7 @@ class ShardedModel:
         self._whole = False
         """Stage 3: whether every parameter is whole just now."""
         self._guard_reads()
-        model.zero_grad = ClearingGradients(model, self._forget_gradients)  # type: ignore[method-assign,assignment]
+        model.zero_grad = ClearingGradients(model, self._forget_gradients)  # type: ignore[method-assign]
 
     def _forget_gradients(self) -> None:
         self.schedule.discard_gradients()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def _one_process(world: int) -> tuple[dict[str, torch.Tensor], list[float]]:
                 optimizer.zero_grad()
                 for _ in range(world):
                     scheduler.step()
-                rates.append(scheduler.get_last_lr()[0])
+                rates.append(float(scheduler.get_last_lr()[0]))
     return model.state_dict(), rates
 
 
@@ -89,7 +89,8 @@ def _script(stage: int, folder: str) -> tuple[dict[str, torch.Tensor], list[floa
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     loader = DataLoader(TensorDataset(_ids()), batch_size=MICRO)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
-    rates, seen = [], []
+    rates: list[float] = []
+    seen: list[int] = []
     for _ in range(2):
         seen = []
         for (ids,) in loader:
@@ -160,7 +161,7 @@ def _loaders() -> dict[str, Any]:
     found["reads"] = Stream.reads
     found["whole"] = [value for batch in stream for value in accelerator.gather_for_metrics(batch).tolist()]
 
-    values = list(range(11))
+    values: Any = list(range(11))
     found["in turn"] = read(accelerator.prepare(DataLoader(values, batch_size=2)))
     found["skipped"] = read(accelerator.skip_first_batches(accelerator.prepare(DataLoader(values, batch_size=2)), 2))
     uneven = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False))
@@ -231,9 +232,9 @@ def _corners() -> dict[str, Any]:
     # A rank with fewer batches takes part in the reductions of the others.
     joined = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False))
     torch.manual_seed(0)
-    other = nn.Linear(2, 1, bias=False)
+    other, ones = nn.Linear(2, 1, bias=False), cast("Any", torch.ones(3, 2))
     other, opt, loader = joined.prepare(
-        other, torch.optim.SGD(other.parameters(), lr=0.1), DataLoader(torch.ones(3, 2), batch_size=1)
+        other, torch.optim.SGD(other.parameters(), lr=0.1), DataLoader(ones, batch_size=1)
     )
     with joined.join_uneven_inputs([other]):
         for batch in loader:
@@ -261,7 +262,7 @@ def _corners() -> dict[str, Any]:
         {"log_with": "comet_ml"},
     ):
         with pytest.raises(NotOffered, match="instead, "):
-            Accelerator(**arguments)  # type: ignore[arg-type]
+            Accelerator(**arguments)
     return found
 
 
