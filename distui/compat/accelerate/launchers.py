@@ -20,6 +20,7 @@ class _Call:
 
     def __init__(self, function: Callable[..., Any], environ: dict[str, str]) -> None:
         self.function, self.environ = function, environ
+        self.__name__ = self.__qualname__ = getattr(function, "__name__", "function")  # elastic asks for it
 
     def __call__(self, *args: Any) -> None:
         os.environ.update(self.environ, FORK_LAUNCHED="1")
