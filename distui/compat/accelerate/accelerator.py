@@ -286,6 +286,8 @@ class Accelerator(Steps, Saving):
         self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
     ) -> nn.Module:
         """Return the model as it was given: preparing does not wrap it."""
+        for schedule in self._schedules():
+            schedule.finish_gathers()  # stages 1 and 2: who unwraps a model reads its weights
         model = self.engine.unwrap_model(model)
         if not keep_torch_compile and hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]

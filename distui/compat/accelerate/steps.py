@@ -120,11 +120,15 @@ class Steps(Ranks, Given):
         self.engine.backward(loss, **kwargs)
         if held_back:
             self._send(self.sync_gradients or self._sync_each_batch)
+        for schedule in self._schedules():
+            # Native, stage 0: param.grad can be read while gradients accumulate too, as this rank's part.
+            schedule.show_gradients()
+
+    def _schedules(self) -> list[Any]:
+        """Return the native engine's schedules; none for another backend."""
         prepared = getattr(self.engine.backend, "_models", {})
-        for sharded in prepared.values() if isinstance(prepared, dict) else ():
-            if (schedule := getattr(sharded, "schedule", None)) is not None:
-                # Native, stage 0: param.grad can be read while gradients accumulate too, as this rank's part.
-                schedule.show_gradients()
+        found = prepared.values() if isinstance(prepared, dict) else ()
+        return [sharded.schedule for sharded in found if hasattr(sharded, "schedule")]
 
     def unscale_gradients(self, optimizer: Any = None) -> None:
         """Divide the loss scale out of the gradients (fp16)."""
