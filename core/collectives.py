@@ -1,16 +1,18 @@
 """Every collective of this process in the telemetry ledger: the engine's, the script's own, and those of C++ reducers.
 
     script, FSDP2, object collectives ... ──> ProcessGroup.allreduce, ... (wrapped here) ──> backend
-    DDP's reducer, functional collectives, in C++ ──> the dispatcher's operator c10d::allreduce_, ... (a kernel of ours, once DDP is in use)
+    DDP's reducer, functional collectives, in C++ ──> the dispatcher's c10d::allreduce_, ... (kernels of ours)
     whoever waits ──> Work.wait (wrapped here): the main thread is blocked in this collective
 
 The dispatcher alone would see all of them, but a Python kernel in it costs 30 us a call against 5 us here, so it is put
-in only when a model is wrapped in DDP or split by tensor parallelism. A collective ends when its future says so, or its wait where it has none.
+in only when a model is wrapped in DDP or split by tensor parallelism. A collective ends when its future says so, or its
+wait where it has none.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import time
 import weakref
@@ -19,9 +21,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.library import Library
 
 from distui.core.imports import when_imported
-from distui.core.telemetry.ledger import FINISH_IS_SEEN, SIDE_THREAD
+from distui.core.telemetry.ledger import SIDE_THREAD
 from distui.core.telemetry.source import TelemetrySource, current
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -80,7 +83,7 @@ _labels: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[str, int]] = weakref
 _dtypes: dict[torch.dtype, str] = {}
 _main = threading.main_thread()
 _installed = False
-_dispatched: torch.library.Library | None = None
+_dispatched: Library | None = None
 _wait = dist.Work.wait
 
 
@@ -94,7 +97,7 @@ def install() -> None:
         original = getattr(dist.ProcessGroup, method, None)
         if original is not None:
             setattr(dist.ProcessGroup, method, _recorded(original, op, method))
-    dist.Work.wait = _recorded_wait  # type: ignore[method-assign,assignment]
+    dist.Work.wait = _recorded_wait  # type: ignore[method-assign]
     ddp = torch.nn.parallel.DistributedDataParallel
     construct = ddp.__init__
 
@@ -112,7 +115,7 @@ def install_dispatched() -> None:
     global _dispatched
     if _dispatched is not None or not _installed:
         return
-    _dispatched = torch.library.Library("c10d", "IMPL")
+    _dispatched = Library("c10d", "IMPL")
     for name, op in DISPATCHED.items():
         overload = getattr(torch.ops.c10d, name).default
         _dispatched.impl(name, _kernel(overload, op), "BackendSelect", with_keyset=True)
@@ -151,7 +154,7 @@ def group_label(group: dist.ProcessGroup, name: str = "") -> str:
 
 
 def _compact(ranks: list[int]) -> str:
-    steps = {after - before for before, after in zip(ranks, ranks[1:], strict=False)}
+    steps = {after - before for before, after in itertools.pairwise(ranks)}
     if len(ranks) > 2 and len(steps) == 1:
         (step,) = steps
         return f"{ranks[0]}-{ranks[-1]}" + (f":{step}" if step > 1 else "")

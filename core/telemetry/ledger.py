@@ -1,7 +1,7 @@
 """The collective ledger of one rank: a memory-mapped file that can be read while the rank is stopped, wedged or dead.
 
-The training thread writes it with plain stores into the mapping and waits for no reader; any process reads it from the file
-with `LedgerReader`. What makes that safe: a ring entry is published by its commit word, the status by the index of
+The training thread writes it with plain stores into the mapping and waits for no reader; any process reads it from the
+file with `LedgerReader`. What makes that safe: a ring entry is published by its commit word, the status by the index of
 one of two slots, and what changes later in an entry is one aligned 8-byte word. So a reader sees a thing whole, as it
 was before or after, or not at all, even if the writer was killed in between. (The order of stores is that of x86 and
 of Arm's stronger cores; on a weaker one a reader of a *running* rank may be one store behind.)
@@ -21,9 +21,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
-from distui.core.errors import DistuiError
+from distui.core.telemetry.collective import (
+    FINISH_IS_SEEN,
+    SIDE_THREAD,
+    CollectiveEntry,
+    LedgerState,
+    LedgerUnreadable,
+)
 from distui.core.telemetry.mapped_file import map_new, publish
 
 MAGIC = b"DISTUILG"
@@ -33,10 +38,6 @@ MAX_NAME_BYTES = 48
 OTHER_NAME = "(other)"
 """Stands for every name beyond the table's `MAX_NAMES`."""
 
-FINISH_IS_SEEN = 1
-"""Flag of a collective whose end is noted when it happens, not only when somebody waits for it."""
-SIDE_THREAD = 2
-"""Flag of a collective that a side thread of the script entered (a checkpoint's, say): no training step needs it."""
 
 RECENT = 256
 """So many of the newest collectives are searched for one that does not end."""
@@ -60,52 +61,6 @@ _HALF = struct.Struct("@H")
 _WORD = struct.Struct("@Q")
 _TIME = struct.Struct("@d")
 _NAN = math.nan
-
-
-class LedgerUnreadable(DistuiError):
-    """The file is no ledger, of another version, or cut short."""
-
-
-class CollectiveEntry(NamedTuple):
-    """One collective of one rank. `started_s` and `finished_s` are None where not known or not yet."""
-
-    token: int
-    group: str
-    seq: int
-    op: str
-    dtype: str
-    num_bytes: int
-    group_size: int
-    enqueued_s: float
-    started_s: float | None
-    finished_s: float | None
-    blocked_s: float
-    flags: int = 0
-
-    def text(self) -> str:
-        """Return `all_reduce data_parallel#17`."""
-        return f"{self.op} {self.group}#{self.seq}"
-
-
-class LedgerState(NamedTuple):
-    """What a rank is doing. `waiting` is the collective that its main thread is blocked in."""
-
-    rank: int
-    world_size: int
-    pid: int
-    incarnation: int
-    step: int
-    phase: str
-    phase_since_s: float
-    waiting: CollectiveEntry | None
-    waiting_since_s: float
-    last_seq: dict[str, int]
-    ended_s: float | None
-    exit_status: int
-
-    def waiting_in(self) -> str:
-        """Return the collective that the main thread is blocked in, as text; "" where there is none."""
-        return self.waiting.text() if self.waiting else ""
 
 
 def ledger_bytes(capacity: int) -> int:
@@ -166,7 +121,19 @@ class Ledger:
         at = _ENTRIES_AT + token % self._capacity * _ENTRY_BYTES
         _WORD.pack_into(buffer, at, 0)
         _BODY.pack_into(
-            buffer, at + 8, seq, num_bytes, time.time(), _NAN, _NAN, 0.0, found[1], op_name, dtype_name, flags, group_size
+            buffer,
+            at + 8,
+            seq,
+            num_bytes,
+            time.time(),
+            _NAN,
+            _NAN,
+            0.0,
+            found[1],
+            op_name,
+            dtype_name,
+            flags,
+            group_size,
         )
         _WORD.pack_into(buffer, at, token)
         _WORD.pack_into(buffer, found[2], seq)
@@ -308,8 +275,8 @@ class LedgerReader:
         at = _ENTRIES_AT + token % self.capacity * _ENTRY_BYTES
         if token < 1:
             return None
-        commit, seq, num_bytes, enqueued, started, finished, blocked, group, op, dtype, flags, size = _ENTRY.unpack_from(
-            self._buffer, at
+        commit, seq, num_bytes, enqueued, started, finished, blocked, group, op, dtype, flags, size = (
+            _ENTRY.unpack_from(self._buffer, at)
         )
         if commit != token or self._word(at) != token:
             return None
@@ -347,8 +314,10 @@ class LedgerReader:
 
     def held_up(self) -> CollectiveEntry | None:
         """Return the oldest collective of the training step that has not ended, of those whose end would be seen."""
-        for entry in self.entries(self.head() - RECENT):
-            if entry.finished_s is None and entry.flags & (FINISH_IS_SEEN | SIDE_THREAD) == FINISH_IS_SEEN:
+        head = self.head()
+        for token in range(max(1, head - min(RECENT, self.capacity) + 1), head + 1):
+            entry = None if self.finished(token) else self.entry(token)
+            if entry is not None and entry.flags & (FINISH_IS_SEEN | SIDE_THREAD) == FINISH_IS_SEEN:
                 return entry
         return None
 

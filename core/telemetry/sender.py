@@ -105,6 +105,8 @@ class Sender:
             self._wake.clear()
         self._outbox.put([collector.memory(), *collector.collect(rest=True)])
         self._finish(self._close_by)
+        if stack is not None:
+            stack.close()
 
     def _stack_file(self) -> StackFile | None:
         try:

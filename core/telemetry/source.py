@@ -133,9 +133,7 @@ class TelemetrySource:
         """Say what the main thread does from now on: setup, data, forward, backward, optimizer, ... idle."""
         self._ledger.set_phase(name)
 
-    def collective_begin(
-        self, group: str, op: str, dtype: str, nbytes: int, group_size: int, flags: int = 0
-    ) -> int:
+    def collective_begin(self, group: str, op: str, dtype: str, nbytes: int, group_size: int, flags: int = 0) -> int:
         """Record a collective as enqueued now; return its token. `flags`: of `distui.core.telemetry.ledger`."""
         return self._ledger.begin(group, op, dtype, nbytes, group_size, flags) if self._collectives else 0
 
@@ -225,9 +223,7 @@ class NullSource(TelemetrySource):
     def phase(self, name: str) -> None:
         """Do nothing."""
 
-    def collective_begin(
-        self, group: str, op: str, dtype: str, nbytes: int, group_size: int, flags: int = 0
-    ) -> int:
+    def collective_begin(self, group: str, op: str, dtype: str, nbytes: int, group_size: int, flags: int = 0) -> int:
         """Return 0, the token of no collective."""
         return 0
 

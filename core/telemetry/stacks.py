@@ -32,14 +32,16 @@ MAX_FRAMES = 40
 TRACE_S = 1.0
 """Time that a process gets to handle the signal."""
 
-_HEAD = struct.Struct("@dII")  # when, length, crc32 of the text
+_HEAD = struct.Struct("@ddII")  # when, since when, length, crc32 of the text
 _log = logging.getLogger("distui.telemetry")
 
 
 class KnownStack(NamedTuple):
-    """A main thread's stack, innermost frame first: `file:line function`. `time_s`: when it was there."""
+    """A main thread's stack, innermost frame first: `file:line function`. `time_s`: when it was
+    there last; `since_s`: since when it has been the same."""
 
     time_s: float
+    since_s: float
     frames: tuple[str, ...]
 
 
@@ -51,6 +53,7 @@ class StackFile:
         path = stack_path(run, rank)
         self._buffer: mmap.mmap = map_new(path, SIZE_BYTES)
         publish(path)
+        self._text, self._since_s = b"", 0.0
         self._main = threading.main_thread().ident
         self._trace: IO[bytes] = open(trace_path(run, rank), "ab", buffering=0)  # noqa: SIM115  the handler's, for ever
         try:
@@ -62,8 +65,16 @@ class StackFile:
         """Note where the main thread is now."""
         frame = sys._current_frames().get(self._main) if self._main is not None else None
         text = "\n".join(_frames(frame)).encode()[: SIZE_BYTES - _HEAD.size]
-        self._buffer[_HEAD.size : _HEAD.size + len(text)] = text
-        _HEAD.pack_into(self._buffer, 0, time.time(), len(text), zlib.crc32(text))
+        now_s = time.time()
+        if text != self._text:
+            self._text, self._since_s = text, now_s
+            self._buffer[_HEAD.size : _HEAD.size + len(text)] = text
+        _HEAD.pack_into(self._buffer, 0, now_s, self._since_s, len(text), zlib.crc32(text))
+
+    def close(self) -> None:
+        """Handle the signal no more. The last known stack stays."""
+        faulthandler.unregister(SIGNAL)
+        self._trace.close()
 
 
 def stack_path(run: RunFolder, rank: int) -> Path:
@@ -84,11 +95,11 @@ def known_stack(run: RunFolder, rank: int) -> KnownStack | None:
         return None
     if len(raw) < _HEAD.size:
         return None
-    time_s, length, check = _HEAD.unpack_from(raw, 0)
+    time_s, since_s, length, check = _HEAD.unpack_from(raw, 0)
     text = raw[_HEAD.size : _HEAD.size + length]
     if not length or zlib.crc32(text) != check:
         return None
-    return KnownStack(time_s, tuple(text.decode(errors="replace").split("\n")))
+    return KnownStack(time_s, since_s, tuple(text.decode(errors="replace").split("\n")))
 
 
 def traced(run: RunFolder, rank: int, pid: int, timeout_s: float = TRACE_S) -> str:
@@ -100,10 +111,12 @@ def traced(run: RunFolder, rank: int, pid: int, timeout_s: float = TRACE_S) -> s
         before = path.stat().st_size
         os.kill(pid, SIGNAL)
         deadline = time.monotonic() + timeout_s
+        text = ""
         while time.monotonic() < deadline:
-            text = path.read_bytes()[before:].decode(errors="replace")
-            if "Current thread" in text or text.count("(most recent call first)") and text.endswith("\n"):
+            longer = path.read_bytes()[before:].decode(errors="replace")
+            if longer and longer == text:
                 return text
+            text = longer
             time.sleep(0.02)  # a file tells nobody that it has grown
     except OSError:
         return ""
@@ -113,7 +126,7 @@ def traced(run: RunFolder, rank: int, pid: int, timeout_s: float = TRACE_S) -> s
 def trace_frames(text: str) -> tuple[str, ...]:
     """Return the main thread's frames from what faulthandler wrote: it is the last one it lists."""
     part = text.rpartition("(most recent call first):")[2]
-    frames = []
+    frames: list[str] = []
     for line in part.splitlines():
         file, found, rest = line.strip().removeprefix('File "').partition('", line ')
         number, _, function = rest.partition(" in ")
@@ -123,7 +136,7 @@ def trace_frames(text: str) -> tuple[str, ...]:
 
 
 def _frames(frame: FrameType | None) -> list[str]:
-    found = []
+    found: list[str] = []
     while frame is not None and len(found) < MAX_FRAMES:
         code = frame.f_code
         found.append(f"{code.co_filename}:{frame.f_lineno} {code.co_name}")
