@@ -78,10 +78,11 @@ class _Quiet(threading.local):
 quiet = _Quiet()
 """While `quiet.on`, this thread's collectives are parts of one that is recorded already."""
 
-_tokens: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_tokens: dict[int, int] = {}
+"""id of a Work -> token, until it is waited for. Each new Work overwrites what an older one left in its place."""
 _labels: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[str, int]] = weakref.WeakKeyDictionary()
 _dtypes: dict[torch.dtype, str] = {}
-_main = threading.main_thread()
+_main = threading.main_thread().ident
 _installed = False
 _dispatched: Library | None = None
 _wait = dist.Work.wait
@@ -164,6 +165,7 @@ def _compact(ranks: list[int]) -> str:
 
 def _recorded(original: Callable[..., Any], op: str, method: str) -> Callable[..., Any]:
     at = 1 if op in OUTPUT_FIRST else 0
+    once = one_collective(original)  # or the dispatcher's kernel would record it again
 
     @functools.wraps(original, assigned=("__doc__", "__name__"))
     def call(self: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
@@ -172,18 +174,15 @@ def _recorded(original: Callable[..., Any], op: str, method: str) -> Callable[..
             return original(self, *args, **kwargs)
         data = args[at] if len(args) > at else None
         token = _begin(source, self, op, data, args, method)
-        quiet.on = True
         try:
-            work = original(self, *args, **kwargs)
+            work = original(self, *args, **kwargs) if _dispatched is None else once(self, *args, **kwargs)
         except BaseException:
             source.collective_end(token)
             raise
-        finally:
-            quiet.on = False
         if work is None:  # monitored_barrier: it has waited itself
             source.collective_end(token)
         else:
-            _tokens[work] = token
+            _tokens[id(work)] = token
             options = args[-1] if args else None
             if getattr(options, "asyncOp", False):
                 see_end(source, work, token)
@@ -204,7 +203,7 @@ def _begin(
         if len(data) > 1 and type(data[0]) is torch.Tensor:
             num_bytes = sum(tensor.nbytes for tensor in data[1:])
         data = data[0] if data else None
-    if isinstance(data, torch.Tensor):
+    if type(data) is torch.Tensor or isinstance(data, torch.Tensor):
         num_bytes += data.nbytes
         dtype = _dtypes.get(data.dtype) or _dtypes.setdefault(data.dtype, str(data.dtype).removeprefix("torch."))
     if op == "send" or op == "recv":
@@ -223,7 +222,7 @@ def _pair(group: dist.ProcessGroup, name: str, op: str, args: tuple[Any, ...], m
 
 
 def _side() -> int:
-    if threading.get_ident() == _main.ident:
+    if threading.get_ident() == _main:
         return 0
     # Autograd's own threads are dummies to Python: they are part of the training step.
     return 0 if isinstance(threading.current_thread(), threading._DummyThread) else SIDE_THREAD
@@ -255,11 +254,11 @@ def see_end(source: TelemetrySource, work: Any, token: int) -> bool:
 
 
 def _recorded_wait(self: Any, *args: Any, **kwargs: Any) -> Any:
-    token = _tokens.pop(self, 0)
+    token = _tokens.pop(id(self), 0)
     source = current()
     if not token or source is None:
         return _wait(self, *args, **kwargs)
-    main = threading.get_ident() == _main.ident
+    main = threading.get_ident() == _main
     if main:
         source.waiting(token)
     began = time.perf_counter()
@@ -290,7 +289,7 @@ def _kernel(overload: Any, op: str) -> Callable[..., Any]:
             raise
         work = unbox_work(result[-1] if isinstance(result, tuple) else result)
         if not see_end(source, work, token):
-            _tokens[work] = token
+            _tokens[id(work)] = token
         return result
 
     return kernel

@@ -31,11 +31,12 @@ class Jobs:
 
     def __init__(self, faults: ModuleType, names: list[str]) -> None:
         self.bench: Any = faults.Bench()
+        self.expected: dict[str, tuple[str, float]] = faults.EXPECTED
         self.runs = {name: self.bench.start(name) for name in names}
 
     def verdict(self, fault: str) -> tuple[Any, Any]:
-        """Return the first verdict after the fault, and the whole snapshot; nothing may be said before."""
-        _, found, early = self.bench.verdict(self.runs[fault])
+        """Return the verdict on the fault, and the whole snapshot; nothing may be said before it happens."""
+        _, found, early = self.bench.verdict(self.runs[fault], self.expected[fault][0])
         assert found is not None, f"no verdict on {fault}"
         assert not early, early
         return found, self.bench.snapshot(self.runs[fault])
