@@ -103,7 +103,7 @@ class Bench:
             if not fault_s and (run.path / "fault").exists():
                 fault_s = float((run.path / "fault").read_text())
             found = self.snapshot(run).diagnosis
-            if found and not fault_s:
+            if found and not fault_s and not (run.path / "fault").exists():
                 early = f"{found[0].kind}: {found[0].message}"
             if found and fault_s and kind in ("", found[0].kind):
                 return time.time() - fault_s, found[0], early

@@ -22,7 +22,8 @@ _PEER = re.compile(
     r"closed by peer|Connection reset|Broken pipe|Connection refused|peer|remote|[Tt]imed out|DistNetworkError"
 )
 _SIZE = re.compile(r"opts?\.preamble\.length|op\.preamble|size mismatch|not match.*size", re.IGNORECASE)
-KILLED = 9
+SETTLE_S = 0.4
+"""A rank that fails may be seen before the one whose death it failed of."""
 
 
 def dead(state: RunState, ranks: list[Observed], now_s: float) -> list[pb.Diagnosis]:
@@ -34,6 +35,9 @@ def dead(state: RunState, ranks: list[Observed], now_s: float) -> list[pb.Diagno
     if not gone:
         return []
     first = min(gone, key=lambda rank: (_order(rank, outcome), rank.last_seen_s, rank.rank))
+    ended_s = first.ledger.ended_s if first.ledger is not None else None
+    if _order(first, outcome) > 1 and ended_s is not None and now_s - ended_s < SETTLE_S:
+        return []  # the peer that it may have lost is still on its way out
     return [_dead(state, first, ranks, outcome, now_s)]
 
 
