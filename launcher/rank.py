@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from distui.core.imports import when_imported
 from distui.core.paths import RunFolder, current_run, write_atomic
 from distui.launcher import compat
 from distui.launcher.outcome import last_step
@@ -45,12 +46,20 @@ def main() -> None:
     if source is not None:
         source.on_control("stop", lambda command: _stop_job(run))
         _watch_optimizers(source)
+        when_imported("torch", _record_collectives)
     status, error = _run_script(run, rank, sys.argv[1:])
     if status == 0:
         _leave_group()
     if source is not None:
         source.close(status, error)
     sys.exit(status)
+
+
+def _record_collectives() -> None:
+    """Have every collective of the script recorded, with or without an engine."""
+    from distui.core.collectives import install
+
+    install()
 
 
 def _leave_group() -> None:

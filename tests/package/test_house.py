@@ -177,7 +177,7 @@ def test_public_functions_have_docstrings() -> None:
 
 
 def test_nothing_of_a_workplace_is_named() -> None:
-    pattern = re.compile(r"/work/|/root/|session_|\.library|farm-bench")
+    pattern = re.compile(r"/work/|/root/|session_|/\.library|farm-bench")
     found = []
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in listed.stdout.splitlines():
