@@ -13,7 +13,7 @@ from torch import nn
 from distui.core.errors import UserError
 from distui.core.offload.homes import Homes, Offload, agreed, open_homes
 from distui.core.sharding.alike import start_alike
-from distui.core.sharding.hooks import Hook, WaitingParameters
+from distui.core.sharding.hooks import ClearingGradients, Hook, WaitingParameters
 from distui.core.sharding.optim import ShardedOptimizer
 from distui.core.sharding.partition import partition, split_by_kind
 from distui.core.sharding.placement import Placement
@@ -80,6 +80,12 @@ class ShardedModel:
         self._whole = False
         """Stage 3: whether every parameter is whole just now."""
         self._guard_reads()
+        model.zero_grad = ClearingGradients(model, self._forget_gradients)  # type: ignore[method-assign]
+
+    def _forget_gradients(self) -> None:
+        self.schedule.discard_gradients()
+        for optimizer in self.optimizers:
+            optimizer.grad_factor = 1.0
 
     def _build_units(self) -> list[Unit]:
         units = []

@@ -50,6 +50,7 @@ def test_the_wheels_modules_are_the_trees(wheel_names: set[str]) -> None:
                 ".pyi",
                 ".typed",
                 ".service",
+                ".j2",
             }:
                 continue
             relative = path.relative_to(ROOT).as_posix()
