@@ -61,7 +61,7 @@ def test_over_time_everything_arrives(use_triton: bool) -> None:
     for _ in range(steps):
         bits, scale = compress_onebit(x, error, use_triton=use_triton)
         total += unpack_signs(bits, 65, scale, use_triton=use_triton)
-    assert (total / steps - x).abs().max() < 0.1
+    assert (total / steps - x).abs().max() < 0.25
     assert (torch.sign(x) * x.abs().mean() - x).abs().max() > 0.5
 
 
