@@ -149,6 +149,7 @@ class CompressedTransport(Transport):
         super().__init__(group, name, pool)
         self._gradients = Codec(formats.gradients, formats.block) if formats.gradients else None
         self._weights = Codec(formats.weights, formats.block) if formats.weights else None
+        self.shares_scales = self._gradients is not None
         per_node = formats.ranks_per_node or self.world_size
         if self._gradients is not None and 1 < per_node < self.world_size and self.world_size % per_node == 0:
             self.hops = self._split(per_node)

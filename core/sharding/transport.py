@@ -69,6 +69,8 @@ class Transport:
         """Seconds that the training thread was blocked here; the engine reads and resets it each step."""
         self.sent_bytes = 0
         """Bytes that this rank has sent since the start; of an all-reduce, what a ring sends."""
+        self.shares_scales = False
+        """Whether gradients travel in blocks, of which one value can spoil its neighbours."""
         self.hops: tuple[Transport, ...] = ()
         """Transports that this one sends through; what they send and wait for counts beside its own."""
         self.telemetry = current() or NullSource()

@@ -248,11 +248,21 @@ class Unit:
         else:
             self.pending = self.transport.sum_gradient(self.grad_full)
 
+    def _wait_for_sum(self) -> None:
+        if self.pending is None:
+            return
+        self.pending.wait()
+        self.pending = None
+        assert self.transport is not None and self.grad_shard is not None
+        if self.transport.shares_scales:
+            # One NaN makes its whole block NaN, and padding must stay zero.
+            start, end = self.layout.shard(self.rank)
+            for low, high in self._gaps:
+                self.grad_shard[min(max(low, start), end) - start : min(max(high, start), end) - start].zero_()
+
     def finish_reduce(self) -> None:
         """Wait for the sum; the pooled gradient buffer goes back."""
-        if self.pending is not None:
-            self.pending.wait()
-            self.pending = None
+        self._wait_for_sum()
         if self.state is GradState.REDUCING:
             self.state = GradState.REDUCED
         if self.state is GradState.REDUCED:
@@ -267,9 +277,7 @@ class Unit:
 
     def discard_gradient(self) -> None:
         """Forget all gradients; what is in flight is waited for first, since peers count on it."""
-        if self.pending is not None:
-            self.pending.wait()
-            self.pending = None
+        self._wait_for_sum()
         if self.placement.shards_gradients and self.grad_full is not None:
             self.pool.give(self.grad_full, self._gaps)
             self.grad_full = None
