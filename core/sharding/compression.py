@@ -125,6 +125,7 @@ class Codec:
 
     def message_bytes(self, numel: int) -> int:
         """Return the size of a message of `numel` elements."""
+        numel = max(numel, 1)  # gloo never ends a send of no bytes
         return _SCALE_BYTES * (-(-numel // self.block)) + -(-numel // _SCALE_BYTES) * _SCALE_BYTES
 
     def write(self, values: torch.Tensor, message: torch.Tensor) -> None:

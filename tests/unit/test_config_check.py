@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -144,7 +145,7 @@ def test_offload_needs_its_stage() -> None:
         ({"compression__gradients": "int8", "compression__block_size": "100"}, "powers of two"),
     ],
 )
-def test_compression_that_cannot_be_right_is_refused(given: dict[str, str], why: str) -> None:
+def test_compression_that_cannot_be_right_is_refused(given: dict[str, Any], why: str) -> None:
     (problem,) = found_in(**given)
     assert problem.path.startswith("compression.") and why in problem.why
 
