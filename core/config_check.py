@@ -142,15 +142,8 @@ def _states(config: Config) -> Iterator[Problem]:
 
 
 def _compression(config: Config) -> Iterator[Problem]:
-    compression, stage, backend = config.compression, config.strategy.zero_stage, config.strategy.backend
-    used = [key for key in ("gradients", "weights") if getattr(compression, key) != "none"]
-    if used and backend != "native":
-        yield Problem(
-            f"compression.{used[0]}",
-            f"{used[0]}={getattr(compression, used[0])} with backend={backend}",
-            f"only the native engine compresses; {backend} sends what its own code sends",
-            f"set strategy.backend to native, or {' and '.join(f'compression.{key}' for key in used)} to none",
-        )
+    compression, stage = config.compression, config.strategy.zero_stage
+    if config.strategy.backend != "native":  # refused with the backend
         return
     if compression.gradients == "onebit" and stage > 0:
         yield Problem(
