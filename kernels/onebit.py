@@ -14,8 +14,6 @@ arXiv 1901.09847 (the scale). Bytes: 12 1/8 an fp32 element (read x and error; w
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 try:
@@ -76,15 +74,15 @@ if triton is not None:
 
     @triton.jit
     def _pack_kernel(
-        x_ptr: Any,
-        error_ptr: Any,
-        scale_ptr: Any,
-        bits_ptr: Any,
-        numel: Any,
+        x_ptr,
+        error_ptr,
+        scale_ptr,
+        bits_ptr,
+        numel,
         FEEDBACK: tl.constexpr,
         OWN_SCALE: tl.constexpr,
         BLOCK_SIZE: tl.constexpr,
-    ) -> None:
+    ):
         program = tl.program_id(0)
         bytes_at = program.to(tl.int64) * (BLOCK_SIZE // 8) + tl.arange(0, BLOCK_SIZE // 8)
         lane = tl.arange(0, 8)
@@ -107,9 +105,7 @@ if triton is not None:
             tl.store(error_ptr + offsets, value - tl.where(positive, scale, -scale), mask=mask)
 
     @triton.jit
-    def _unpack_kernel(
-        bits_ptr: Any, scale_ptr: Any, out_ptr: Any, numel: Any, block: Any, ONE_SCALE: tl.constexpr, TILE: tl.constexpr
-    ) -> None:
+    def _unpack_kernel(bits_ptr, scale_ptr, out_ptr, numel, block, ONE_SCALE: tl.constexpr, TILE: tl.constexpr):
         offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         mask = offsets < numel
         byte = tl.load(bits_ptr + offsets // 8, mask=mask, other=0).to(tl.int32)

@@ -13,7 +13,7 @@ Bytes: 5 read and 1 written an fp32 element (a second read of the block comes fr
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -71,14 +71,14 @@ if triton is not None:
 
     @triton.jit
     def _quantize_kernel(
-        x_ptr: Any,
-        q_ptr: Any,
-        scales_ptr: Any,
-        numel: Any,
-        largest: Any,
+        x_ptr,
+        q_ptr,
+        scales_ptr,
+        numel,
+        largest,
         FP8: tl.constexpr,
         BLOCK_SIZE: tl.constexpr,
-    ) -> None:
+    ):
         program = tl.program_id(0)
         offsets = program.to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         mask = offsets < numel
@@ -106,9 +106,7 @@ if triton is not None:
             tl.store(q_ptr + offsets, ((scaled + 12582912.0) - 12582912.0).to(tl.int8), mask=mask)
 
     @triton.jit
-    def _dequantize_kernel(
-        q_ptr: Any, scales_ptr: Any, out_ptr: Any, numel: Any, FP8: tl.constexpr, BLOCK_SIZE: tl.constexpr
-    ) -> None:
+    def _dequantize_kernel(q_ptr, scales_ptr, out_ptr, numel, FP8: tl.constexpr, BLOCK_SIZE: tl.constexpr):
         program = tl.program_id(0)
         offsets = program.to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         mask = offsets < numel
