@@ -68,6 +68,7 @@ def _only_native(name: str, config: Config) -> Iterator[Problem]:
         ("offload", "optimizer", config.offload.optimizer, "none"),
         ("offload", "params", config.offload.params, "none"),
         ("compression", "gradients", config.compression.gradients, "none"),
+        ("compression", "weights", config.compression.weights, "none"),
     ]
     for section, key, value, without in off:
         if value != without:

@@ -117,7 +117,12 @@ class OptimizerSection(Section):
 class CompressionSection(Section):
     """What travels between ranks."""
 
-    gradients: Literal["none", "onebit", "int8", "fp8"] = _field("none", "format of gradients on the wire")
+    gradients: Literal["none", "onebit", "int8", "fp8"] = _field(
+        "none", "format of gradients on the wire; onebit is 1-bit Adam (stage 0)"
+    )
+    weights: Literal["none", "int8", "fp8"] = _field("none", "format of gathered parameters on the wire (stage 3)")
+    warmup_steps: PositiveInt = _field(100, "onebit: exact steps before the variance is frozen", "steps")
+    block_size: PositiveInt = _field(256, "int8 and fp8: neighbours that share a scale", "elements")
 
 
 class CheckpointSection(Section):
@@ -183,6 +188,8 @@ class Config(Section):
             words.append(f"{self.activation_checkpointing.mode} checkpointing")
         if self.compression.gradients != "none":
             words.append(f"{self.compression.gradients} gradients")
+        if self.compression.weights != "none":
+            words.append(f"{self.compression.weights} weights on the wire")
         return ", ".join(words)
 
 

@@ -16,6 +16,7 @@ from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.config import Config
 from distui.core.errors import UserError
 from distui.core.precision import DTYPES, apply_border_casts
+from distui.core.sharding.compression import Compression
 from distui.core.sharding.optim import ShardedOptimizer
 from distui.core.sharding.sharded import ShardedModel
 
@@ -39,6 +40,7 @@ class NativeBackend(Backend):
                 group=self.group,
                 compute_dtype=None if precision.dtype == "fp32" else DTYPES[precision.dtype],
                 reduce_in_fp32=precision.reduce_dtype == "fp32",
+                compression=Compression.of(self.config.compression),
             )
             if precision.dtype != "fp32":
                 apply_border_casts(model, DTYPES[precision.dtype])
@@ -163,7 +165,7 @@ class NativeBackend(Backend):
         """Return the seconds that this rank was blocked in collectives since the last call."""
         seconds = 0.0
         for sharded in self._models.values():
-            for transport in {id(t): t for t in (sharded.transport, sharded.gathers) if t is not None}.values():
+            for transport in sharded.transports:
                 seconds += transport.exposed_s
                 transport.exposed_s = 0.0
         return seconds

@@ -20,6 +20,7 @@ from distui.core.backends.optimizer import PreparedOptimizer, prefer_fused
 from distui.core.errors import UserError
 from distui.core.sharding.elementwise import why_not_elementwise
 from distui.core.sharding.flat_adam import FlatAdam, why_not_flat
+from distui.core.sharding.onebit_adam import OneBitAdam
 from distui.core.sharding.schedule import Schedule
 from distui.core.sharding.transport import Transport
 from distui.core.sharding.unit import Unit
@@ -51,6 +52,8 @@ class ShardedOptimizer(PreparedOptimizer):
     ) -> None:
         super().__init__(inner)
         self._schedule, self._units, self._transport = schedule, units, transport
+        self.onebit: OneBitAdam | None = None
+        """Steps in the place of the inner optimizer once its variance is frozen (compression.gradients=onebit)."""
         self.runs: list[list[FlatRun]] = []
         self._place = {id(param): (unit, index) for unit in units for index, param in enumerate(unit.params)}
         self._rebind()
@@ -71,12 +74,17 @@ class ShardedOptimizer(PreparedOptimizer):
         """Step the shards, then start to bring the weights to all ranks. Collective: all ranks."""
         # What is still being gathered reads the shards that the step writes.
         self._schedule.finish_gathers()
-        if self.flat is not None:
+        if self.onebit is not None and self.onebit.frozen:
+            self._set_gradients(factor)
+            self.onebit.step()
+        elif self.flat is not None:
             self.flat.step(factor)
         else:
             self._set_gradients(factor)
             self.inner.step()
         self._schedule.publish()
+        if self.onebit is not None:
+            self.onebit.follow()
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of the states, for the same number of ranks; `save_state` writes what reshards."""
@@ -87,6 +95,8 @@ class ShardedOptimizer(PreparedOptimizer):
         self.inner.load_state_dict(state_dict)
         if self.flat is not None:
             self.flat.narrow()
+        if self.onebit is not None:
+            self.onebit.load_state_dict(None)
 
     # ---- shards --------------------------------------------------------------------------------------------------
 
@@ -239,7 +249,9 @@ class ShardedOptimizer(PreparedOptimizer):
             total = norms.double().pow(norm_type).sum() if norms.device.type == "cpu" else norms.pow(norm_type).sum()
             op = dist.ReduceOp.SUM
         sharded = bool(self._units) and self._units[0].placement.shards_optimizer
-        if sharded and self._transport is not None:
+        if self.onebit is not None and self.onebit.frozen:
+            total = self.onebit.mean_norm(total, norm_type)
+        elif sharded and self._transport is not None:
             self._transport.all_reduce(total, op=op).wait()
         if not math.isinf(norm_type):
             total = total.pow(1.0 / norm_type)
@@ -259,6 +271,8 @@ class ShardedOptimizer(PreparedOptimizer):
         """Clamp every gradient element to [-limit, limit]."""
         self._schedule.finish_gradients()
         factor, self.grad_factor = self.grad_factor, 1.0
+        if self.onebit is not None and self.onebit.frozen:  # a rank has its own gradient only, divided by the ranks
+            limit *= self._units[0].inverse_ranks
         for unit in self._units:
             if unit.trainable and unit.grad_shard is not None:
                 if factor != 1.0:

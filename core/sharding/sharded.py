@@ -12,6 +12,7 @@ from torch import nn
 
 from distui.core.errors import UserError
 from distui.core.sharding.alike import start_alike
+from distui.core.sharding.compression import Compression, make_transport, start_onebit
 from distui.core.sharding.hooks import ClearingGradients, Hook, WaitingParameters
 from distui.core.sharding.optim import ShardedOptimizer
 from distui.core.sharding.partition import partition, split_by_kind
@@ -32,6 +33,7 @@ class ShardedModel:
         group: dist.ProcessGroup | None,
         compute_dtype: torch.dtype | None = None,
         reduce_in_fp32: bool = True,
+        compression: Compression | None = None,
     ) -> None:
         """Prepare `model` in place. Collective: all ranks of `group` (None: one rank)."""
         if any(isinstance(param, nn.parameter.UninitializedParameter) for param in model.parameters()):
@@ -44,17 +46,18 @@ class ShardedModel:
         rank = dist.get_rank(group) if group is not None else 0
         self.model = model
         self.placement = Placement(stage, rank, num_ranks, compute_dtype, reduce_in_fp32)
+        self.compression = compression
         self.pool = BufferPool()
         self.transport: Transport | None = None
         self.gathers: Transport | None = None
         if group is not None and num_ranks > 1:
-            self.transport = Transport(group, "data_parallel", self.pool)
+            self.transport = make_transport(group, "data_parallel", self.pool, compression)
             self.gathers = self.transport
             if self.placement.shards_parameters:
                 # Reductions and gathers have an order each; on one communicator they would need a common one.
                 second = dist.new_group(dist.get_process_group_ranks(group))
                 assert second is not None
-                self.gathers = Transport(second, "data_parallel_gather", self.pool)
+                self.gathers = make_transport(second, "data_parallel_gather", self.pool, compression, gradients=False)
             start_alike(model, group)
         self.units = self._build_units()
         self.schedule = Schedule(model, self.units, stage if num_ranks > 1 else 0, num_ranks)
@@ -122,6 +125,8 @@ class ShardedModel:
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, state_bits: int = 32) -> ShardedOptimizer:
         """Rebind `optimizer` to this model's flat shards."""
         prepared = ShardedOptimizer(optimizer, self.schedule, self.units, self.transport, state_bits)
+        if self.compression is not None and self.compression.gradients == "onebit" and self.transport is not None:
+            prepared.onebit = start_onebit(prepared, self.units, self.transport, self.pool, self.compression)
         self.optimizers.append(prepared)
         return prepared
 
@@ -228,6 +233,17 @@ class ShardedModel:
 
     # ---- accounting ----------------------------------------------------------------------------------------------
 
+    @property
+    def transports(self) -> list[Transport]:
+        """All that this model's collectives go through."""
+        found = {id(transport): transport for transport in (self.transport, self.gathers) if transport is not None}
+        return [inner for transport in found.values() for inner in (transport, *transport.hops)]
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank has sent for the model since the start."""
+        return sum(transport.sent_bytes for transport in self.transports)
+
     def memory_by_category(self) -> dict[str, int]:
         """Return this rank's bytes: parameters, gradients, optimizer_states, buffers (transient and the model's)."""
         seen: set[int] = set()
@@ -251,6 +267,7 @@ class ShardedModel:
         for optimizer in self.optimizers:
             for state in optimizer.inner.state.values():
                 states += count([value for value in state.values() if isinstance(value, torch.Tensor)])
+            states += optimizer.onebit.allocated_bytes if optimizer.onebit is not None else 0
         slots = self.schedule.slots.allocated_bytes if self.schedule.slots is not None else 0
         buffers = slots + self.pool.allocated_bytes + count([buffer.data for buffer in self.model.buffers()])
         return {

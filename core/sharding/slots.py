@@ -61,7 +61,7 @@ class SlotRing:
             self._valid.discard(id(previous))
         self._owner[slot] = unit
         self._valid.add(id(unit))
-        unit.gathering = unit.gathers.all_gather(unit.full, unit.shard)
+        unit.gathering = unit.gathers.gather_weights(unit.full, unit.shard)
 
     def invalidate(self) -> None:
         """The shards have changed: everything must be gathered again."""

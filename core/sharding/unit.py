@@ -106,6 +106,8 @@ class Unit:
         # Gradients.
         self.state = GradState.FILLING
         self.pending: Pending | None = None
+        self.sends_gradient = True
+        """False (stage 0) where the optimizer exchanges something else in its step: the gradient then stays local."""
         self.grad_full: torch.Tensor | None = None
         self.grad_shard: torch.Tensor | None = None
         self.holds_gradient = False
@@ -197,7 +199,8 @@ class Unit:
         if self.state is not GradState.REDUCED:
             return
         self.state = GradState.FILLING
-        if self.placement.num_ranks == 1 or self.placement.shards_gradients or self.grad_full is None:
+        local = self.placement.num_ranks == 1 or not self.sends_gradient
+        if local or self.placement.shards_gradients or self.grad_full is None:
             return
         if self.placement.shards_optimizer:
             start, end = self.layout.shard(self.rank)
@@ -231,7 +234,7 @@ class Unit:
     def reduce(self) -> None:
         """Start summing the gradient over the ranks. Collective: all ranks, in the schedule's order."""
         assert self.grad_full is not None and self.grad_shard is not None
-        if self.transport is None:
+        if self.transport is None or not self.sends_gradient:
             self.state = GradState.REDUCED
             return
         self.state = GradState.REDUCING
@@ -243,13 +246,23 @@ class Unit:
         elif self.placement.shards_optimizer:
             self.pending = self.transport.reduce_scatter(self.grad_full, self.grad_shard)
         else:
-            self.pending = self.transport.all_reduce(self.grad_full)
+            self.pending = self.transport.sum_gradient(self.grad_full)
+
+    def _wait_for_sum(self) -> None:
+        if self.pending is None:
+            return
+        self.pending.wait()
+        self.pending = None
+        assert self.transport is not None and self.grad_shard is not None
+        if self.transport.shares_scales:
+            # One NaN makes its whole block NaN, and padding must stay zero.
+            start, end = self.layout.shard(self.rank)
+            for low, high in self._gaps:
+                self.grad_shard[min(max(low, start), end) - start : min(max(high, start), end) - start].zero_()
 
     def finish_reduce(self) -> None:
         """Wait for the sum; the pooled gradient buffer goes back."""
-        if self.pending is not None:
-            self.pending.wait()
-            self.pending = None
+        self._wait_for_sum()
         if self.state is GradState.REDUCING:
             self.state = GradState.REDUCED
         if self.state is GradState.REDUCED:
@@ -264,9 +277,7 @@ class Unit:
 
     def discard_gradient(self) -> None:
         """Forget all gradients; what is in flight is waited for first, since peers count on it."""
-        if self.pending is not None:
-            self.pending.wait()
-            self.pending = None
+        self._wait_for_sum()
         if self.placement.shards_gradients and self.grad_full is not None:
             self.pool.give(self.grad_full, self._gaps)
             self.grad_full = None
