@@ -78,6 +78,7 @@ class Engine(States, ProcessState):
         """Whether the current micro-batch is the last before the optimizer steps."""
         self._micro_step = 0
         self._norm_of_step: torch.Tensor | None = None
+        self._stepped: list[PreparedOptimizer] = []
         self._models: list[nn.Module] = []
         self._optimizers: list[PreparedOptimizer] = []
         self._schedulers: list[PreparedScheduler] = []
@@ -197,6 +198,8 @@ class Engine(States, ProcessState):
 
         `loss` is the mean over this rank's micro-batch; kwargs go to `loss.backward`.
         """
+        if self._stepped:
+            self._finish_step()
         begin = time.perf_counter()
         self.telemetry.phase("backward")
         self.backend.before_backward()
@@ -238,9 +241,7 @@ class Engine(States, ProcessState):
         if self.scaler is None:
             return
         for optimizer in self._optimizers:
-            if not optimizer.unscaled:
-                optimizer.grad_factor /= self.scaler.scale
-                optimizer.unscaled = True
+            optimizer.unscale(self.scaler.scale)
 
     def _before_step(self, optimizer: PreparedOptimizer) -> None:
         self.telemetry.phase("optimizer")
@@ -250,20 +251,30 @@ class Engine(States, ProcessState):
             self.clip_grad_norm_([param for model in self._models for param in model.parameters()], max_norm)
         if self.scaler is not None:
             self._unscale()
-            norm = self._norm_of_step if self._norm_of_step is not None else optimizer.grad_norm(None, 2.0)
-            optimizer.skip_next = not bool(torch.isfinite(norm))
+            # The norm that a script clipped by may be of some parameters only.
+            norms = [optimizer.grad_norm(None, 2.0)]
+            if self._norm_of_step is not None:
+                norms.append(self._norm_of_step)
+            optimizer.skip_next = not all(bool(torch.isfinite(norm)) for norm in norms)
 
     def _after_step(self, optimizer: PreparedOptimizer) -> None:
+        self._stepped.append(optimizer)
+        if all(any(sibling is stepped for stepped in self._stepped) for sibling in optimizer.siblings):
+            self._finish_step()
+
+    def _finish_step(self) -> None:
+        """Account a step, once all optimizers of its model have stepped, or the next backward begins."""
+        stepped, self._stepped = self._stepped, []
+        skipped = any(optimizer.step_was_skipped for optimizer in stepped)
         if self.scaler is not None:
-            self.scaler.update(overflow=optimizer.step_was_skipped)
-        optimizer.unscaled = False
+            self.scaler.update(overflow=skipped)
         self._norm_of_step = None
-        groups = optimizer.param_groups
+        groups = stepped[0].param_groups
         self.clock.end_step(
             self._step_begin,
             learning_rate=float(groups[0]["lr"]) if groups and "lr" in groups[0] else None,
             loss_scale=self.scaler.scale if self.scaler is not None else None,
-            skipped=optimizer.step_was_skipped,
+            skipped=skipped,
         )
         self.saver.after_step(self)
         if self._control is not None:

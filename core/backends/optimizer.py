@@ -30,8 +30,10 @@ class PreparedOptimizer(torch.optim.Optimizer):
         self.after_step: Callable[[Any], None] = lambda _: None
         self.skip_next = False
         """Set before a step that must not happen (fp16 overflow, on all ranks alike)."""
-        self.unscaled = False
-        """Whether the loss scale is in `grad_factor` already."""
+        self.loss_scale = 1.0
+        """The loss scale that `grad_factor` takes out already."""
+        self.siblings: list[PreparedOptimizer] = [self]
+        """The optimizers that step the same model, this one among them: a step is over when all of them have stepped."""
 
     # ---- what a backend does -------------------------------------------------------------------------------------
 
@@ -111,7 +113,13 @@ class PreparedOptimizer(torch.optim.Optimizer):
         """Forget the gradients; nothing while they accumulate."""
         if self.step_allowed():
             self.discard_gradients(set_to_none)
-            self.grad_factor = 1.0
+            self.grad_factor = self.loss_scale = 1.0
+
+    def unscale(self, loss_scale: float) -> None:
+        """Take the loss scale out of the gradients at the next step, once."""
+        # Another model's step may have changed the scale since this was called last.
+        self.grad_factor *= self.loss_scale / loss_scale
+        self.loss_scale = loss_scale
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step on all ranks alike. Collective: all ranks.
@@ -128,7 +136,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
             return
         self.finish_gradients()
         self.before_step(self)
-        factor, self.grad_factor = self.grad_factor, 1.0
+        factor, self.grad_factor, self.loss_scale = self.grad_factor, 1.0, 1.0
         self.step_was_skipped, self.skip_next = self.skip_next, False
         if self.step_was_skipped:
             self.skip()

@@ -9,7 +9,7 @@ Reductions and gathers have a process group each, so that neither order depends 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -238,8 +238,19 @@ class Schedule:
         for unit in self.order:
             unit.finish_reduce()
 
-    def discard_gradients(self) -> None:
-        """Forget all gradients, also those of a backward that an exception cut off."""
+    def discard_gradients(self, own: dict[int, set[int]] | None = None) -> None:
+        """Forget all gradients, also those of a backward that an exception cut off.
+
+        `own` are the parameters of one of several optimizers, by unit; after a whole backward only theirs are forgotten.
+        """
+        if own is not None and not self._open:
+            for unit in self.order:
+                if indices := own.get(id(unit)):
+                    unit.forget(indices)
+                    if self.stage == 0:
+                        for index in indices:
+                            unit.params[index].grad = None
+            return
         self.hide_gradients()
         for unit in self.order:
             unit.discard_gradient()
@@ -270,10 +281,13 @@ class Schedule:
 
     # ---- parameters ----------------------------------------------------------------------------------------------
 
-    def publish(self) -> None:
-        """After the optimizer: new weights to where forward reads them. Collective: all ranks."""
+    def publish(self, stepped: Container[int] | None = None) -> None:
+        """After the optimizer: new weights to where forward reads them. Collective: all ranks.
+
+        `stepped` are the identities of the units that it stepped; None are all.
+        """
         for unit in self.units:
-            if unit.trainable:
+            if unit.trainable and (stepped is None or id(unit) in stepped):
                 unit.publish()
         if self.slots is not None:
             self.slots.invalidate()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.errors import UserError
 from distui.core.sharding.alike import start_alike
 from distui.core.sharding.hooks import Hook, WaitingParameters
@@ -115,8 +116,9 @@ class ShardedModel:
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
         """Rebind `optimizer` to this model's flat shards."""
-        prepared = ShardedOptimizer(optimizer, self.schedule, self.units, self.transport)
-        self.optimizers.append(prepared)
+        prepared = ShardedOptimizer(
+            optimizer, self.schedule, self.units, self.transport, cast("list[PreparedOptimizer]", self.optimizers)
+        )
         return prepared
 
     # ---- full weights --------------------------------------------------------------------------------------------

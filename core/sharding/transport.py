@@ -89,6 +89,17 @@ class Transport:
         work = dist.broadcast(tensor, group=self.group, async_op=True, group_src=source)
         return Pending(self, [work], token, None)
 
+    def all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, sizes_in: list[int], sizes_out: list[int]
+    ) -> Pending:
+        """Send the r-th part of `sent` to rank r, and fill `received` with the parts from all. Collective.
+
+        Shapes: received [sum(sizes_in)], sent [sum(sizes_out)].
+        """
+        token = self._begin("all_to_all", sent)
+        work = dist.all_to_all_single(received, sent, sizes_in, sizes_out, group=self.group, async_op=True)
+        return Pending(self, [work], token, None)
+
     def all_gather(self, full: torch.Tensor, shard: torch.Tensor) -> Pending:
         """Fill `full` with every rank's `shard`, in rank order. Collective: all ranks of the group.
 

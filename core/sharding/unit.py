@@ -113,6 +113,8 @@ class Unit:
         self.arrived = [False] * len(self.params)
         self.num_arrived = 0
         self.shard_holds_gradient = False
+        self._forgotten: set[int] = set()
+        """Parameters whose gradient one of several optimizers forgot, since the last backward."""
         self._views: dict[int, list[torch.Tensor]] = {}
         if self.trainable:
             self._allocate_gradients()
@@ -219,6 +221,7 @@ class Unit:
         if self.num_arrived:
             self.fill_missing()
             self.holds_gradient = True
+            self._forgotten.clear()
             self._forget_arrivals()
 
     def _forget_arrivals(self) -> None:
@@ -229,6 +232,7 @@ class Unit:
     def reduce(self) -> None:
         """Start summing the gradient over the ranks. Collective: all ranks, in the schedule's order."""
         assert self.grad_full is not None and self.grad_shard is not None
+        self._forgotten.clear()
         if self.transport is None:
             self.state = GradState.REDUCED
             return
@@ -271,7 +275,23 @@ class Unit:
         self._forget_arrivals()
         self.holds_gradient = False
         self.shard_holds_gradient = False
+        self._forgotten.clear()
         self.state = GradState.FILLING
+
+    def forget(self, indices: set[int]) -> None:
+        """Forget the gradients of some parameters; the others' stay until their own optimizer forgets them."""
+        self.finish_reduce()
+        self._forgotten |= indices
+        if len(self._forgotten) == len(self.params):
+            self.discard_gradient()
+        elif self.grad_shard is not None:
+            for start, end in self.layout.runs(indices, self.rank):
+                self.grad_shard[start:end].zero_()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether `grad_shard` holds a sum over the ranks; the same on all ranks."""
+        return self.shard_holds_gradient if self.placement.shards_gradients else self.holds_gradient
 
     # ---- parameters ----------------------------------------------------------------------------------------------
 
