@@ -33,7 +33,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
         self.loss_scale = 1.0
         """The loss scale that `grad_factor` takes out already."""
         self.siblings: list[PreparedOptimizer] = [self]
-        """The optimizers that step the same model, this one among them: a step is over when all of them have stepped."""
+        """The optimizers of the same model, with this one: a step is over when all of them have stepped."""
 
     # ---- what a backend does -------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ what three steps on each alone give.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -74,9 +75,8 @@ def sight_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Sight:
     apart = _difference_in_pieces(optimizer, group)
     if not apart:
         return Sight(True)
-    called = sorted(
-        _COLLECTIVES.intersection(getattr(getattr(kind.step, "__wrapped__", kind.step), "__code__").co_names)
-    )
+    code = getattr(inspect.unwrap(kind.step), "__code__", None)
+    called = sorted(_COLLECTIVES.intersection(code.co_names if code is not None else ()))
     if called:
         alone = f"its step runs collectives of its own ({', '.join(called)}); take its single-device form"
     else:
@@ -152,6 +152,4 @@ def _difference_alone(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -
     except Exception as error:  # noqa: BLE001 - any failure of foreign code means that it cannot be used like this
         return f"it failed on a 6x8 and an 8x4 matrix: {type(error).__name__}: {error}"
     apart = _apart(alone, together)
-    return (
-        f"what it does to one of two matrices depends on the other: it differs by {apart:.2g}" if apart > 1e-5 else ""
-    )
+    return f"its step of a matrix depends on the others: it differs by {apart:.2g}" if apart > 1e-5 else ""

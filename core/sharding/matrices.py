@@ -4,8 +4,8 @@ Each matrix has one owner among the ranks, which keeps its optimizer state. For 
 its gradient from the shards of all ranks, the user's optimizer steps it as in plain torch, and the new weights go back
 to the shards. So states and work are divided over the ranks as under other optimizers, matrix by matrix.
 
-Transient memory during the step, of the matrices that a rank owns (about 1/N of them): the gradient and, where it is not
-on the rank anyway, the fp32 weights; twice, once as they arrive and once whole.
+Transient memory during the step, of the matrices that a rank owns (about 1/N of them): the gradient and, where they are
+not on the rank anyway, the fp32 weights; twice, once as they arrive and once whole.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ class Schedule:
     def discard_gradients(self, own: dict[int, set[int]] | None = None) -> None:
         """Forget all gradients, also those of a backward that an exception cut off.
 
-        `own` are the parameters of one of several optimizers, by unit; after a whole backward only theirs are forgotten.
+        `own` are the parameters of one of several optimizers, by unit: after a whole backward only theirs go.
         """
         if own is not None and not self._open:
             for unit in self.order:
