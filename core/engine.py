@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from distui.core import ops
-from distui.core.activation_checkpointing import apply_activation_checkpointing
+from distui.core.activation_checkpointing import apply_activation_checkpointing, remove_activation_checkpointing
 from distui.core.backends.base import Backend
 from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.backends.registry import load_backend
@@ -78,6 +78,7 @@ class Engine(States, ProcessState):
         """Whether the current micro-batch is the last before the optimizer steps."""
         self._micro_step = 0
         self._norm_of_step: torch.Tensor | None = None
+        self._watching: list[Any] = []
         self._stepped: list[PreparedOptimizer] = []
         self._models: list[nn.Module] = []
         self._optimizers: list[PreparedOptimizer] = []
@@ -116,7 +117,7 @@ class Engine(States, ProcessState):
         model.to(self.device)
         apply_activation_checkpointing(model, self.config.activation_checkpointing.mode)
         prepared = self.backend.prepare_model(model)
-        self.clock.watch(prepared)
+        self._watching += self.clock.watch(prepared)
         self._models.append(prepared)
         self._say_started(self.config.precision.dtype)
         return prepared
@@ -314,7 +315,15 @@ class Engine(States, ProcessState):
         return ops.pad_across_processes(tensors, dim, pad_index, pad_first)
 
     def free_memory(self, *objects: Any) -> list[None]:
-        """Forget everything that was prepared; returns a None for each object, to rebind the names."""
+        """Forget everything that was prepared; returns a None for each object, to rebind the names. Collective.
+
+        The models get their own hooks and forwards back; at stage 3, where a rank has a part of each, they are empty.
+        """
+        for handle in self._watching:
+            handle.remove()
+        self._watching.clear()
+        for model in self._models:
+            remove_activation_checkpointing(model)
         for held in (self._models, self._optimizers, self._schedulers, self._loaders):
             held.clear()
         self.backend.free()

@@ -1,8 +1,8 @@
 """How much of a parameter an optimizer must see to step it: any flat piece, the whole tensor, or more than a rank has.
 
 Known classes are listed; any other is tried on small matrices, each parameter group with its own settings: three steps
-on a matrix must give what three steps on its two flattened halves give; if not, three steps on two matrices must give
-what three steps on each alone give.
+on a matrix must give what three steps on each of its two flattened halves give; if not, three steps on two matrices
+must give what three steps on each alone give.
 """
 
 from __future__ import annotations
@@ -133,7 +133,11 @@ def _difference_in_pieces(optimizer: torch.optim.Optimizer, group: dict[str, Any
 
     try:
         whole = _stepped(optimizer, group, [start], [[grad] for grad in grads])
-        halves = _stepped(optimizer, group, pieces(start), [pieces(grad) for grad in grads])
+        # Each by itself: a rank has one of them, and must not need the other's gradient.
+        halves = [
+            _stepped(optimizer, group, [piece], [[pieces(grad)[half]] for grad in grads])[0]
+            for half, piece in enumerate(pieces(start))
+        ]
     except Exception as error:  # noqa: BLE001 - any failure of foreign code means that it cannot step flat pieces
         return f"it failed on a flattened piece of a matrix: {type(error).__name__}: {error}"
     apart = _apart([torch.cat(halves)], whole)

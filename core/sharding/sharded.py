@@ -62,6 +62,7 @@ class ShardedModel:
         self.optimizers: list[ShardedOptimizer] = []
         self._whole = False
         """Stage 3: whether every parameter is whole just now."""
+        self._guards: list[Any] = []
         self._guard_reads()
 
     def _build_units(self) -> list[Unit]:
@@ -91,16 +92,18 @@ class ShardedModel:
         if self.placement.shards_parameters:
             # Outside of `full_parameters` a parameter's memory is a slot that units take turns on.
             for module in self.model.modules():
-                module.register_state_dict_pre_hook(Hook(self._need_whole("state_dict"), self._need_whole("deepcopy")))
-                module.register_load_state_dict_pre_hook(Hook(self._need_whole("load_state_dict")))
+                reads = Hook(self._need_whole("state_dict"), self._need_whole("deepcopy"))
+                self._guards.append(module.register_state_dict_pre_hook(reads))
+                writes = Hook(self._need_whole("load_state_dict"))
+                self._guards.append(module.register_load_state_dict_pre_hook(writes))
             return
         # Weights may be on their way after a step (stage 1, 2): whoever lists them between steps waits for them.
         if self.placement.shards_optimizer:
             wait = self.schedule.finish_gathers
             self.model.named_parameters = WaitingParameters(self.model, wait)  # type: ignore[method-assign]
-            self.model.register_state_dict_pre_hook(Hook(lambda *_: wait()))
-            self.model.register_load_state_dict_pre_hook(Hook(lambda *_: wait()))
-        self.model.register_load_state_dict_post_hook(Hook(lambda *_: self.refresh_masters()))
+            self._guards.append(self.model.register_state_dict_pre_hook(Hook(lambda *_: wait())))
+            self._guards.append(self.model.register_load_state_dict_pre_hook(Hook(lambda *_: wait())))
+        self._guards.append(self.model.register_load_state_dict_post_hook(Hook(lambda *_: self.refresh_masters())))
 
     def _need_whole(self, what: str) -> Callable[..., None]:
         def check(*_: Any) -> None:
@@ -120,6 +123,27 @@ class ShardedModel:
             optimizer, self.schedule, self.units, self.transport, cast("list[PreparedOptimizer]", self.optimizers)
         )
         return prepared
+
+    def remove(self) -> None:
+        """Let go of the model: hooks, buffers, process group. Collective: all ranks.
+
+        What is left is a plain model with its weights in the compute format; at stage 3, where a rank has but a part of
+        them, its parameters are empty.
+        """
+        self.schedule.finish_gathers()
+        self.schedule.discard_gradients()
+        self.schedule.remove()
+        for guard in self._guards:
+            guard.remove()
+        self._guards.clear()
+        if isinstance(self.model.__dict__.get("named_parameters"), WaitingParameters):
+            del self.model.named_parameters
+        if self.placement.shards_parameters:
+            for unit in self.units:
+                for param in unit.params:
+                    param.data = param.data.new_empty(0)
+        if self.gathers is not None and self.gathers is not self.transport and dist.is_initialized():
+            dist.destroy_process_group(self.gathers.group)
 
     # ---- full weights --------------------------------------------------------------------------------------------
 
