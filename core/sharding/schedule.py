@@ -47,6 +47,8 @@ class Schedule:
         self.order = _reduce_order(units, stage)
         self._next = 0
         self._open = False
+        self._shown = False
+        """Stage 0: whether `param.grad` of every parameter is the reduced gradient."""
         self._calls: dict[int, int] = defaultdict(int)
         """Forward calls of each unit's modules since the last step; a unit called twice is complete only at the end."""
         self._late: set[int] = set()
@@ -176,7 +178,7 @@ class Schedule:
             if grad is None:
                 return
             self._open = True
-            if unit.grad_full is not None and grad.data_ptr() == unit.views(unit.grad_full)[index].data_ptr():
+            if self._shown and unit.grad_full is not None and grad is unit.views(unit.grad_full)[index]:
                 raise RuntimeError(
                     f"a second backward without engine.backward(loss) added to the reduced gradient of "
                     f"{unit.param_names[index]}; call engine.backward(loss) instead of loss.backward()"
@@ -265,6 +267,7 @@ class Schedule:
         """Stage 0: put the reduced gradients where plain code reads and changes them, in `param.grad`."""
         if self.stage > 0:
             return
+        self._shown = True
         for unit in self.order:
             unit.finish_reduce()
             if unit.grad_full is not None and unit.grad_dtype == unit.dtype:
@@ -273,8 +276,9 @@ class Schedule:
 
     def hide_gradients(self) -> None:
         """Before a backward: autograd must hand fresh gradients over, not add to the flat ones."""
-        if self.stage > 0:
+        if not self._shown:
             return
+        self._shown = False
         for unit in self.order:
             for param in unit.params:
                 param.grad = None

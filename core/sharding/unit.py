@@ -23,8 +23,8 @@ from distui.core.sharding.layout import FlatLayout, plan_layout
 from distui.core.sharding.pool import BufferPool
 from distui.core.sharding.transport import Pending, Transport
 
-_ONE_PASS_NUMEL = 1 << 14
-"""Below this a gradient stays in the first-level cache, and two plain calls cost less than one with an output."""
+_SMALL_NUMEL = 1 << 12
+"""Gradients up to this size are written together: for one alone the call costs more than the copy."""
 
 
 class GradState(Enum):
@@ -115,6 +115,8 @@ class Unit:
         self.shard_holds_gradient = False
         self._forgotten: set[int] = set()
         """Parameters whose gradient one of several optimizers forgot, since the last backward."""
+        self._small: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Small gradients that arrived and are not written yet, each with its place."""
         self._views: dict[int, list[torch.Tensor]] = {}
         if self.trainable:
             self._allocate_gradients()
@@ -173,18 +175,32 @@ class Unit:
         view = self.views(buffer)[index]
         if grad.is_sparse:
             grad = grad.to_dense()
-        if self.arrived[index] or self.holds_gradient:
+        again = self.arrived[index]
+        if again or self.holds_gradient:
+            if again:
+                self._write_small()
             view.add_(grad, alpha=self.inverse_ranks)
+        elif grad.numel() <= _SMALL_NUMEL:
+            self._small.append((view, grad))
         elif self.inverse_ranks == 1.0:
             view.copy_(grad)
-        elif grad.numel() > _ONE_PASS_NUMEL:
-            torch.mul(grad, self.inverse_ranks, out=view)
         else:
-            view.copy_(grad).mul_(self.inverse_ranks)
-        if not self.arrived[index]:
+            torch.mul(grad, self.inverse_ranks, out=view)
+        if not again:
             self.arrived[index] = True
             self.num_arrived += 1
-        return self.num_arrived == len(self.params)
+        if self.num_arrived == len(self.params):
+            self._write_small()
+            return True
+        return False
+
+    def _write_small(self) -> None:
+        if self._small:
+            views, grads = zip(*self._small, strict=True)
+            self._small.clear()
+            torch._foreach_copy_(views, grads)
+            if self.inverse_ranks != 1.0:
+                torch._foreach_mul_(views, self.inverse_ranks)
 
     def _take_gradient(self) -> torch.Tensor:
         return self.pool.take(self.layout.padded_numel, self.grad_dtype, self.device, self._gaps)
@@ -210,6 +226,7 @@ class Unit:
         """Count gradients that did not come as zero (parameters that the loss does not depend on)."""
         if self.grad_full is None:
             self.grad_full = self._take_gradient()
+        self._write_small()
         if not self.holds_gradient:
             views = self.views(self.grad_full)
             for index, arrived in enumerate(self.arrived):
@@ -225,6 +242,7 @@ class Unit:
             self._forget_arrivals()
 
     def _forget_arrivals(self) -> None:
+        self._small.clear()
         if self.num_arrived:
             self.arrived = [False] * len(self.params)
             self.num_arrived = 0

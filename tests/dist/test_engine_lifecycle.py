@@ -276,7 +276,7 @@ def _live_bytes() -> int:
 
 
 BUFFERS_LIMIT = {0: 0, 1: 2, 2: 5, 3: 8}
-"""Blocks whose size the transient buffers may have in sum, as docs/training.md has it for 2 ranks."""
+"""Blocks whose size the transient buffers may have in sum, as docs/training.md lists them."""
 
 
 def _weighed() -> list[tuple[Any, ...]]:
