@@ -43,7 +43,7 @@ def remove_activation_checkpointing(model: nn.Module) -> None:
     """Give every block of `model` its own forward back."""
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if not hasattr(forward, _MARK):
+        if forward is None or not hasattr(forward, _MARK):
             continue
         del module.forward
         own = inspect.unwrap(forward, stop=lambda one: not hasattr(one, _MARK))
