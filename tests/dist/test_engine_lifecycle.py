@@ -282,12 +282,11 @@ BUFFERS_LIMIT = {0: 0, 1: 2, 2: 5, 3: 8}
 def _weighed() -> list[tuple[Any, ...]]:
     # Reading the gradients of whatever tensor there is warns.
     warnings.filterwarnings("ignore", message=".*grad attribute of a Tensor that is not a leaf.*")
-    gc.collect()
-    gc.freeze()  # what is there already is not looked at
     found = []
     for stage in range(4):
         for dtype, reduce_dtype in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "same")):
-            before = _live_bytes()
+            gc.collect()
+            gc.freeze()  # what is there already is not looked at
             engine = _engine(stage, precision={"dtype": dtype, "reduce_dtype": reduce_dtype})
             model = _model(dim=160, num_blocks=6)
             model, optimizer = engine.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
@@ -296,7 +295,7 @@ def _weighed() -> list[tuple[Any, ...]]:
                 engine.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            found.append((stage, dtype, reduce_dtype, engine.memory_report(), _live_bytes() - before))
+            found.append((stage, dtype, reduce_dtype, engine.memory_report(), _live_bytes()))
             del model, optimizer
             engine.free_memory()
             del engine
