@@ -109,6 +109,9 @@ class OptimizerSection(Section):
     max_grad_norm: NonNegativeFloat = _field(
         0.0, "clip gradients to this norm where the script does not clip; 0 leaves them"
     )
+    state_bits: Literal[8, 32] = _field(
+        32, "format of Adam's two moments; 8 keeps them block by block in a quarter of the memory", "bits"
+    )
 
 
 class CompressionSection(Section):

@@ -32,7 +32,8 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
     """
     if world_size is None and isinstance(config.cluster.nproc, int):
         world_size = config.cluster.nproc * config.cluster.nodes
-    problems = [*_unavailable(config), *check_backend(config), *_cluster(config), *_folders(config), *_offload(config)]
+    problems = [*_unavailable(config), *check_backend(config), *_cluster(config), *_folders(config)]
+    problems += [*_offload(config), *_states(config)]
     if hardware is not None:
         problems += _devices(config, hardware)
     if world_size is not None:
@@ -113,6 +114,33 @@ def _offload(config: Config) -> Iterator[Problem]:
             )
         else:
             yield from _writable("offload.nvme_path", offload.nvme_path)
+
+
+def _states(config: Config) -> Iterator[Problem]:
+    optimizer = config.optimizer
+    if optimizer.state_bits == 32:
+        return
+    if optimizer.name not in ("adamw", "adam"):
+        yield Problem(
+            "optimizer.state_bits",
+            f"state_bits={optimizer.state_bits} with name={optimizer.name}",
+            "only the two moments of Adam and AdamW are kept in 8 bits",
+            "set optimizer.state_bits to 32, or optimizer.name to adamw",
+        )
+    if config.strategy.backend != "native":
+        yield Problem(
+            "optimizer.state_bits",
+            f"state_bits={optimizer.state_bits} with backend={config.strategy.backend}",
+            "8-bit states are the native engine's",
+            "set strategy.backend to native, or optimizer.state_bits to 32",
+        )
+    if config.offload.optimizer != "none":
+        yield Problem(
+            "optimizer.state_bits",
+            f"state_bits={optimizer.state_bits} with offload.optimizer={config.offload.optimizer}",
+            "states that leave the device are fp32: the host's fused Adam steps them",
+            "set optimizer.state_bits to 32, or offload.optimizer to none",
+        )
 
 
 def _folders(config: Config) -> Iterator[Problem]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +12,7 @@ from torch import nn
 from distui.core import checkpoint
 from distui.core.backends.base import Backend
 from distui.core.errors import UserError
+from distui.core.kernel_swap import KINDS, KernelReport, apply_kernels, undo_kernels
 from distui.core.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -48,6 +49,21 @@ class States(Tracking):
     def full_parameters(self, model: nn.Module, writeback: bool = False) -> AbstractContextManager[nn.Module]:
         """Enter with every parameter of `model` whole and current; with `writeback` changes are kept. Collective."""
         return self.backend.full_parameters(model, writeback)
+
+    def use_kernels(
+        self, model: nn.Module, *, undo: bool = False, kinds: Iterable[str] = KINDS, use_triton: bool | None = None
+    ) -> KernelReport:
+        """Put kernels into the known modules of `model`, or with `undo` take them out; before or after prepare.
+
+        Returns what was swapped and what was left, and why; `report.undo()` takes them out as well. In training a model
+        whose loss a kernel computes gives no logits (`output.logits` is None). See docs/kernels.md.
+        """
+        if undo:
+            undo_kernels(model)
+            return KernelReport(model)
+        report = apply_kernels(model, kinds, use_triton=use_triton)
+        self.telemetry.event("info", "kernels", str(report))
+        return report
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Save and load `objects` (with state_dict and load_state_dict) with the rest of the state."""

@@ -13,8 +13,6 @@ Bytes: 28 a parameter (read p, g, m, v; write p, m, v in fp32) and 2 for a 16-bi
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 try:
@@ -56,22 +54,22 @@ if triton is not None:
 
     @triton.jit
     def _fused_adamw_kernel(
-        master_ptr: Any,
-        grad_ptr: Any,
-        exp_avg_ptr: Any,
-        exp_avg_sq_ptr: Any,
-        out_ptr: Any,
-        numel: Any,
-        step_size: Any,
-        decay: Any,
-        beta1: Any,
-        beta2: Any,
-        inverse_bias2_sqrt: Any,
-        eps: Any,
-        grad_factor: Any,
+        master_ptr,
+        grad_ptr,
+        exp_avg_ptr,
+        exp_avg_sq_ptr,
+        out_ptr,
+        numel,
+        step_size,
+        decay,
+        beta1,
+        beta2,
+        inverse_bias2_sqrt,
+        eps,
+        grad_factor,
         HAS_OUT: tl.constexpr,
         BLOCK_SIZE: tl.constexpr,
-    ) -> None:
+    ):
         offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         mask = offsets < numel
         p = tl.load(master_ptr + offsets, mask=mask)

@@ -50,7 +50,7 @@ class NativeBackend(Backend):
         first = next((param for group in optimizer.param_groups for param in group["params"]), None)
         for sharded in self._models.values():
             if any(param is first for param in sharded.model.parameters()):
-                return sharded.prepare_optimizer(optimizer)
+                return sharded.prepare_optimizer(optimizer, self.config.optimizer.state_bits)
         raise UserError(
             "the optimizer's parameters belong to no prepared model",
             f"{len(self._models)} models are prepared, and none holds the optimizer's first parameter",

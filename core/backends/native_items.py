@@ -59,7 +59,7 @@ def optimizer_items(optimizer: ShardedOptimizer, part: Part | None) -> dict[str,
     items: dict[str, torch.Tensor] = {}
     for runs in optimizer.runs:
         for run in runs:
-            state = optimizer.inner.state.get(run.param, {})
+            state = optimizer.state_of(run)
             for key, value in state.items():
                 if not isinstance(value, torch.Tensor):
                     continue
@@ -87,6 +87,8 @@ def _state_item(run: FlatRun, index: int, value: torch.Tensor, part: Part | None
 
 def allocate_states(optimizer: ShardedOptimizer, saved: Mapping[str, Any]) -> None:
     """Make room for the states that the checkpoint has and the optimizer, not having stepped, lacks."""
+    if optimizer.flat is not None:
+        optimizer.flat.forget()
     for runs in optimizer.runs:
         for run in runs:
             for name, index in _params_of(run):
@@ -102,6 +104,9 @@ def allocate_states(optimizer: ShardedOptimizer, saved: Mapping[str, Any]) -> No
 
 def loaded(sharded: ShardedModel) -> None:
     """Bring what was written into the shards and masters to all ranks. Collective."""
+    for optimizer in sharded.optimizers:
+        if optimizer.flat is not None:
+            optimizer.flat.narrow()
     for unit in sharded.units:
         if unit.trainable:
             unit.publish()

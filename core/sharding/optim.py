@@ -19,10 +19,12 @@ from torch import nn
 from distui.core.backends.optimizer import PreparedOptimizer, prefer_fused
 from distui.core.errors import UserError
 from distui.core.sharding.elementwise import Sight, sight_of
+from distui.core.sharding.flat_adam import FlatAdam, why_not_flat
 from distui.core.sharding.matrices import WholeMatrices
 from distui.core.sharding.schedule import Schedule
 from distui.core.sharding.transport import Transport
 from distui.core.sharding.unit import Unit
+from distui.kernels.l2_norm import l2_norm
 
 
 @dataclass(slots=True)
@@ -54,6 +56,7 @@ class ShardedOptimizer(PreparedOptimizer):
         units: list[Unit],
         transport: Transport | None,
         siblings: list[PreparedOptimizer],
+        state_bits: int = 32,
     ) -> None:
         """`siblings` are the optimizers of the same model; this one joins them."""
         super().__init__(inner)
@@ -64,6 +67,8 @@ class ShardedOptimizer(PreparedOptimizer):
         """Which parameters of which units are in this optimizer."""
         self._matrices: WholeMatrices | None = None
         self._rebind()
+        self.flat = self._flat(state_bits)
+        """Steps in the place of the inner optimizer, where a kernel does."""
         siblings.append(self)
         self.siblings = siblings
 
@@ -81,14 +86,27 @@ class ShardedOptimizer(PreparedOptimizer):
         """Step the shards, then start to bring the weights to all ranks. Collective: all ranks."""
         # What is still being gathered reads the shards that the step writes.
         self._schedule.finish_gathers()
-        self._set_gradients(factor)
-        if self._matrices is not None:
-            self._matrices.collect()
-        self.inner.step()
-        if self._matrices is not None:
-            self._matrices.hand_back()
-        self._drop_gradients()
+        if self.flat is not None:
+            self.flat.step(factor)
+        else:
+            self._set_gradients(factor)
+            if self._matrices is not None:
+                self._matrices.collect()
+            self.inner.step()
+            if self._matrices is not None:
+                self._matrices.hand_back()
+            self._drop_gradients()
         self._schedule.publish(self._own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's part of the states, for the same number of ranks; `save_state` writes what reshards."""
+        return self.inner.state_dict() if self.flat is None else self.flat.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` of this rank returned."""
+        self.inner.load_state_dict(state_dict)
+        if self.flat is not None:
+            self.flat.narrow()
 
     # ---- shards --------------------------------------------------------------------------------------------------
 
@@ -183,6 +201,31 @@ class ShardedOptimizer(PreparedOptimizer):
                 runs.append(FlatRun(unit, inside, start, end, nn.Parameter(unit.master[start:end])))
         return runs
 
+    def _flat(self, state_bits: int) -> FlatAdam | None:
+        if state_bits == 8:
+            if reason := why_not_flat(self.inner):
+                raise UserError(
+                    f"optimizer.state_bits=8 does not work with {type(self.inner).__name__} as it is set",
+                    reason,
+                    "set optimizer.state_bits to 32, or use torch.optim.AdamW without these options",
+                )
+            wide = next((run.param for runs in self.runs for run in runs if run.param.dtype != torch.float32), None)
+            if wide is not None:
+                raise UserError(
+                    f"optimizer.state_bits=8 does not work with parameters in {wide.dtype}",
+                    f"{wide.numel()} of them have no fp32 master",
+                    "build the model in float32 or a 16-bit format, or set optimizer.state_bits to 32",
+                )
+            return FlatAdam(self.inner, self.runs, 8)
+        return FlatAdam(self.inner, self.runs, 32) if FlatAdam.serves(self.inner, self.runs) else None
+
+    def state_of(self, run: FlatRun) -> dict[str, Any]:
+        """Return a run's state as torch's optimizer has it, to be saved or, if it is not in 8 bits, loaded into."""
+        if self.flat is not None:
+            return self.flat.full_state(run)
+        state: dict[str, Any] = self.inner.state.get(run.param, {})
+        return state
+
     @staticmethod
     def _whole(unit: Unit, index: int) -> FlatRun:
         span = unit.layout.spans[index]
@@ -267,7 +310,10 @@ class ShardedOptimizer(PreparedOptimizer):
             else:
                 wanted = units_and_indices.get(id(unit), set())
                 pieces = [unit.grad_shard[start:end] for start, end in unit.layout.runs(wanted, unit.rank)]
-            parts += [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float32) for piece in pieces]
+            if norm_type == 2.0:
+                parts += [l2_norm(piece) for piece in pieces]
+            else:
+                parts += [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float32) for piece in pieces]
         device = self._units[0].device if self._units else torch.device("cpu")
         norms = torch.stack(parts) if parts else torch.zeros(1, device=device)
         if math.isinf(norm_type):

@@ -117,11 +117,10 @@ class ShardedModel:
 
         return check
 
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, state_bits: int = 32) -> ShardedOptimizer:
         """Rebind `optimizer` to this model's flat shards."""
-        prepared = ShardedOptimizer(
-            optimizer, self.schedule, self.units, self.transport, cast("list[PreparedOptimizer]", self.optimizers)
-        )
+        siblings = cast("list[PreparedOptimizer]", self.optimizers)
+        prepared = ShardedOptimizer(optimizer, self.schedule, self.units, self.transport, siblings, state_bits)
         return prepared
 
     def remove(self) -> None:

@@ -118,6 +118,8 @@ class Unit:
         self._small: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Small gradients that arrived and are not written yet, each with its place."""
         self._views: dict[int, list[torch.Tensor]] = {}
+        self.shard_is_current = False
+        """The step wrote the parameters beside their fp32 master: publishing them needs no conversion."""
         if self.trainable:
             self._allocate_gradients()
 
@@ -318,8 +320,9 @@ class Unit:
 
         Collective: all ranks. The gather is waited for by `finish_gather`.
         """
-        if self.master is not self.shard:
+        if self.master is not self.shard and not self.shard_is_current:
             self.shard.copy_(self.master)
+        self.shard_is_current = False
         if self.placement.shards_optimizer and not self.placement.shards_parameters and self.gathers is not None:
             assert self.full is not None
             self.gathering = self.gathers.all_gather(self.full, self.shard)

@@ -113,8 +113,8 @@ def test_interrupting_the_kernel_stops_the_ranks(client: NotebookClient) -> None
             while not any("waiting" in output.get("text", "") for output in cell.outputs):
                 if interrupted.wait(0.1):
                     return
-            assert client.km is not None
-            os.kill(client.km.provisioner.pid, signal.SIGINT)
+            assert client.km is not None and client.km.provisioner is not None
+            client.km.provisioner.send_signal(signal.SIGINT)
 
         threading.Thread(target=look, daemon=True).start()
 

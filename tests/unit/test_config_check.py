@@ -180,3 +180,12 @@ def test_hardware_limits() -> None:
     assert found_in(hardware="2xA100-40GB", cluster__nproc="2", precision__dtype="bf16") == []
     (problem,) = found_in(hardware="1xV100-16GB", precision__dtype="bf16")
     assert problem.path == "precision.dtype" and "7.0" in problem.why
+
+
+def test_8_bit_states_are_adams_on_the_device() -> None:
+    assert not found_in(optimizer__state_bits="8")
+    found = found_in(
+        optimizer__state_bits="8", optimizer__name="sgd", offload__optimizer="cpu", strategy__zero_stage="1"
+    )
+    problems = [problem.what for problem in found if problem.path == "optimizer.state_bits"]
+    assert problems == ["state_bits=8 with name=sgd", "state_bits=8 with offload.optimizer=cpu"]
