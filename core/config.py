@@ -139,6 +139,7 @@ class TelemetrySection(Section):
     heartbeat_s: PositiveFloat = _field(1.0, "time between two signs of life", "s")
     keep_days: NonNegativeFloat = _field(30.0, "telemetry of ended runs is deleted after so long; 0 keeps it", "days")
     keep_gib: NonNegativeFloat = _field(10.0, "the oldest telemetry is deleted above so much; 0 keeps it", "GiB")
+    control: bool = _field(True, "let distui control act on the job; false: read-only, only stacks can be asked for")
     profile_flops: bool = _field(False, "write FLOPs and forward time of every module after the second step")
 
 

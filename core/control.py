@@ -37,6 +37,7 @@ class StepControl:
         self._next_agreement = 1
         self._last_agreement = (0, time.perf_counter())
         self._profile: Any = None
+        self._profile_command: ControlCommand | None = None
         self._profile_until = 0
         for verb in VERBS:
             engine.telemetry.on_control(verb, self._ask)
@@ -95,9 +96,12 @@ class StepControl:
         if verb == "checkpoint":
             self._save(command)
             return
+        if self._profile is not None:
+            if command is not None:
+                command.error(f"a profile is being taken already, until step {self._profile_until}")
+            return
+        self._profile_command = command
         self._start_profile(value)
-        if command is not None:
-            command.done(f"profiling {value} steps into {self._run.path / 'profile'}")
 
     def _save(self, command: ControlCommand | None) -> None:
         def answer(error: BaseException | None) -> None:
@@ -121,9 +125,17 @@ class StepControl:
         if step < self._profile_until:
             return
         profile, self._profile = self._profile, None
-        profile.stop()
-        folder = self._run.path / "profile"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"rank{self._engine.process_index}.json"
-        profile.export_chrome_trace(str(path))
+        command, self._profile_command = self._profile_command, None
+        try:
+            profile.stop()
+            folder = self._run.path / "profile"
+            folder.mkdir(exist_ok=True)
+            path = folder / f"rank{self._engine.process_index}.json"
+            profile.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:  # a full disk must not end the training
+            if command is not None:
+                command.error(f"the profile cannot be written: {error}")
+            return
+        if command is not None:
+            command.done(f"wrote {path}; open it in ui.perfetto.dev")
         self._engine.telemetry.event("info", "profile", f"wrote {path}; open it in ui.perfetto.dev", step=step)

@@ -27,7 +27,7 @@ from torch import nn
 from distui.core import ops
 from distui.core.activation_checkpointing import apply_activation_checkpointing, remove_activation_checkpointing
 from distui.core.backends.base import Backend
-from distui.core.backends.optimizer import PreparedOptimizer
+from distui.core.backends.optimizer import PreparedOptimizer, unscale
 from distui.core.backends.registry import load_backend
 from distui.core.batch import solve_batch
 from distui.core.checkpoint import Saver
@@ -242,7 +242,7 @@ class Engine(States, ProcessState):
         if self.scaler is None:
             return
         for optimizer in self._optimizers:
-            optimizer.unscale(self.scaler.scale)
+            unscale(optimizer, self.scaler.scale)
 
     def _before_step(self, optimizer: PreparedOptimizer) -> None:
         self.telemetry.phase("optimizer")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from distui.daemon.pace import Pace
 from distui.proto import telemetry_pb2 as pb
 
 MAX_OPEN = 1024
 """Sequence numbers of a group that wait for the records of its other ranks."""
 MAX_KINDS = 512
-SAME_BYTES = frozenset({"all_reduce", "reduce_scatter", "reduce"})
+SAME_BYTES = frozenset({"all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "transfer"})
 """Operations in which every rank must bring as much as the others."""
 MIN_TO_BLAME = 3
 
@@ -47,6 +48,7 @@ class CollectiveTotals:
         self._open: dict[str, OrderedDict[int, dict[int, pb.Collective]]] = {}
         self.last_seq: dict[str, dict[int, int]] = {}
         """group -> rank -> last sequence number known to be entered."""
+        self.pace = Pace()
         self.mismatch: Mismatch | None = None
         """The first disagreement that was found."""
 
@@ -87,15 +89,14 @@ class CollectiveTotals:
             totals.time_s += took_s
             totals.num_timed += 1
             totals.max_s = max(totals.max_s, took_s)
-        # Only a group of all ranks: two groups of one axis share their name, and a record does not say which it is of.
-        if collective.group_size == world_size and world_size > 1 and collective.op not in ("send", "recv"):
-            self._compare(rank, collective, world_size)
+        if 1 < collective.group_size <= world_size:
+            self._compare(rank, collective, collective.group_size)
 
-    def _compare(self, rank: int, collective: pb.Collective, world_size: int) -> None:
+    def _compare(self, rank: int, collective: pb.Collective, group_size: int) -> None:
         waiting = self._open.setdefault(collective.group, OrderedDict())
         ranks = waiting.setdefault(collective.seq, {})
         ranks[rank] = collective
-        if len(ranks) == world_size:
+        if len(ranks) == group_size:
             del waiting[collective.seq]
             found = compare(collective.group, collective.seq, {r: (c.op, c.bytes) for r, c in ranks.items()})
             if found is not None:
@@ -103,6 +104,7 @@ class CollectiveTotals:
                 return
             totals = self._totals[collective.group, collective.op]
             first_s = min(other.enqueued_s for other in ranks.values())
+            self.pace.add(ranks)
             totals.num_compared += 1
             for number, other in ranks.items():
                 totals.late_s[number] = totals.late_s.get(number, 0.0) + other.enqueued_s - first_s
@@ -135,6 +137,8 @@ def compare(
     Returns group, seq, the majority's operation, the ranks that differ from it (all, where fewer than three ranks or
     no majority leave nobody to blame), and in words what differs.
     """
+    if {op for op, _ in ranks.values()} == {"send", "recv"} and len(ranks) == 2:
+        ranks = {rank: ("transfer", num_bytes) for rank, (_, num_bytes) in ranks.items()}
     signatures = {rank: (op, num_bytes if op in SAME_BYTES else 0) for rank, (op, num_bytes) in ranks.items()}
     kinds = set(signatures.values())
     if len(kinds) < 2:

@@ -16,23 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import tomlkit
 import zmq
 import zmq.asyncio
 
+from distui.core.paths import RunFolder
 from distui.core.telemetry.control import DEFAULT_DEADLINE_S, HELLO_S
+from distui.core.telemetry.stacks import known_stack, traced
 from distui.daemon.live import LiveRun, LiveRuns
 from distui.daemon.monitor import found
-from distui.daemon.observe import DEAD, FINISHED, Observed, observe
+from distui.daemon.observe import DEAD, FINISHED, STOPPED, Observed, observe, this_node
 from distui.daemon.runs import FINAL_STATES
 from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
 VERBS = ("checkpoint", "log-level", "profile", "stacks", "stop")
+READ_ONLY = frozenset({"stacks"})
+"""What changes nothing in the job."""
 AT_STEP = frozenset({"checkpoint", "profile", "stop"})
 """What all ranks must do at the same step: one alone would enter a collective and cause the hang itself."""
 AHEAD_STEPS = 2
 AHEAD_S = 0.2
 """Time that a command takes to reach the last rank, in steps on top of `AHEAD_STEPS` where they are short."""
+WEDGED_S = 3.0
+"""A rank whose side thread has not noted its stack for so long has nobody to answer."""
 GREET_S = 2.0
 """A rank that lives but has not greeted (the daemon has just started) is waited for so long."""
 
@@ -150,6 +157,12 @@ class Control(rpc.ControlServicer):
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, f"unknown verb {request.verb!r}; known: {', '.join(VERBS)}"
             )
+        if request.verb not in READ_ONLY and read_only(live.state.info.config_toml):
+            await context.abort(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"{live.run.run_id} is read-only: its [telemetry] says control = false, so {request.verb} is refused; "
+                f"{' and '.join(sorted(READ_ONLY))} still work. Launch with --set telemetry.control=true to allow it",
+            )
         state = live.snapshot().run.state
         if state in FINAL_STATES:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{live.run.run_id} has ended: it is {state}")
@@ -164,7 +177,10 @@ class Control(rpc.ControlServicer):
         replies: asyncio.Queue[pb.ControlReply | None] = asyncio.Queue()
 
         async def one(rank: int) -> None:
-            if self._bus.present(live.run.run_id, rank):
+            known = ranks.get(rank)
+            if request.verb == "stacks" and known is not None and _cannot_answer(live, known):
+                replies.put_nowait(await asyncio.to_thread(stacks_from_outside, live.run, known))
+            elif self._bus.present(live.run.run_id, rank):
                 left_s = max(0.0, deadline - time.monotonic())
                 async for reply in self._bus.ask(live.run.run_id, rank, request.verb, arguments, left_s):
                     replies.put_nowait(reply)
@@ -186,6 +202,36 @@ class Control(rpc.ControlServicer):
             live.num_watchers -= 1
             for task in tasks:
                 task.cancel()
+
+
+def read_only(config_toml: str) -> bool:
+    """Tell whether a run's own configuration forbids to act on it."""
+    if not config_toml:
+        return False
+    section = tomlkit.parse(config_toml).unwrap().get("telemetry", {})
+    return section.get("control") is False
+
+
+def _cannot_answer(live: LiveRun, rank: Observed) -> bool:
+    """Tell whether no thread of the rank can run: its process is stopped, or something holds the interpreter's lock."""
+    if rank.node != this_node() or rank.process in (DEAD, FINISHED):
+        return False
+    known = known_stack(live.run, rank.rank)
+    return rank.process == STOPPED or (known is not None and time.time() - known.time_s > WEDGED_S)
+
+
+def stacks_from_outside(run: RunFolder, rank: Observed) -> pb.ControlReply:
+    """Return the stacks of a rank that cannot answer: from its signal handler, or where it was seen last."""
+    known = known_stack(run, rank.rank)
+    text = traced(run, rank.rank, rank.pid) if rank.process != STOPPED else ""
+    if text:
+        why = "something holds the interpreter's lock (GIL): this is from a signal handler, innermost frame first"
+    elif known is not None:
+        why = f"the process is {rank.process}: this is where its main thread was {time.time() - known.time_s:.0f} s ago"
+        text = "\n".join(known.frames)
+    else:
+        return _error(rank.rank, f"rank {rank.rank} (pid {rank.pid}) is {rank.process}, and its stack was never noted")
+    return pb.ControlReply(rank=rank.rank, state="done", message=why, payload=text.encode())
 
 
 def agreed_step(live: LiveRun) -> int:

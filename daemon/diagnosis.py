@@ -1,200 +1,186 @@
-"""Why a run does not go on, and who is to blame: dead ranks, hangs, mismatches.
+"""What is wrong with a run, the cause first: deaths, hangs, mismatches, slowness, bad numbers, full disks.
 
-A rank waits in a collective (group, sequence number) for those that have not entered it. The culprit is who is waited
-for and waits for none. A dead process outranks a stopped one, and that what the ranks say of each other.
+A dead process outranks a stopped one, and that what the ranks say of each other. Slowness is not looked for while
+something hangs: everybody is slow then.
 """
 
 from __future__ import annotations
 
-from distui.core.paths import RunFolder
-from distui.daemon.collectives import compare
-from distui.daemon.observe import DEAD, FINISHED, STOPPED, Observed, Wait, entries_at
+import math
+import os
+import time
+
+from distui.core.telemetry.ledger import LedgerReader, LedgerUnreadable
+from distui.daemon.collectives import Mismatch, compare
+from distui.daemon.deaths import dead
+from distui.daemon.hangs import HANG_S, allowance_s, hang
+from distui.daemon.observe import Observed, this_node
+from distui.daemon.pace import SlowLink, Straggler
 from distui.daemon.state import RunState
 from distui.proto import telemetry_pb2 as pb
 
-HANG_S = 5.0
-HANG_STEPS = 5.0
-PATIENT_S = 300.0
-PATIENT_PHASES = frozenset({"evaluation", "checkpoint"})
-_NAMED = 8
+LITTLE_BYTES = 32 << 20
+"""A disk with less is full: a checkpoint does not fit, and telemetry soon neither."""
+LITTLE_SHARE = 0.05
+LAST_ENTRIES = 16
+_PHASES = {"data_wait_s": "data", "forward_s": "forward", "backward_s": "backward", "optimizer_s": "optimizer"}
 
-
-def allowance_s(state: RunState, ranks: list[Observed]) -> float:
-    """Return for how long ranks may wait before it is called a hang.
-
-    Longer before the first step (compilation, data) and while any rank evaluates or saves.
-    """
-    usual_s = max(HANG_S, HANG_STEPS * state.steps.p99_s())
-    patient = any(rank.step == 0 or rank.phase in PATIENT_PHASES for rank in ranks if rank.process != FINISHED)
-    return max(usual_s, PATIENT_S) if patient else usual_s
+__all__ = ["HANG_S", "allowance_s", "diagnose"]
 
 
 def diagnose(state: RunState, ranks: list[Observed], now_s: float) -> list[pb.Diagnosis]:
-    """Return what is wrong, the cause first. Nothing for a run that has ended."""
+    """Return what is wrong, the cause first; of a run that has failed, what it failed of."""
+    if state.final and state.info.state != "failed":
+        return []
+    found = dead(state, ranks, now_s)
+    if found and (differs := _last_mismatch(state, ranks)) is not None:
+        # Gloo ends the process that gets another size than it expected: the death is what the mismatch did.
+        return [_mismatch(differs, now_s, found[0].message), *found]
     if state.final:
-        return []
-    found = _dead(ranks, now_s)
+        return found
     if not found:
-        found = _hang(state, ranks, now_s)
+        found = hang(state, ranks, now_s)
     if (mismatch := state.collectives.mismatch) is not None and not any(one.kind == "mismatch" for one in found):
-        found.append(
-            pb.Diagnosis(
-                kind="mismatch",
-                ranks=mismatch.ranks,
-                collective=mismatch.op,
-                group=mismatch.group,
-                seq=mismatch.seq,
-                since_s=max(0.0, now_s - mismatch.time_s),
-                message=f"ranks disagree on #{mismatch.seq} of {mismatch.group}: {mismatch.what}; look for a branch "
-                "that not all ranks take",
-            )
-        )
+        found.append(_mismatch(mismatch, now_s))
+    if not any(one.kind in ("hang", "data_stall", "dead_rank", "out_of_memory") for one in found):
+        if (link := state.collectives.pace.slow_link(time.time())) is not None:
+            found.append(_slow_link(link))
+        elif (straggler := state.collectives.pace.straggler(time.time())) is not None:
+            found.extend(_straggler(state, ranks, straggler))
+    found += _bad_loss(state, now_s)
+    found += _disk_full(state)
     return found
 
 
-def _dead(ranks: list[Observed], now_s: float) -> list[pb.Diagnosis]:
-    found = []
-    waiting = [rank for rank in ranks if rank.wait is not None and rank.process not in (DEAD, FINISHED)]
+def _mismatch(found: Mismatch, now_s: float, and_then: str = "") -> pb.Diagnosis:
+    return pb.Diagnosis(
+        kind="mismatch",
+        ranks=found.ranks,
+        collective=found.op,
+        group=found.group,
+        seq=found.seq,
+        since_s=max(0.0, now_s - found.time_s),
+        message=f"ranks disagree on #{found.seq} of {found.group}: {found.what}; look for a branch that not all ranks "
+        f"take{f'; so {and_then}' if and_then else ''}",
+    )
+
+
+def _last_mismatch(state: RunState, ranks: list[Observed]) -> Mismatch | None:
+    """Compare the last collectives in the ledgers of a run in which somebody died."""
+    places: dict[tuple[str, int], dict[int, tuple[str, int]]] = {}
+    times: dict[tuple[str, int], float] = {}
     for rank in ranks:
-        if rank.process != DEAD:
+        if rank.node != this_node():
             continue
-        how = f"failed: {rank.error}" if rank.error else "is gone without a word (killed, or out of memory)"
-        wait = waiting[0].wait if waiting else None
-        waits = _waits(waiting, wait) if wait else ""
-        found.append(
-            pb.Diagnosis(
-                kind="dead_rank",
-                ranks=[rank.rank],
-                since_s=max(0.0, now_s - rank.last_seen_s),
-                message=f"rank {rank.rank} on {rank.node} (pid {rank.pid}) {how} after step {rank.step}{waits}; "
-                f"see rank{rank.rank}.log and the kernel's log",
-            )
+        try:
+            with LedgerReader.open(state.run.rank_ledger(rank.rank)) as reader:
+                if reader.incarnation != state.ranks[rank.rank].incarnation:
+                    continue
+                for entry in reader.entries(reader.head() - LAST_ENTRIES):
+                    place = entry.group, entry.seq
+                    places.setdefault(place, {})[rank.rank] = entry.op, entry.num_bytes
+                    times[place] = entry.enqueued_s
+        except (OSError, LedgerUnreadable):
+            continue  # it never came so far
+    for place in sorted(places, key=lambda one: times[one]):
+        if len(places[place]) > 1 and (found := compare(*place, places[place])) is not None:
+            return Mismatch(*found[:4], times[place], found[4])
+    return None
+
+
+def _straggler(state: RunState, ranks: list[Observed], found: Straggler) -> list[pb.Diagnosis]:
+    phase, excess_s = _slow_phase(state, found.rank)
+    if len({rank.node for rank in ranks}) > 1 and not phase:
+        return []  # clocks of several nodes differ: its own steps must say it too
+    where = (
+        f"its {phase} takes {excess_s * 1e3:.0f} ms a step longer than the others'"
+        if phase
+        else "it tells of no phases: distui control RUN stacks shows what it does"
+    )
+    node = state.ranks[found.rank].node
+    return [
+        pb.Diagnosis(
+            kind="straggler",
+            ranks=[found.rank],
+            collective=found.op,
+            group=found.group,
+            seq=found.seq,
+            since_s=found.since_s,
+            message=f"rank {found.rank} on {node} arrives last in {found.group}, {found.mean_gap_s * 1e3:.0f} ms "
+            f"behind the next, which costs the others {found.lost_share:.0%} of their time; {where}; look for another "
+            "load on its host, a slower or hotter device, or more data than the others get",
         )
-    return found
-
-
-def _hang(state: RunState, ranks: list[Observed], now_s: float) -> list[pb.Diagnosis]:
-    limit_s = allowance_s(state, ranks)
-    stopped = [rank for rank in ranks if rank.process == STOPPED and now_s - rank.last_seen_s > min(limit_s, HANG_S)]
-    waiting = [
-        rank
-        for rank in ranks
-        if rank.process not in (DEAD, FINISHED) and rank.wait is not None and now_s - rank.wait.since_s > limit_s
     ]
-    if not waiting and not stopped:
+
+
+def _slow_phase(state: RunState, rank: int) -> tuple[str, float]:
+    """Return the phase in which a rank's last steps took longer than the others', and by how much; "" if none."""
+    parts = {number: record.parts() for number, record in state.ranks.items()}
+    mine = parts.pop(rank, None)
+    others = [one for one in parts.values() if one]
+    if not mine or not others:
+        return "", 0.0
+    excess = {name: mine[name] - sum(one[name] for one in others) / len(others) for name in _PHASES}
+    worst = max(excess, key=lambda name: excess[name])
+    whole_s = sum(mine[name] for name in _PHASES)
+    return (_PHASES[worst], excess[worst]) if excess[worst] > 0.03 * whole_s else ("", 0.0)
+
+
+def _slow_link(found: SlowLink) -> pb.Diagnosis:
+    rate = f"{found.num_bytes / found.took_s / 2**20:,.1f} MiB/s" if found.took_s else "n/a"
+    return pb.Diagnosis(
+        kind="slow_link",
+        ranks=found.ranks,
+        collective=found.op,
+        group=found.group,
+        seq=found.seq,
+        since_s=found.since_s,
+        message=f"{found.op} of {found.num_bytes:,} bytes in {found.group} takes {found.took_s * 1e3:.1f} ms after the "
+        f"last rank has arrived, {found.usual_s * 1e3:.1f} ms before ({rate} now); look at the network between ranks "
+        f"{', '.join(map(str, found.ranks[:8]))}: distui doctor --collectives measures it",
+    )
+
+
+def _bad_loss(state: RunState, now_s: float) -> list[pb.Diagnosis]:
+    bad = sorted(
+        rank for rank, record in state.ranks.items() if record.loss is not None and not math.isfinite(record.loss)
+    )
+    steps = [step for rank in bad if (step := state.ranks[rank].bad_since_step)]
+    if not bad or all(record.last_step is not None and record.last_step.skipped for record in state.ranks.values()):
         return []
-    if stopped:
-        others = [rank for rank in waiting if rank.process != STOPPED]
-        return [_stopped(stopped, others, now_s)]
-    return [_blame(state, ranks, waiting, now_s)]
-
-
-def _stopped(stopped: list[Observed], waiting: list[Observed], now_s: float) -> pb.Diagnosis:
-    pids = " ".join(str(rank.pid) for rank in stopped[:_NAMED])
-    wait = waiting[0].wait if waiting else None
-    waits = _waits(waiting, wait) if wait else ""
-    since_s = max(now_s - min(rank.last_seen_s for rank in stopped), 0.0)
-    return _told(
-        stopped,
-        wait,
-        since_s,
-        f"{_names(stopped)} {_are(stopped)} stopped by a signal{waits}; to let go on: kill -CONT {pids}",
-    )
-
-
-def _blame(state: RunState, ranks: list[Observed], waiting: list[Observed], now_s: float) -> pb.Diagnosis:
-    """Follow who waits for whom to those that are waited for and wait for none."""
-    missing: dict[int, set[int]] = {}
-    blocked = [rank for rank in ranks if rank.wait is not None and rank.process not in (DEAD, FINISHED)]
-    for rank in blocked:  # also who waits not yet too long: it is held up like the others
-        assert rank.wait is not None
-        missing[rank.rank] = {other.rank for other in ranks if other is not rank and _lacks(other, rank.wait)}
-    by_number = {rank.rank: rank for rank in ranks}
-    waited_for = set().union(*missing.values())
-    sinks = sorted(number for number in waited_for if not missing.get(number))
-    first = min(waiting, key=lambda rank: rank.wait.since_s if rank.wait else now_s)
-    assert first.wait is not None
-    since_s = now_s - first.wait.since_s
-    if sinks:
-        held = [rank for rank in blocked if missing[rank.rank] & set(sinks)]
-        # The collective that the culprit is missing in: the one that someone has waited for it in the longest.
-        wait = min((rank.wait for rank in held if rank.wait), key=lambda one: one.since_s)
-        culprits = [by_number[number] for number in sinks]
-        doing = culprits[0].phase or "an unknown phase"
-        return _told(
-            culprits,
-            wait,
-            now_s - wait.since_s,
-            f"{_names(culprits)} {_have(culprits)} not entered {wait.text()} (last known in {doing}, after step "
-            f"{culprits[0].step}); {_names(held)} wait{'s' * (len(held) == 1)} there; distui control "
-            f"{state.run.run_id} stacks shows where",
+    since_s = min((state.ranks[rank].bad_since_s for rank in bad), default=now_s)
+    shown = ", ".join(map(str, bad[:8]))
+    return [
+        pb.Diagnosis(
+            kind="nan_loss",
+            ranks=bad,
+            since_s=max(0.0, now_s - since_s),
+            message=f"the loss of rank{'s' * (len(bad) > 1)} {shown} is {state.ranks[bad[0]].loss} since step "
+            f"{min(steps) if steps else 'n/a'}; stop, go back to a checkpoint, and look at the learning rate, the "
+            "batch of that step, or fp16 without loss scaling",
         )
-    if waited_for:
-        cycle = [by_number[number] for number in sorted(waited_for)]
-        places = "; ".join(f"rank {rank.rank} in {rank.wait.text()}" for rank in cycle[:_NAMED] if rank.wait)
-        return _told(
-            cycle,
-            first.wait,
-            since_s,
-            f"ranks wait for each other in a circle: {places}; they call collectives in another order",
+    ]
+
+
+def _disk_full(state: RunState) -> list[pb.Diagnosis]:
+    try:
+        disk = os.statvfs(state.run.path)
+    except OSError:
+        return []  # of another node
+    free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+    full = free < min(LITTLE_BYTES, LITTLE_SHARE * size)
+    said = [
+        event.event.message
+        for event in state.events.all()[-50:]
+        if event.event.level == pb.Event.ERROR and "No space left" in event.event.message
+    ]
+    if not full and not said:
+        return []
+    message = f"the disk of {state.run.path} has {free / 2**20:,.0f} MiB left of {size / 2**20:,.0f} MiB"
+    if said:
+        message += f"; {said[-1]}"
+    return [
+        pb.Diagnosis(
+            kind="disk_full", message=f"{message}; training goes on: free some space for its telemetry and checkpoints"
         )
-    return _all_joined(state.run, ranks, waiting, first.wait, since_s)
-
-
-def _all_joined(
-    run: RunFolder, ranks: list[Observed], waiting: list[Observed], wait: Wait, since_s: float
-) -> pb.Diagnosis:
-    brought = {
-        rank: (entry.op, entry.num_bytes) for rank, entry in entries_at(run, wait.group, wait.seq, ranks).items()
-    }
-    differs = compare(wait.group, wait.seq, brought)
-    if differs is not None:
-        blamed = [rank for rank in ranks if rank.rank in differs[3]]
-        told = _told(
-            blamed,
-            wait,
-            since_s,
-            f"ranks disagree on #{wait.seq} of {wait.group}: {differs[4]}; look for a branch that not all ranks take",
-        )
-        told.kind = "mismatch"
-        return told
-    return _told(
-        waiting,
-        wait,
-        since_s,
-        f"all ranks have entered {wait.text()} and it does not end: the network or the backend is stuck; "
-        f"distui control {run.run_id} stacks shows where",
-    )
-
-
-def _lacks(rank: Observed, wait: Wait) -> bool:
-    """Tell whether a rank has not entered the collective; one that never used the group is of another one or late."""
-    if not wait.group:
-        return rank.wait is None
-    return rank.last_seq.get(wait.group, 0) < wait.seq
-
-
-def _told(blamed: list[Observed], wait: Wait | None, since_s: float, message: str) -> pb.Diagnosis:
-    told = pb.Diagnosis(kind="hang", ranks=[rank.rank for rank in blamed], since_s=max(0.0, since_s), message=message)
-    if wait is not None:
-        told.collective, told.group, told.seq = wait.op, wait.group, wait.seq
-    return told
-
-
-def _names(ranks: list[Observed]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0].rank} on {ranks[0].node}"
-    shown = ", ".join(str(rank.rank) for rank in ranks[:_NAMED])
-    return f"ranks {shown}" + (f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else "")
-
-
-def _waits(ranks: list[Observed], wait: Wait) -> str:
-    return f"; {_names(ranks)} wait{'s' * (len(ranks) == 1)} in {wait.text()}"
-
-
-def _are(ranks: list[Observed]) -> str:
-    return "is" if len(ranks) == 1 else "are"
-
-
-def _have(ranks: list[Observed]) -> str:
-    return "has" if len(ranks) == 1 else "have"
+    ]

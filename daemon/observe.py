@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from distui.core.paths import RunFolder
-from distui.core.telemetry.ledger import CollectiveEntry, LedgerReader, LedgerState, LedgerUnreadable
+from distui.core.telemetry.ledger import RECENT, CollectiveEntry, LedgerReader, LedgerState, LedgerUnreadable
 from distui.daemon.processes import DEAD, RUNNING, STOPPED, process_state
 from distui.daemon.state import RankRecord, RunState
 
@@ -29,6 +29,26 @@ class Wait:
         """Return `all_reduce #17 of data_parallel`."""
         return f"{self.op} #{self.seq} of {self.group}"
 
+    def has(self, rank: int) -> bool:
+        """Tell whether a rank takes part, as far as the group's name says."""
+        members = group_members(self.group)
+        return members is None or rank in members
+
+
+def group_members(group: str) -> frozenset[int] | None:
+    """Return the ranks in the brackets of a group's name: `tp[0,1]`, `dp[0-6:2]`, `world[0>1]`; None: not said."""
+    _, found, text = group.rstrip("]").partition("[")
+    if not found or ".." in text or "any" in text:
+        return None
+    try:
+        if "-" in text:
+            ends, _, step = text.partition(":")
+            first, _, last = ends.partition("-")
+            return frozenset(range(int(first), int(last) + 1, int(step or 1)))
+        return frozenset(int(rank) for rank in text.replace(">", ",").split(","))
+    except ValueError:
+        return None
+
 
 @dataclass(slots=True)
 class Observed:
@@ -45,6 +65,9 @@ class Observed:
     last_seq: dict[str, int] = field(default_factory=dict)
     last_seen_s: float = 0.0
     error: str = ""
+    num_collectives: int = 0
+    plain: bool = False
+    """Whether it runs without an engine, so that it tells of no steps."""
     told: bool = False
     """Whether it has said itself how it ended."""
     ledger: LedgerState | None = None
@@ -71,6 +94,7 @@ def launcher_alive(state: RunState, now_s: float) -> bool:
 
 def _observe(run: RunFolder, record: RankRecord, now_s: float, final: bool) -> Observed:
     found = Observed(record.rank, record.node, record.pid, RUNNING, last_seen_s=record.last_seen_s)
+    found.plain = record.started is None
     if record.last_step is not None:
         found.step = record.last_step.step
     if record.heartbeat is not None:
@@ -106,16 +130,20 @@ def _read_ledger(run: RunFolder, record: RankRecord, found: Observed) -> None:
             if reader.incarnation != record.incarnation:
                 return
             state = reader.state()
+            held_up = reader.held_up() if state.waiting is None else None
     except (OSError, LedgerUnreadable):
         return  # not on this disk, or the telemetry's ledger is kept in memory only: the heartbeat has to do
     found.ledger = state
     found.step = max(found.step, state.step)
     found.phase, found.phase_since_s = state.phase, state.phase_since_s
     found.last_seq = dict(state.last_seq)
+    found.num_collectives = sum(state.last_seq.values())
     entry = state.waiting
-    found.wait = (
-        Wait(entry.group, entry.seq, entry.op, state.waiting_since_s) if entry and not entry.finished_s else None
-    )
+    found.wait = None
+    if entry is not None and not entry.finished_s:
+        found.wait = Wait(entry.group, entry.seq, entry.op, state.waiting_since_s)
+    elif held_up is not None:  # somebody waits for it below Python, or will soon
+        found.wait = Wait(held_up.group, held_up.seq, held_up.op, held_up.enqueued_s)
 
 
 def entries_at(run: RunFolder, group: str, seq: int, ranks: Iterable[Observed]) -> dict[int, CollectiveEntry]:
@@ -126,7 +154,7 @@ def entries_at(run: RunFolder, group: str, seq: int, ranks: Iterable[Observed]) 
             continue
         try:
             with LedgerReader.open(run.rank_ledger(rank.rank)) as reader:
-                for entry in reader.entries():
+                for entry in reader.entries(reader.head() - RECENT):
                     if entry.group == group and entry.seq == seq:
                         found[rank.rank] = entry
         except (OSError, LedgerUnreadable):

@@ -14,6 +14,8 @@ from distui.daemon.state import RankRecord, RunState
 from distui.daemon.store import read_batches
 from distui.proto import telemetry_pb2 as pb
 
+STALLED = frozenset({"hang", "data_stall", "dead_rank", "out_of_memory"})
+"""Verdicts after which a run does not go on by itself."""
 WAITING_S = 1.0
 """A rank that is blocked in a collective for less is running: every step waits a little."""
 UNHEARD_S = 600.0
@@ -73,7 +75,7 @@ def _run_state(state: RunState, ranks: list[Observed], diagnosis: list[pb.Diagno
             return "failed", "no rank was ever heard of, and its launcher is gone"
     # A mismatch that did not hold anybody up is told, and the run goes on.
     held = any(rank.wait is not None and now_s - rank.wait.since_s > HANG_S for rank in ranks)
-    if any(one.kind in ("hang", "dead_rank") or (one.kind == "mismatch" and held) for one in diagnosis):
+    if any(one.kind in STALLED or (one.kind == "mismatch" and held) for one in diagnosis):
         return "stalled", ""
     started = any(record.started is not None for record in state.ranks.values())
     return ("running" if started or any(rank.step for rank in ranks) else "starting"), ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ DAEMON = -2
 SOURCE_CLOSED = "source_closed"
 """Event of the daemon: a rank has closed its stream in good order without saying how its script ended."""
 MEAN_STEPS = 20
+PARTS = ("data_wait_s", "forward_s", "backward_s", "optimizer_s")
 NUM_EVENTS = 2000
 NUM_METRICS = 4096
 _COMMON = frozenset({"event", "metrics", "hardware"})
@@ -39,12 +41,32 @@ class RankRecord:
     memory: pb.Memory | None = None
     heartbeat: pb.Heartbeat | None = None
     closed: bool = False
+    bad_since_s: float = 0.0
+    bad_since_step: int = 0
+    last_parts: deque[tuple[float, float, float, float]] = field(default_factory=lambda: deque(maxlen=MEAN_STEPS))
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=MEAN_STEPS))
 
     @property
     def began_s(self) -> float:
         """When its source began. Units: Unix seconds."""
         return self.incarnation / 1e9
+
+    def note_loss(self, step: pb.Step, time_s: float) -> None:
+        """Keep a step's loss, and since when it has been no number."""
+        self.loss = step.loss
+        if math.isfinite(step.loss):
+            self.bad_since_s, self.bad_since_step = 0.0, 0
+        elif not self.bad_since_step:
+            self.bad_since_s, self.bad_since_step = time_s, step.step
+
+    def parts(self) -> dict[str, float]:
+        """Return the mean parts of its last steps; empty where it has told of none. Units: seconds."""
+        if not self.last_parts:
+            return {}
+        return {
+            name: sum(values) / len(values)
+            for name, values in zip(PARTS, zip(*self.last_parts, strict=True), strict=True)
+        }
 
 
 class RunState:
@@ -160,8 +182,9 @@ class RunState:
             step = record.step
             speaker.last_step = step
             speaker.recent.append((step.step_s, step.tokens))
+            speaker.last_parts.append((step.data_wait_s, step.forward_s, step.backward_s, step.optimizer_s))
             if step.HasField("loss"):
-                speaker.loss = step.loss
+                speaker.note_loss(step, record.time_s)
             self.steps.add(speaker.rank, record.time_s, step, self.world_size(), self._peak_flops)
         elif body == "collective":
             self.collectives.add(speaker.rank, record.collective, self.world_size())

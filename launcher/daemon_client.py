@@ -18,6 +18,7 @@ from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
 CALL_TIMEOUT_S = 5.0
+REFUSALS = frozenset({grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED})
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def channel_to(daemon: Path | Endpoint) -> Iterator[grpc.Channel]:
             yield channel
         except grpc.RpcError as error:
             code, details = error.code(), error.details() or ""
-            if code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT):
+            if code in REFUSALS:
                 raise UserError("the daemon refused the request", details, "distui status names the runs") from error
             if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 fix = "bring the token of that daemon with --token-file, or ask whoever runs it"

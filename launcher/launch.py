@@ -21,6 +21,7 @@ from distui.core.paths import JOB_ENV, RunFolder, daemon_socket, default_runs_di
 from distui.core.settings import load, to_toml
 from distui.launcher import preflight
 from distui.launcher.announce import Announcer
+from distui.launcher.compat import check_face
 from distui.launcher.daemon_keeper import DaemonKeeper
 from distui.launcher.job import Job, write_spec
 from distui.launcher.outcome import Outcome
@@ -35,6 +36,8 @@ class LaunchRequest:
     overrides: Mapping[str, str] = field(default_factory=dict)
     config_path: Path | None = None
     no_tui: bool = False
+    face: str | None = None
+    """What the script's imports are resolved as: see `distui.launcher.compat`."""
 
 
 def launch(request: LaunchRequest) -> int:
@@ -71,6 +74,7 @@ def resolve(request: LaunchRequest) -> Config:
     Raises:
         UserError: the first thing that stands against starting; all problems of the configuration at once.
     """
+    check_face(request.face)
     config = load(request.config_path, request.overrides).config
     preflight.check_target(request.target, Path.cwd())
     hardware = detect()
@@ -117,10 +121,11 @@ def create_run(request: LaunchRequest, config: Config) -> RunFolder:
     run.create()
     toml = to_toml(config)
     write_atomic(run.config, toml)
-    spec = {
+    spec: dict[str, object] = {
         "run_id": run.run_id,
         "name": name,
         "command": list(request.target),
+        "face": request.face,
         "strategy": config.summary(),
         "world_size": cluster.nproc * cluster.nodes,
         "num_nodes": cluster.nodes,

@@ -45,6 +45,7 @@ def overrides_of(assignments: tuple[str, ...], flags: dict[str, str | None]) -> 
 @click.option(
     "--config", "config_path", metavar="FILE", type=click.Path(path_type=Path), help="Settings; else ./distui.toml."
 )
+@click.option("--as", "face", metavar="NAME", help="Run a script written for accelerate, unchanged.")
 @click.option("--profile-flops", is_flag=True, help="At the end, show FLOPs and forward time of every module.")
 @click.option("--no-tui", is_flag=True, help="Plain lines even in a terminal (also DISTUI_NO_TUI=1).")
 @click.option("-m", "--module", is_flag=True, help="The target is a module, as with python -m.")
@@ -62,6 +63,7 @@ def command(
     name: str | None,
     assignments: tuple[str, ...],
     config_path: Path | None,
+    face: str | None,
     profile_flops: bool,
     no_tui: bool,
     module: bool,
@@ -88,4 +90,4 @@ def command(
         "telemetry.profile_flops": "true" if profile_flops else None,
     }
     target = ("-m", script, *args) if module else (script, *args)
-    return launch(LaunchRequest(target, overrides_of(assignments, flags), config_path, no_tui))
+    return launch(LaunchRequest(target, overrides_of(assignments, flags), config_path, no_tui, face))

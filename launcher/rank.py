@@ -19,7 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from distui.core.imports import when_imported
 from distui.core.paths import RunFolder, current_run, write_atomic
+from distui.launcher import compat
 from distui.launcher.outcome import last_step
 from distui.launcher.processes import AGENT_PID_ENV, die_with_parent, record_session, request_stop
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 STOP_DELAY_S = 0.3
 """For the ranks' answers to leave before the signal ends them."""
 
-_OWN_FILES = (__file__, runpy.__file__, "<frozen runpy>")
+_OWN_FILES = (__file__, compat.__file__, runpy.__file__, "<frozen runpy>")
 
 
 def main() -> None:
@@ -44,12 +46,20 @@ def main() -> None:
     if source is not None:
         source.on_control("stop", lambda command: _stop_job(run))
         _watch_optimizers(source)
+        when_imported("torch", _record_collectives)
     status, error = _run_script(run, rank, sys.argv[1:])
     if status == 0:
         _leave_group()
     if source is not None:
         source.close(status, error)
     sys.exit(status)
+
+
+def _record_collectives() -> None:
+    """Have every collective of the script recorded, with or without an engine."""
+    from distui.core.collectives import install
+
+    install()
 
 
 def _leave_group() -> None:
@@ -104,16 +114,30 @@ def _stop_job(run: RunFolder) -> str:
     return "the job is being stopped"
 
 
+def _face(run: RunFolder) -> str | None:
+    """Return the name of `--as` that the job was started with."""
+    if not run.spec.exists():
+        return None
+    name = json.loads(run.spec.read_text(encoding="utf-8")).get("face")
+    return str(name) if name else None
+
+
 def _run_script(run: RunFolder, rank: int, arguments: list[str]) -> tuple[int, str]:
     """Run the target and return its exit status, and its error as `Type: message` or an empty text."""
     try:
+        face = _face(run)
         if arguments[0] == "-m":
+            if face is not None:
+                compat.wear(face, arguments)
             sys.argv = arguments[1:]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = arguments
             sys.path[0] = str(Path(arguments[0]).resolve().parent)
-            runpy.run_path(arguments[0], run_name="__main__")
+            if face is not None:
+                compat.run_path(arguments[0], compat.wear(face, arguments))
+            else:
+                runpy.run_path(arguments[0], run_name="__main__")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT, "interrupted"
     except SystemExit as error:

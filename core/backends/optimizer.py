@@ -115,12 +115,6 @@ class PreparedOptimizer(torch.optim.Optimizer):
             self.discard_gradients(set_to_none)
             self.grad_factor = self.loss_scale = 1.0
 
-    def unscale(self, loss_scale: float) -> None:
-        """Take the loss scale out of the gradients at the next step, once."""
-        # Another model's step may have changed the scale since this was called last.
-        self.grad_factor *= self.loss_scale / loss_scale
-        self.loss_scale = loss_scale
-
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step on all ranks alike. Collective: all ranks.
 
@@ -153,6 +147,13 @@ class PreparedOptimizer(torch.optim.Optimizer):
         """Put the inner optimizer into evaluation mode, where it has one."""
         if callable(getattr(self.inner, "eval", None)):
             self.inner.eval()  # type: ignore[attr-defined]
+
+
+def unscale(optimizer: PreparedOptimizer, loss_scale: float) -> None:
+    """Take the loss scale out of the gradients at the next step, once."""
+    # Another model's step may have changed the scale since this was called last.
+    optimizer.grad_factor *= optimizer.loss_scale / loss_scale
+    optimizer.loss_scale = loss_scale
 
 
 def prefer_fused(group: dict[str, Any]) -> None:

@@ -56,3 +56,22 @@ class WaitingParameters:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return getattr(memo[id(self._model)], "named_parameters")  # noqa: B009
+
+
+class ClearingGradients:
+    """Stands for `model.zero_grad` and forgets the flat gradients too; a copy has its own method back."""
+
+    __slots__ = ("_discard", "_model")
+
+    def __init__(self, model: nn.Module, discard: Callable[[], None]) -> None:
+        self._model, self._discard = model, discard
+
+    def __call__(self, set_to_none: bool = True) -> None:
+        self._discard()
+        type(self._model).zero_grad(self._model, set_to_none)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._model, "zero_grad")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return getattr(memo[id(self._model)], "zero_grad")  # noqa: B009

@@ -144,5 +144,6 @@ class WholeMatrices:
         device = self.matrices[0].unit.device
         sent = torch.cat(pieces) if pieces else torch.empty(0, dtype=dtype, device=device)
         received = torch.empty(sum(sizes_in), dtype=dtype, device=device)
-        self._transport.all_to_all(received, sent, sizes_in, sizes_out).wait()
+        numel = sum(matrix.unit.layout.spans[matrix.index].numel for matrix in self.matrices)
+        self._transport.all_to_all(received, sent, sizes_in, sizes_out, numel * dtype.itemsize).wait()
         return received

@@ -13,7 +13,7 @@ from torch import nn
 from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.errors import UserError
 from distui.core.sharding.alike import start_alike
-from distui.core.sharding.hooks import Hook, WaitingParameters
+from distui.core.sharding.hooks import ClearingGradients, Hook, WaitingParameters
 from distui.core.sharding.optim import ShardedOptimizer
 from distui.core.sharding.partition import partition, split_by_kind
 from distui.core.sharding.pool import BufferPool
@@ -64,6 +64,12 @@ class ShardedModel:
         """Stage 3: whether every parameter is whole just now."""
         self._guards: list[Any] = []
         self._guard_reads()
+        model.zero_grad = ClearingGradients(model, self._forget_gradients)  # type: ignore[method-assign]
+
+    def _forget_gradients(self) -> None:
+        self.schedule.discard_gradients()
+        for optimizer in self.optimizers:
+            optimizer.grad_factor = optimizer.loss_scale = 1.0
 
     def _build_units(self) -> list[Unit]:
         units = []
@@ -137,6 +143,8 @@ class ShardedModel:
         self._guards.clear()
         if isinstance(self.model.__dict__.get("named_parameters"), WaitingParameters):
             del self.model.named_parameters
+        if isinstance(self.model.__dict__.get("zero_grad"), ClearingGradients):
+            del self.model.zero_grad
         if self.placement.shards_parameters:
             for unit in self.units:
                 for param in unit.params:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from distui.core.collectives import group_label, one_collective, see_end
 from distui.core.sharding.pool import BufferPool
 from distui.core.telemetry.source import NullSource, current
 
@@ -35,6 +36,8 @@ class Pending:
 
     def __init__(self, transport: Transport, works: list[Work], token: int, finish: Callable[[], None] | None) -> None:
         self._transport, self._works, self._token, self._finish = transport, works, token, finish
+        if token and len(works) == 1:
+            see_end(transport.telemetry, works[0], token)
 
     def wait(self) -> None:
         """Block until the result is in its buffer, and account the time as exposed communication."""
@@ -54,15 +57,15 @@ class Pending:
         seconds = time.perf_counter() - start
         transport.exposed_s += seconds
         telemetry.waiting(None)
-        telemetry.blocked(self._token, seconds)
-        telemetry.collective_end(self._token)
+        telemetry.collective_waited(self._token, seconds)
 
 
 class Transport:
     """Collectives over one process group, counted in the telemetry ledger under `name`."""
 
     def __init__(self, group: dist.ProcessGroup, name: str, pool: BufferPool) -> None:
-        self.group, self.name, self._pool = group, name, pool
+        self.group, self._pool = group, pool
+        self.name = group_label(group, name)
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.exposed_s = 0.0
         """Seconds that the training thread was blocked here; the engine reads and resets it each step."""
@@ -77,29 +80,35 @@ class Transport:
     def _is_gloo(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == "cpu"
 
+    @one_collective
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
         """Sum `tensor` over the group, in place. Collective: all ranks of the group."""
         token = self._begin("all_reduce", tensor)
         work = dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
         return Pending(self, [work], token, None)
 
+    @one_collective
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> Pending:
         """Send `tensor` of group rank `source` to all, in place. Collective: all ranks of the group."""
         token = self._begin("broadcast", tensor)
         work = dist.broadcast(tensor, group=self.group, async_op=True, group_src=source)
         return Pending(self, [work], token, None)
 
+    @one_collective
     def all_to_all(
-        self, received: torch.Tensor, sent: torch.Tensor, sizes_in: list[int], sizes_out: list[int]
+        self, received: torch.Tensor, sent: torch.Tensor, sizes_in: list[int], sizes_out: list[int], nbytes: int
     ) -> Pending:
         """Send the r-th part of `sent` to rank r, and fill `received` with the parts from all. Collective.
 
-        Shapes: received [sum(sizes_in)], sent [sum(sizes_out)].
+        Shapes: received [sum(sizes_in)], sent [sum(sizes_out)]. `nbytes` is what all ranks send, for the ledger: it must
+        be the same on all.
         """
-        token = self._begin("all_to_all", sent)
+        dtype = str(sent.dtype).removeprefix("torch.")
+        token = self.telemetry.collective_begin(self.name, "all_to_all", dtype, nbytes, self.world_size)
         work = dist.all_to_all_single(received, sent, sizes_in, sizes_out, group=self.group, async_op=True)
         return Pending(self, [work], token, None)
 
+    @one_collective
     def all_gather(self, full: torch.Tensor, shard: torch.Tensor) -> Pending:
         """Fill `full` with every rank's `shard`, in rank order. Collective: all ranks of the group.
 
@@ -117,6 +126,7 @@ class Transport:
             own.copy_(shard)
         return Pending(self, works, token, None)
 
+    @one_collective
     def reduce_scatter(self, full: torch.Tensor, shard: torch.Tensor, accumulate: bool = False) -> Pending:
         """Sum `full` over the group and leave this rank's part in `shard`. Collective: all ranks of the group.
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 HELLO_S = 5.0
 DEFAULT_DEADLINE_S = 30.0
+ENGINE_VERBS = ("checkpoint", "profile")
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 _log = logging.getLogger("distui.telemetry")
@@ -215,6 +216,8 @@ class ControlListener:
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="distui-control-worker", daemon=True)
                 self._worker.start()
+        elif command.verb in ENGINE_VERBS:
+            command.error(f"{command.verb} is the engine's, and this script has made no distui.Engine (yet)")
         else:
             command.error(f"unknown verb {command.verb!r}; known: {', '.join(self.verbs())}")
 

@@ -1,7 +1,7 @@
 """The collective ledger of one rank: a memory-mapped file that can be read while the rank is stopped, wedged or dead.
 
-The training thread writes it with plain stores into the mapping and takes no lock; any process reads it from the file
-with `LedgerReader`. What makes that safe: a ring entry is published by its commit word, the status by the index of
+The training thread writes it with plain stores into the mapping and waits for no reader; any process reads it from the
+file with `LedgerReader`. What makes that safe: a ring entry is published by its commit word, the status by the index of
 one of two slots, and what changes later in an entry is one aligned 8-byte word. So a reader sees a thing whole, as it
 was before or after, or not at all, even if the writer was killed in between. (The order of stores is that of x86 and
 of Arm's stronger cores; on a weaker one a reader of a *running* rank may be one store behind.)
@@ -16,13 +16,20 @@ import math
 import mmap
 import os
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
-from distui.core.errors import DistuiError
+from distui.core.telemetry.collective import (
+    FINISH_IS_SEEN,
+    SIDE_THREAD,
+    CollectiveEntry,
+    LedgerState,
+    LedgerUnreadable,
+)
+from distui.core.telemetry.mapped_file import map_new, publish
 
 MAGIC = b"DISTUILG"
 VERSION = 1
@@ -30,6 +37,10 @@ MAX_NAMES = 256
 MAX_NAME_BYTES = 48
 OTHER_NAME = "(other)"
 """Stands for every name beyond the table's `MAX_NAMES`."""
+
+
+RECENT = 256
+"""So many of the newest collectives are searched for one that does not end."""
 
 _HEADER = struct.Struct("@8sIIQqQQQ")  # magic, version, entry size, capacity, rank, world size, pid, incarnation
 _HEAD = 64  # token of the newest entry
@@ -45,55 +56,11 @@ _ENTRIES_AT = _NAMES_AT + MAX_NAMES * _NAME.size
 _ENTRY = struct.Struct("@QQQdddd4HI4x")  # commit, seq, bytes, enqueued, started, finished, blocked, names, group size
 _BODY = struct.Struct("@QQdddd4HI4x")
 _ENTRY_BYTES = _ENTRY.size
-_STARTED, _FINISHED, _BLOCKED = 32, 40, 48  # offsets within an entry
+_STARTED, _FINISHED, _BLOCKED, _FLAGS = 32, 40, 48, 62  # offsets within an entry
+_HALF = struct.Struct("@H")
 _WORD = struct.Struct("@Q")
 _TIME = struct.Struct("@d")
 _NAN = math.nan
-
-
-class LedgerUnreadable(DistuiError):
-    """The file is no ledger, of another version, or cut short."""
-
-
-class CollectiveEntry(NamedTuple):
-    """One collective of one rank. `started_s` and `finished_s` are None where not known or not yet."""
-
-    token: int
-    group: str
-    seq: int
-    op: str
-    dtype: str
-    num_bytes: int
-    group_size: int
-    enqueued_s: float
-    started_s: float | None
-    finished_s: float | None
-    blocked_s: float
-
-    def text(self) -> str:
-        """Return `all_reduce data_parallel#17`."""
-        return f"{self.op} {self.group}#{self.seq}"
-
-
-class LedgerState(NamedTuple):
-    """What a rank is doing. `waiting` is the collective that its main thread is blocked in."""
-
-    rank: int
-    world_size: int
-    pid: int
-    incarnation: int
-    step: int
-    phase: str
-    phase_since_s: float
-    waiting: CollectiveEntry | None
-    waiting_since_s: float
-    last_seq: dict[str, int]
-    ended_s: float | None
-    exit_status: int
-
-    def waiting_in(self) -> str:
-        """Return the collective that the main thread is blocked in, as text; "" where there is none."""
-        return self.waiting.text() if self.waiting else ""
 
 
 def ledger_bytes(capacity: int) -> int:
@@ -102,9 +69,9 @@ def ledger_bytes(capacity: int) -> int:
 
 
 class Ledger:
-    """The writer. One thread at a time begins collectives; any thread may end them."""
+    """The writer. Any thread begins and ends collectives; the status is the main thread's."""
 
-    __slots__ = ("_capacity", "_counted", "_groups", "_head", "_names", "_num_status", "_status", "buffer")
+    __slots__ = ("_capacity", "_counted", "_groups", "_head", "_lock", "_names", "_num_status", "_status", "buffer")
 
     def __init__(
         self, path: Path | None, *, rank: int, world_size: int, capacity: int = 4096, incarnation: int | None = None
@@ -114,8 +81,9 @@ class Ledger:
         An older file is replaced, not written over: who reads it goes on reading the old rank's.
         Raises: OSError where the file cannot be made, a full disk included.
         """
-        self.buffer = _map(path, ledger_bytes(capacity))
+        self.buffer = map_new(path, ledger_bytes(capacity))
         self._capacity = capacity
+        self._lock = threading.Lock()
         self._head = 0
         self._names: dict[object, int] = {}
         self._groups: dict[object, list[int]] = {}  # name -> [sequence number, name, offset of its last_seq]
@@ -129,10 +97,14 @@ class Ledger:
         header = (VERSION, _ENTRY.size, capacity, rank, world_size, os.getpid(), began)
         _HEADER.pack_into(self.buffer, 0, MAGIC, *header)
         if path is not None:
-            os.replace(_temporary(path), path)
+            publish(path)
 
-    def begin(self, group: str, op: str, dtype: str, num_bytes: int, group_size: int) -> int:
+    def begin(self, group: str, op: str, dtype: str, num_bytes: int, group_size: int, flags: int = 0) -> int:
         """Enter a collective as enqueued now; return its token, to be given to `end`."""
+        with self._lock:
+            return self._begin(group, op, dtype, num_bytes, group_size, flags)
+
+    def _begin(self, group: str, op: str, dtype: str, num_bytes: int, group_size: int, flags: int) -> int:
         found = self._groups.get(group)
         if found is None:
             found = self._group(group)
@@ -149,7 +121,19 @@ class Ledger:
         at = _ENTRIES_AT + token % self._capacity * _ENTRY_BYTES
         _WORD.pack_into(buffer, at, 0)
         _BODY.pack_into(
-            buffer, at + 8, seq, num_bytes, time.time(), _NAN, _NAN, 0.0, found[1], op_name, dtype_name, 0, group_size
+            buffer,
+            at + 8,
+            seq,
+            num_bytes,
+            time.time(),
+            _NAN,
+            _NAN,
+            0.0,
+            found[1],
+            op_name,
+            dtype_name,
+            flags,
+            group_size,
         )
         _WORD.pack_into(buffer, at, token)
         _WORD.pack_into(buffer, found[2], seq)
@@ -171,6 +155,21 @@ class Ledger:
         if 0 <= self._head - token < self._capacity:
             at = self._at(token) + _BLOCKED
             _TIME.pack_into(self.buffer, at, _TIME.unpack_from(self.buffer, at)[0] + seconds)
+
+    def waited(self, token: int, seconds: float) -> None:
+        """Add a wait that is over, and end the collective now where its end was not noted before."""
+        if 0 <= self._head - token < self._capacity:
+            at = self._at(token)
+            if math.isnan(_TIME.unpack_from(self.buffer, at + _FINISHED)[0]):
+                _TIME.pack_into(self.buffer, at + _FINISHED, time.time())
+            at += _BLOCKED
+            _TIME.pack_into(self.buffer, at, _TIME.unpack_from(self.buffer, at)[0] + seconds)
+
+    def set_flags(self, token: int, flags: int) -> None:
+        """Add to the flags of the collective."""
+        if 0 <= self._head - token < self._capacity:
+            at = self._at(token) + _FLAGS
+            _HALF.pack_into(self.buffer, at, _HALF.unpack_from(self.buffer, at)[0] | flags)
 
     def waiting(self, token: int | None) -> None:
         """Say in which collective the main thread is blocked from now on; None: in none."""
@@ -276,8 +275,8 @@ class LedgerReader:
         at = _ENTRIES_AT + token % self.capacity * _ENTRY_BYTES
         if token < 1:
             return None
-        commit, seq, num_bytes, enqueued, started, finished, blocked, group, op, dtype, _, size = _ENTRY.unpack_from(
-            self._buffer, at
+        commit, seq, num_bytes, enqueued, started, finished, blocked, group, op, dtype, flags, size = (
+            _ENTRY.unpack_from(self._buffer, at)
         )
         if commit != token or self._word(at) != token:
             return None
@@ -293,6 +292,7 @@ class LedgerReader:
             None if started != started else started,
             None if finished != finished else finished,
             blocked,
+            flags,
         )
 
     def finished(self, token: int) -> bool:
@@ -311,6 +311,15 @@ class LedgerReader:
     def unfinished(self) -> list[CollectiveEntry]:
         """Return the kept collectives that were entered and have not finished, oldest first."""
         return [entry for entry in self.entries() if entry.finished_s is None]
+
+    def held_up(self) -> CollectiveEntry | None:
+        """Return the oldest collective of the training step that has not ended, of those whose end would be seen."""
+        head = self.head()
+        for token in range(max(1, head - min(RECENT, self.capacity) + 1), head + 1):
+            entry = None if self.finished(token) else self.entry(token)
+            if entry is not None and entry.flags & (FINISH_IS_SEEN | SIDE_THREAD) == FINISH_IS_SEEN:
+                return entry
+        return None
 
     def state(self) -> LedgerState:
         """Return what the rank was doing when it last wrote."""
@@ -356,23 +365,3 @@ class LedgerReader:
 
 def _cut(text: str) -> bytes:
     return text.encode()[:MAX_NAME_BYTES].decode(errors="ignore").encode()
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _map(path: Path | None, num_bytes: int) -> mmap.mmap:
-    if path is None:
-        return mmap.mmap(-1, num_bytes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(_temporary(path), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        # Reserved now: a store into a hole of a full disk would be a SIGBUS in the training thread.
-        os.posix_fallocate(descriptor, 0, num_bytes)
-        return mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
-    except OSError:
-        os.unlink(_temporary(path))
-        raise
-    finally:
-        os.close(descriptor)

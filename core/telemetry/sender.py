@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import random
 import socket as sockets
@@ -14,6 +16,7 @@ from distui.core.paths import RunFolder
 from distui.core.telemetry.ledger import LedgerReader
 from distui.core.telemetry.outbox import Outbox
 from distui.core.telemetry.ring import Ring
+from distui.core.telemetry.stacks import StackFile
 
 if TYPE_CHECKING:
     from distui.core.config import TelemetrySection
@@ -23,12 +26,16 @@ if TYPE_CHECKING:
 
 CLOSE_S = 2.0
 MEMORY_S = 1.0
+STACK_S = 1.0
+"""Where the main thread is gets noted so often, whatever pace the daemon asks for."""
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 2.0
 PROBE_S = 0.5
 MAX_PACE_S = 5.0
 """No daemon may ask for more: the ledger and the outbox hold what comes meanwhile."""
 SPARE_RECORDS = 256
+
+_log = logging.getLogger("distui.telemetry")
 
 
 class Sender:
@@ -73,7 +80,9 @@ class Sender:
         from distui.core.telemetry.records import Collector
 
         self._collector = collector = Collector(self._ring, self._ledger)
+        stack = self._stack_file()
         next_beat = next_memory = 0.0
+        next_stack = 0.0 if stack is not None else math.inf
         while self._close_by is None:
             now = time.monotonic()
             records = collector.collect()
@@ -84,15 +93,27 @@ class Sender:
             if now >= next_memory:
                 records.append(collector.memory())
                 next_memory = now + _to_next(max(MEMORY_S, pace_s))
+            if stack is not None and now >= next_stack:
+                stack.write()
+                next_stack = now + STACK_S
             self._outbox.put(records)
             self._connect()
-            until = min(next_beat, next_memory, now + _to_next(max(self._flush_s, pace_s)))
+            until = min(next_stack, next_beat, next_memory, now + _to_next(max(self._flush_s, pace_s)))
             if self._stream is None and self._socket is not None:
                 until = min(until, self._next_attempt)
             self._wake.wait(max(0.0, until - time.monotonic()))
             self._wake.clear()
         self._outbox.put([collector.memory(), *collector.collect(rest=True)])
         self._finish(self._close_by)
+        if stack is not None:
+            stack.close()
+
+    def _stack_file(self) -> StackFile | None:
+        try:
+            return StackFile(self._run, self._ledger.rank)
+        except OSError as error:  # a full disk: the ledger has told of it
+            _log.debug("where the main thread is will not be known from outside: %s", error)
+            return None
 
     def _finish(self, deadline: float) -> None:
         """Wait until all is acknowledged; at once where nobody listens, else until `deadline`."""

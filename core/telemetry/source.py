@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from distui.core.errors import UserError
 from distui.core.paths import RunFolder, control_socket, daemon_socket
 from distui.core.telemetry.control import ControlListener, Handler
-from distui.core.telemetry.ledger import Ledger, LedgerReader
+from distui.core.telemetry.ledger import FINISH_IS_SEEN, Ledger, LedgerReader
 from distui.core.telemetry.ring import Ring
 from distui.core.telemetry.sender import CLOSE_S, Sender
 
@@ -133,9 +133,9 @@ class TelemetrySource:
         """Say what the main thread does from now on: setup, data, forward, backward, optimizer, ... idle."""
         self._ledger.set_phase(name)
 
-    def collective_begin(self, group: str, op: str, dtype: str, nbytes: int, group_size: int) -> int:
-        """Record a collective as enqueued now; return its token. Begin collectives from one thread at a time."""
-        return self._ledger.begin(group, op, dtype, nbytes, group_size) if self._collectives else 0
+    def collective_begin(self, group: str, op: str, dtype: str, nbytes: int, group_size: int, flags: int = 0) -> int:
+        """Record a collective as enqueued now; return its token. `flags`: of `distui.core.telemetry.ledger`."""
+        return self._ledger.begin(group, op, dtype, nbytes, group_size, flags) if self._collectives else 0
 
     def collective_started(self, token: int, started_s: float) -> None:
         """Say when the collective began to run, where the backend tells."""
@@ -146,6 +146,16 @@ class TelemetrySource:
         """Say that the collective has finished, now or at `finished_s`. From any thread."""
         if token:
             self._ledger.end(token, finished_s)
+
+    def collective_seen(self, token: int) -> None:
+        """Say that the collective's end will be noted when it happens, whoever waits."""
+        if token:
+            self._ledger.set_flags(token, FINISH_IS_SEEN)
+
+    def collective_waited(self, token: int, seconds: float) -> None:
+        """Say that a wait of so long for the collective is over; it ends now, unless its end was noted before."""
+        if token:
+            self._ledger.waited(token, seconds)
 
     def blocked(self, token: int, seconds: float) -> None:
         """Add to how long the main thread waited for the collective; at the latest right after its end."""
@@ -213,7 +223,7 @@ class NullSource(TelemetrySource):
     def phase(self, name: str) -> None:
         """Do nothing."""
 
-    def collective_begin(self, group: str, op: str, dtype: str, nbytes: int, group_size: int) -> int:
+    def collective_begin(self, group: str, op: str, dtype: str, nbytes: int, group_size: int, flags: int = 0) -> int:
         """Return 0, the token of no collective."""
         return 0
 
@@ -221,6 +231,12 @@ class NullSource(TelemetrySource):
         """Do nothing."""
 
     def collective_end(self, token: int, finished_s: float | None = None) -> None:
+        """Do nothing."""
+
+    def collective_seen(self, token: int) -> None:
+        """Do nothing."""
+
+    def collective_waited(self, token: int, seconds: float) -> None:
         """Do nothing."""
 
     def blocked(self, token: int, seconds: float) -> None:

@@ -260,3 +260,42 @@ def test_a_torchrun_script_runs_unchanged_and_is_seen(home: Home) -> None:
         assert rank["loss"] is None and rank["tokens_per_s"] is None, "what nobody told is not known"
     logs = sorted((home.path / "state" / "runs" / status["run"] / "logs").glob("rank*.log"))
     assert [log.read_text().count("torchrun's script is done") for log in logs] == [1, 1]
+
+
+def test_a_profile_opens_as_a_chrome_trace_and_a_job_stops_when_told(home: Home) -> None:
+    process = home.start("launch", "--no-tui", "--nproc", "2", str(EXAMPLE), "--steps", "3000", *SMALL)
+    try:
+        run = home.wait_until(lambda found: found["state"] == "running" and (found["ranks"][0]["step"] or 0) > 3)["run"]
+        code, out, err = home.run("control", run, "profile", "--steps", "2")
+        assert code == 0, out + err
+        assert out.count("done: wrote") == 2
+        for rank in range(2):
+            trace = json.loads((home.path / "state" / "runs" / run / "profile" / f"rank{rank}.json").read_text())
+            complete = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+            assert complete and all(event["dur"] >= 0 and "ts" in event and "pid" in event for event in complete)
+        code, out, _ = home.run("control", run, "log-level", "--level", "debug")
+        assert code == 0 and out.count("the root logger is at DEBUG") == 2
+        code, out, _ = home.run("control", run, "stop")
+        assert code == 0 and process.wait(20) is not None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_read_only_job_refuses_all_but_stacks(home: Home) -> None:
+    script = home.path / "plain.py"
+    script.write_text(
+        "import torch, time, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "while True:\n    dist.all_reduce(torch.ones(4))\n    time.sleep(0.02)\n"
+    )
+    process = home.start("launch", "--no-tui", "--nproc", "2", "--set", "telemetry.control=false", str(script))
+    try:
+        found = home.wait_until(lambda found: len(found["ranks"]) == 2 and found["state"] in ("running", "starting"))
+        code, out, err = home.run("control", found["run"], "stop")
+        assert code == 2 and "read-only" in err and "telemetry.control=true" in err, out + err
+        code, out, err = home.run("control", found["run"], "stacks")
+        assert code == 0 and "plain.py" in out, err
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)

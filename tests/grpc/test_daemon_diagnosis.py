@@ -90,7 +90,7 @@ def test_the_rank_that_the_others_wait_for_is_the_culprit(node: Node, ranks: typ
             rank.publish()
     snapshot = node.wait(run, lambda found: found.diagnosis)
     (found,) = snapshot.diagnosis
-    assert (found.kind, list(found.ranks)) == ("hang", [2])
+    assert (found.kind, list(found.ranks)) == ("data_stall", [2])
     assert (found.collective, found.group, found.seq) == ("all_reduce", "data_parallel", 12)
     assert found.since_s > 7 and "has not entered all_reduce #12 of data_parallel" in found.message
     assert [rank.state for rank in snapshot.ranks] == ["waiting", "waiting", "running", "waiting"]
@@ -102,7 +102,7 @@ def test_the_rank_that_the_others_wait_for_is_the_culprit(node: Node, ranks: typ
     assert snapshot.run.state == "running"
     request = pb.WatchRequest(run_id=run.run_id, interval_s=0.05)
     for update in node.monitor.Watch(request, timeout=20):
-        if any(event.event.kind == "hang_over" for event in update.events):
+        if any(event.event.kind == "data_stall_over" for event in update.events):
             break
 
 

@@ -43,9 +43,10 @@ def train(num_steps, lr=0.1):
 """
 
 
-@pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotebookClient]:
-    """Give a client whose kernel runs in folders of the test's own."""
+@pytest.fixture(scope="module")
+def client() -> Iterator[NotebookClient]:
+    """Give a client whose kernel, one for all tests, runs in folders of their own."""
+    monkeypatch = pytest.MonkeyPatch()
     folder = Path(tempfile.mkdtemp(prefix="dt", dir="/tmp"))
     (folder / "r").mkdir(mode=0o700)
     for name, value in {
@@ -65,6 +66,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotebookClient]:
     found.start_new_kernel_client()
     yield found
     found._cleanup_kernel()
+    monkeypatch.undo()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -80,7 +82,7 @@ def _text(outputs: list[Any], kind: str, name: str = "") -> str:
     return "".join(output.text if kind == "stream" else output.data["text/plain"] for output in found)
 
 
-def test_a_function_of_the_notebook_trains_and_its_errors_reach_the_cell(client: NotebookClient) -> None:
+def test_a_function_of_the_notebook_trains(client: NotebookClient) -> None:
     _run(client, SETUP)
     outputs = _run(client, 'distui.notebook_launcher(train, (3,), 2, settings={"strategy.zero_stage": 2})')
     assert "ranks: 2" in _text(outputs, "stream", "stdout")
@@ -90,7 +92,12 @@ def test_a_function_of_the_notebook_trains_and_its_errors_reach_the_cell(client:
     html = next(output.data["text/html"] for output in outputs if output.output_type == "display_data")
     assert html.startswith("<pre")
 
-    broken = "def broken():\n    if distui.Engine().process_index == 1:\n        raise ValueError('bad batch 17')"
+
+def test_the_error_of_a_rank_reaches_the_cell(client: NotebookClient) -> None:
+    broken = (
+        "import threading, distui\ndef broken():\n"
+        "    if distui.Engine().process_index == 1:\n        raise ValueError('bad batch 17')"
+    )
     with pytest.raises(CellExecutionError) as error:
         _run(client, f"{broken}\ndistui.notebook_launcher(broken, num_processes=2)")
     assert "RankFailed" in str(error.value) and "rank 1 failed" in str(error.value)
@@ -114,7 +121,7 @@ def test_interrupting_the_kernel_stops_the_ranks(client: NotebookClient) -> None
                 if interrupted.wait(0.1):
                     return
             assert client.km is not None and client.km.provisioner is not None
-            client.km.provisioner.send_signal(signal.SIGINT)
+            os.kill(int(getattr(client.km.provisioner, "pid", 0)), signal.SIGINT)
 
         threading.Thread(target=look, daemon=True).start()
 

@@ -1,0 +1,155 @@
+"""Where a rank's main thread is, readable from outside: while it hangs, holds the interpreter, is stopped, or is dead.
+
+Two files of each rank in the run's ledger folder. `rank<R>.stack` is mapped: a side thread writes the main thread's
+stack into it with every heartbeat, so it is the present one as long as any other thread can run, and the last known
+one after. `rank<R>.trace` takes what `faulthandler` writes when `SIGNAL` comes: from a signal handler, so also while
+C code holds the interpreter's lock. A process that is stopped handles no signal: there the last known one has to do.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import mmap
+import os
+import signal
+import struct
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+from types import FrameType
+from typing import IO, NamedTuple
+
+from distui.core.paths import RunFolder
+from distui.core.telemetry.mapped_file import map_new, publish
+
+SIGNAL = signal.SIGRTMIN + 7
+"""Has the process write its stacks. No library that we know of uses it, unlike SIGUSR1 and SIGUSR2."""
+SIZE_BYTES = 8192
+MAX_FRAMES = 40
+TRACE_S = 1.0
+"""Time that a process gets to handle the signal."""
+
+_HEAD = struct.Struct("@ddII")  # when, since when, length, crc32 of the text
+_log = logging.getLogger("distui.telemetry")
+
+
+class KnownStack(NamedTuple):
+    """A main thread's stack, innermost frame first: `file:line function`. `time_s`: when it was
+    there last; `since_s`: since when it has been the same."""
+
+    time_s: float
+    since_s: float
+    frames: tuple[str, ...]
+
+
+class StackFile:
+    """Keeps the main thread's stack in the run's folder. `write` is for one side thread."""
+
+    def __init__(self, run: RunFolder, rank: int) -> None:
+        """Make both files. Raises: OSError where they cannot be made."""
+        path = stack_path(run, rank)
+        self._buffer: mmap.mmap = map_new(path, SIZE_BYTES)
+        publish(path)
+        self._text, self._since_s = b"", 0.0
+        self._main = threading.main_thread().ident
+        self._trace: IO[bytes] = open(trace_path(run, rank), "ab", buffering=0)  # noqa: SIM115  the handler's, for ever
+        try:
+            faulthandler.register(SIGNAL, file=self._trace, all_threads=True)
+        except (AttributeError, ValueError, RuntimeError) as error:
+            _log.debug("no stacks while the interpreter's lock is held: %s", error)
+
+    def write(self) -> None:
+        """Note where the main thread is now."""
+        frame = sys._current_frames().get(self._main) if self._main is not None else None
+        text = "\n".join(_frames(frame)).encode()[: SIZE_BYTES - _HEAD.size]
+        now_s = time.time()
+        if text != self._text:
+            self._text, self._since_s = text, now_s
+            self._buffer[_HEAD.size : _HEAD.size + len(text)] = text
+        _HEAD.pack_into(self._buffer, 0, now_s, self._since_s, len(text), zlib.crc32(text))
+
+    def close(self) -> None:
+        """Handle the signal no more. The last known stack stays."""
+        faulthandler.unregister(SIGNAL)
+        self._trace.close()
+
+
+def stack_path(run: RunFolder, rank: int) -> Path:
+    """Return the file with the last known stack of a rank."""
+    return run.ledger / f"rank{rank}.stack"
+
+
+def trace_path(run: RunFolder, rank: int) -> Path:
+    """Return the file that a rank's signal handler appends to."""
+    return run.ledger / f"rank{rank}.trace"
+
+
+def known_stack(run: RunFolder, rank: int) -> KnownStack | None:
+    """Return where a rank's main thread was last seen; None where that is not kept, or was cut off half-written."""
+    try:
+        raw = stack_path(run, rank).read_bytes()
+    except OSError:
+        return None
+    if len(raw) < _HEAD.size:
+        return None
+    time_s, since_s, length, check = _HEAD.unpack_from(raw, 0)
+    text = raw[_HEAD.size : _HEAD.size + length]
+    if not length or zlib.crc32(text) != check:
+        return None
+    return KnownStack(time_s, since_s, tuple(text.decode(errors="replace").split("\n")))
+
+
+def traced(run: RunFolder, rank: int, pid: int, timeout_s: float = TRACE_S) -> str:
+    """Have a process write its stacks from a signal handler, and return them; "" where it does not."""
+    if not _handles(pid):
+        return ""
+    path = trace_path(run, rank)
+    try:
+        before = path.stat().st_size
+        os.kill(pid, SIGNAL)
+        deadline = time.monotonic() + timeout_s
+        text = ""
+        while time.monotonic() < deadline:
+            longer = path.read_bytes()[before:].decode(errors="replace")
+            if longer and longer == text:
+                return text
+            text = longer
+            time.sleep(0.02)  # a file tells nobody that it has grown
+    except OSError:
+        return ""
+    return ""
+
+
+def trace_frames(text: str) -> tuple[str, ...]:
+    """Return the main thread's frames from what faulthandler wrote: it is the last one it lists."""
+    part = text.rpartition("(most recent call first):")[2]
+    frames: list[str] = []
+    for line in part.splitlines():
+        file, found, rest = line.strip().removeprefix('File "').partition('", line ')
+        number, _, function = rest.partition(" in ")
+        if found:
+            frames.append(f"{file}:{number} {function}")
+    return tuple(frames)
+
+
+def _frames(frame: FrameType | None) -> list[str]:
+    found: list[str] = []
+    while frame is not None and len(found) < MAX_FRAMES:
+        code = frame.f_code
+        found.append(f"{code.co_filename}:{frame.f_lineno} {code.co_name}")
+        frame = frame.f_back
+    return found
+
+
+def _handles(pid: int) -> bool:
+    """Tell whether a process has a handler for the signal: without one it would end."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (SIGNAL - 1) & 1)
+    except OSError:
+        return False
+    return False

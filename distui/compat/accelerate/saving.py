@@ -1,0 +1,237 @@
+"""The part of `Accelerator` that keeps: saved states, weights, and what trackers are told."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from distui.compat.accelerate.state import AcceleratorState
+from distui.compat.accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from distui.compat.accelerate.utils.dataclasses import ProjectConfiguration
+from distui.core import ops
+from distui.core.engine import Engine
+from distui.core.errors import UserError
+
+Hook = Callable[..., None]
+
+
+def _number(folder: Path) -> int:
+    digits = re.findall(r"\d+", folder.name)
+    return int(digits[-1]) if digits else -1
+
+
+class Saving:
+    """Saves and loads states; starts and feeds trackers."""
+
+    engine: Engine
+    state: AcceleratorState
+    project_configuration: ProjectConfiguration
+    log_with: list[Any]
+
+    def __init__(self) -> None:
+        self.trackers: list[GeneralTracker] = []
+        self._models: list[nn.Module] = []
+        self._custom_objects: list[Any] = []
+        self._save_model_state_pre_hook: OrderedDict[int, Hook] = OrderedDict()
+        self._load_model_state_pre_hook: OrderedDict[int, Hook] = OrderedDict()
+
+    @property
+    def project_dir(self) -> Any:
+        """The project's folder."""
+        return self.project_configuration.project_dir
+
+    @property
+    def logging_dir(self) -> Any:
+        """Where trackers write."""
+        return self.project_configuration.logging_dir
+
+    @property
+    def save_iteration(self) -> int:
+        """The number of the next saved state."""
+        return self.project_configuration.iteration
+
+    # ---- states -----------------------------------------------------------------------------------------------
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Save and load `objects` with the rest. Raises ValueError for what has no state_dict."""
+        lacking = [
+            value for value in objects if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict"))
+        ]
+        if lacking:
+            raise ValueError(
+                "All `objects` must include a `state_dict` and `load_state_dict` function to be stored. "
+                f"The following inputs are invalid: {lacking}"
+            )
+        self.engine.register_for_checkpointing(*objects)
+        self._custom_objects += objects
+
+    def register_save_state_pre_hook(self, hook: Hook) -> RemovableHandle:
+        """Call `hook(models, weights, output_dir)` before each save; the engine's own files hold the models anyway."""
+        handle = RemovableHandle(self._save_model_state_pre_hook)
+        self._save_model_state_pre_hook[handle.id] = hook
+        return handle
+
+    def register_load_state_pre_hook(self, hook: Hook) -> RemovableHandle:
+        """Call `hook(models, input_dir)` before each load."""
+        handle = RemovableHandle(self._load_model_state_pre_hook)
+        self._load_model_state_pre_hook[handle.id] = hook
+        return handle
+
+    def _automatic(self) -> Path:
+        if self.project_dir is None:
+            raise ValueError("automatic_checkpoint_naming needs a project_dir")
+        return Path(self.project_dir) / "checkpoints"
+
+    def save_state(
+        self, output_dir: str | os.PathLike[str] | None = None, safe_serialization: bool = True, **kwargs: Any
+    ) -> str:
+        """Save everything that was prepared and registered, as distui's checkpoint. Collective.
+
+        Any stage and any number of ranks can load it; `distui checkpoint` looks into it.
+        """
+        settings = self.project_configuration
+        if settings.automatic_checkpoint_naming:
+            folder = self._automatic()
+            output_dir = folder / f"checkpoint_{self.save_iteration}"
+            exists = output_dir.exists()
+            self.engine.wait_for_everyone()  # before rank 0 makes it
+            if exists:
+                raise ValueError(
+                    f"Checkpoint directory {output_dir} ({self.save_iteration}) already exists. Please manually "
+                    "override `self.save_iteration` with what iteration to start with."
+                )
+            if settings.total_limit is not None and self.engine.is_main_process and folder.is_dir():
+                kept = sorted((path for path in folder.iterdir() if path.is_dir()), key=_number)
+                for path in kept[: max(0, len(kept) + 1 - settings.total_limit)]:
+                    shutil.rmtree(path)
+        # Ranks may name folders of their own (a temporary one each): rank 0's counts.
+        output_dir = ops.broadcast_object(output_dir)
+        if output_dir is None:
+            raise ValueError("save_state needs an output_dir, or automatic_checkpoint_naming")
+        if self._save_model_state_pre_hook:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            weights = [self.engine.get_state_dict(model) for model in self._models]
+            for hook in self._save_model_state_pre_hook.values():
+                hook(self._models, weights, str(output_dir))
+        self.engine.save_state(str(output_dir))
+        settings.iteration += 1
+        return str(output_dir)
+
+    def load_state(
+        self,
+        input_dir: str | os.PathLike[str] | None = None,
+        load_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Load what `save_state` wrote; without a folder the newest of the automatically named. Collective."""
+        if input_dir is None:
+            if not self.project_configuration.automatic_checkpoint_naming:
+                raise ValueError("Either pass in an input_dir or use automatic_checkpoint_naming")
+            folders = [path for path in self._automatic().iterdir() if path.is_dir()]
+            input_dir = max(folders, key=_number)
+        input_dir = ops.broadcast_object(input_dir)
+        if not Path(input_dir).is_dir():
+            raise ValueError(f"Tried to find {input_dir} but folder does not exist")
+        if not (Path(input_dir) / "manifest.json").exists() and (Path(input_dir) / "random_states_0.pkl").exists():
+            raise UserError(
+                f"{input_dir} was saved by Accelerate",
+                "its optimizer states are laid out for its own engines",
+                "load the weights (model.safetensors) into the model before prepare(), and go on from there",
+            )
+        for hook in self._load_model_state_pre_hook.values():
+            hook(list(self._models), str(input_dir))
+        self.engine.load_state(str(input_dir))
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
+        """Return the model's whole state on the CPU. Collective."""
+        return self.engine.get_state_dict(model)
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write the model's weights: safetensors, or with `safe_serialization=False` pytorch_model.bin. Collective."""
+        if os.path.isfile(save_directory):
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        if safe_serialization:
+            self.engine.save_model(model, str(save_directory), max_shard_size)
+            return
+        weights = self.engine.get_state_dict(model, only_rank_0=True)
+        if self.engine.is_main_process:
+            import torch
+
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            torch.save(weights, Path(save_directory) / "pytorch_model.bin")
+        self.engine.wait_for_everyone()
+
+    # ---- trackers ---------------------------------------------------------------------------------------------
+
+    def init_trackers(
+        self,
+        project_name: str,
+        config: dict[str, Any] | None = None,
+        init_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Start the trackers of `log_with`; the dashboard is told in any case."""
+        for entry in self.log_with:
+            if isinstance(entry, GeneralTracker):
+                tracker = entry
+            elif self.engine.is_main_process:
+                kind: Any = LOGGER_TYPE_TO_CLASS[entry]
+                options = dict((init_kwargs or {}).get(entry, {}))
+                if kind.requires_logging_directory:
+                    options["logging_dir"] = self.logging_dir
+                tracker = kind(project_name, **options)
+            else:
+                continue
+            if not tracker.main_process_only or self.engine.is_main_process:
+                tracker.start()
+                self.trackers.append(tracker)
+        if config is not None:
+            for tracker in self.trackers:
+                tracker.store_init_configuration(config)
+
+    def get_tracker(self, name: str, unwrap: bool = False) -> Any:
+        """Return a tracker by name, or with `unwrap` what it writes with; on other ranks one that does nothing."""
+        for tracker in self.trackers:
+            if tracker.name == name:
+                return tracker.tracker if unwrap else tracker  # type: ignore[attr-defined]
+        if not self.engine.is_main_process:
+            return GeneralTracker(_blank=True)
+        raise ValueError(f"{name} is not an available tracker stored inside the `Accelerator`.")
+
+    def log(
+        self,
+        values: Mapping[str, Any],
+        step: int | None = None,
+        log_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Tell the trackers `values`, and the dashboard those that are numbers."""
+        numbers: dict[str, float] = {}
+        for key, value in values.items():
+            if getattr(value, "numel", lambda: 1)() == 1 and not isinstance(value, (str, Mapping, list, tuple)):
+                numbers[key] = float(value)
+        if numbers:
+            at = self.engine.clock.step if step is None else step
+            self.engine.telemetry.metrics(at, numbers)
+        for tracker in self.trackers:
+            tracker.log(dict(values), step=step, **(log_kwargs or {}).get(tracker.name, {}))
+
+    def end_training(self) -> None:
+        """Finish saves and trackers, and leave the process group. Collective, last."""
+        trackers, self.trackers = self.trackers, []
+        for tracker in trackers:
+            tracker.finish()
+        self.engine.end_training()
+        self.state.destroy_process_group()

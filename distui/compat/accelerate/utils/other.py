@@ -1,0 +1,142 @@
+"""Saving objects, looking through wrappers, and what else scripts use."""
+
+from __future__ import annotations
+
+import socket
+from functools import reduce as fold
+from typing import Any
+
+import torch
+from torch import nn
+
+from distui.compat.accelerate.state import PartialState
+
+
+def wait_for_everyone() -> None:
+    """Return when every rank has called it. Collective."""
+    PartialState().wait_for_everyone()
+
+
+def is_compiled_module(module: nn.Module) -> bool:
+    """Return whether `torch.compile` wrapped this module."""
+    return hasattr(module, "_orig_mod")
+
+
+def has_compiled_regions(module: nn.Module) -> bool:
+    """Return whether a part of this module was wrapped by `torch.compile`."""
+    return any(is_compiled_module(part) for part in module.modules() if part is not module)
+
+
+def compile_regions(module: nn.Module, **compile_kwargs: Any) -> nn.Module:
+    """Compile, in place, every block that is repeated in a ModuleList; everything where there is none."""
+    blocks = [
+        block
+        for part in module.modules()
+        if isinstance(part, nn.ModuleList) and len(part) > 1 and len({type(block) for block in part}) == 1
+        for block in part
+    ]
+    for block in blocks or [module]:
+        block.compile(**compile_kwargs)
+    return module
+
+
+def model_has_dtensor(model: nn.Module) -> bool:
+    """Return whether a parameter is a DTensor."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(param, DTensor) for param in model.parameters())
+
+
+def get_model_tp_size(model: nn.Module) -> int | None:
+    """Return the ranks that share each matrix, where the model says so."""
+    return getattr(model, "tp_size", None)
+
+
+def extract_model_from_parallel(
+    model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True, recursive: bool = False
+) -> nn.Module:
+    """Return the model without the wrappers of other libraries; distui does not wrap."""
+    if not keep_torch_compile and is_compiled_module(model):
+        model = model._orig_mod  # type: ignore[assignment]
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    return model
+
+
+def clean_state_dict_for_safetensors(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors of a state without names that share another's memory, each contiguous."""
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    cleaned = {}
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        place = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        cleaned[name] = tensor.contiguous()
+    return cleaned
+
+
+def save(obj: Any, f: Any, save_on_each_node: bool = False, safe_serialization: bool = False) -> None:
+    """Write `obj` on rank 0 (or each node's first rank): with `torch.save`, or as safetensors."""
+    state = PartialState()
+    if not (state.is_local_main_process if save_on_each_node else state.is_main_process):
+        return
+    if safe_serialization:
+        from safetensors.torch import save_file
+
+        save_file(clean_state_dict_for_safetensors(obj), str(f), metadata={"format": "pt"})
+    else:
+        torch.save(obj, f)
+
+
+def load(f: Any, map_location: Any = None, **kwargs: Any) -> Any:
+    """Read what `save` wrote: tensors and plain containers, unless `weights_only=False` is given."""
+    return torch.load(f, map_location=map_location, **kwargs)
+
+
+def get_pretty_name(obj: Any) -> str:
+    """Return the name of a class, function, or of an object's class."""
+    named = obj if hasattr(obj, "__qualname__") or hasattr(obj, "__name__") else type(obj)
+    return str(getattr(named, "__qualname__", None) or getattr(named, "__name__", named))
+
+
+def merge_dicts(source: dict[Any, Any], destination: dict[Any, Any]) -> dict[Any, Any]:
+    """Put `source` into `destination`, tables into tables."""
+    for key, value in source.items():
+        if isinstance(value, dict):
+            merge_dicts(value, destination.setdefault(key, {}))
+        else:
+            destination[key] = value
+    return destination
+
+
+def is_port_in_use(port: int | None = None) -> bool:
+    """Return whether something listens on a port of this machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(("localhost", 29500 if port is None else port)) == 0
+
+
+def convert_bytes(size: float) -> str:
+    """Return bytes as readable text."""
+    for unit in ("bytes", "KB", "MB", "GB", "TB"):
+        if size < 1024.0:
+            return f"{round(size, 2)} {unit}"
+        size /= 1024.0
+    return f"{round(size, 2)} PB"
+
+
+def recursive_getattr(obj: Any, attr: str) -> Any:
+    """Return the attribute at a dotted path."""
+    return fold(getattr, attr.split("."), obj)
+
+
+def get_module_children_bottom_up(model: nn.Module, return_fqns: bool = False) -> list[Any]:
+    """Return every module, children before their parents."""
+    named = list(model.named_modules())[::-1]
+    return [(name, module) for name, module in named] if return_fqns else [module for _, module in named]
+
+
+def check_os_kernel() -> None:
+    """Do nothing: `distui doctor` tells what is wrong with a machine."""

@@ -1,0 +1,157 @@
+"""Each fault, provoked for real with three gloo ranks: what the daemon says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from distui.core.paths import daemon_socket
+from distui.core.telemetry.ledger import LedgerReader
+from distui.daemon.deaths import oom_killed
+from distui.daemon.observe import this_node
+from distui.daemon.snapshot import snapshot_json
+from distui.launcher.daemon_client import execute
+
+if TYPE_CHECKING:
+    from tests.faults.conftest import Jobs
+
+
+def needs(jobs: Jobs, fault: str) -> None:
+    if fault not in jobs.runs:
+        pytest.skip("needs root, network namespaces and control groups")
+
+
+def test_every_collective_is_in_the_ledger_with_its_group(jobs: Jobs) -> None:
+    jobs.wait_fault("order")
+    with LedgerReader.open(jobs.runs["order"].rank_ledger(0)) as reader:
+        entries = list(reader.entries())
+    reduces = [entry for entry in entries if entry.op == "all_reduce" and entry.group == "world"]
+    assert [entry.seq for entry in reduces] == sorted({entry.seq for entry in reduces})
+    assert {(entry.dtype, entry.num_bytes, entry.group_size) for entry in reduces} == {("float32", 4096, 3)}
+    assert all(entry.finished_s is None or entry.finished_s >= entry.enqueued_s for entry in reduces)
+
+
+def test_a_killed_rank(jobs: Jobs) -> None:
+    found, snapshot = jobs.verdict("killed")
+    assert (found.kind, list(found.ranks)) == ("dead_rank", [1])
+    assert "last seen at" in found.message and "faulty_ranks.py" in found.message
+    assert snapshot.run.state in ("stalled", "failed")
+
+
+def test_a_rank_that_runs_out_of_memory(jobs: Jobs) -> None:
+    found, _ = jobs.verdict("memory_error")
+    assert (found.kind, list(found.ranks)) == ("out_of_memory", [1])
+    assert "can't allocate memory" in found.message and "GiB" in found.message and "micro batch" in found.message
+
+
+def test_a_rank_that_the_kernel_kills_for_memory(jobs: Jobs) -> None:
+    needs(jobs, "memory_killed")
+    found, snapshot = jobs.verdict("memory_killed")
+    assert list(found.ranks) == [1]
+    if os.access("/dev/kmsg", os.R_OK):
+        assert found.kind == "out_of_memory" and "by the kernel" in found.message
+        assert not oom_killed(os.getpid(), this_node())
+    assert not oom_killed(snapshot.ranks[1].pid, "another-node")
+
+
+def test_a_rank_asleep_is_named_with_its_stack(jobs: Jobs) -> None:
+    found, snapshot = jobs.verdict("asleep")
+    assert (found.kind, list(found.ranks)) == ("hang", [1])
+    assert (found.collective, found.group) == ("all_reduce", "world") and found.seq > 60
+    assert (
+        re.search(r"now at faulty_ranks.py:\d+ in asleep", found.message) and "ranks 0, 2 wait there" in found.message
+    )
+    shown = snapshot_json(snapshot)["diagnosis"][0]
+    assert set(shown) == {"kind", "ranks", "collective", "group", "seq", "since_s", "message"}
+    assert json.dumps(shown) and shown["since_s"] > 0
+    assert [rank.state for rank in snapshot.ranks] == ["waiting", "running", "waiting"]
+
+
+def test_a_stopped_rank(jobs: Jobs) -> None:
+    found, snapshot = jobs.verdict("stopped")
+    assert (found.kind, list(found.ranks)) == ("hang", [1])
+    assert f"kill -CONT {snapshot.ranks[1].pid}" in found.message and "last seen at" in found.message
+
+
+def test_a_rank_that_holds_the_gil_shows_its_stack(jobs: Jobs) -> None:
+    found, _ = jobs.verdict("holding_the_gil")
+    assert (found.kind, list(found.ranks)) == ("hang", [1])
+    assert "GIL" in found.message and "in holding_the_gil" in found.message
+
+
+def test_different_operations(jobs: Jobs) -> None:
+    found, _ = jobs.verdict("operation")
+    assert (found.kind, list(found.ranks)) == ("mismatch", [1])
+    assert "rank 1: broadcast" in found.message and "ranks 0, 2: all_reduce" in found.message
+    assert re.search(r"rank 1 is at faulty_ranks.py:\d+ in operation", found.message)
+
+
+def test_different_sizes(jobs: Jobs) -> None:
+    found, _ = jobs.verdict("size")
+    assert (found.kind, list(found.ranks)) == ("mismatch", [1])
+    assert "16,384 bytes" in found.message and "ranks 0, 2: all_reduce of 4,096 bytes" in found.message
+
+
+def test_another_order_of_collectives_is_a_circle(jobs: Jobs) -> None:
+    found, _ = jobs.verdict("order")
+    assert found.kind == "hang" and set(found.ranks) == {0, 1, 2}
+    assert "in a circle" in found.message and found.message.count("in order") == 3
+
+
+def test_a_straggler_is_named_with_its_phase(jobs: Jobs) -> None:
+    found, snapshot = jobs.verdict("straggler")
+    assert (found.kind, list(found.ranks)) == ("straggler", [1])
+    assert "its forward takes" in found.message and snapshot.run.state == "running"
+
+
+def test_a_slow_link(jobs: Jobs) -> None:
+    needs(jobs, "slow_link")
+    found, _ = jobs.verdict("slow_link")
+    assert (found.kind, found.group, found.collective) == ("slow_link", "world", "all_reduce")
+    assert "524,288 bytes" in found.message
+
+
+def test_a_loader_that_gives_no_batch(jobs: Jobs) -> None:
+    found, _ = jobs.verdict("data_stall")
+    assert (found.kind, list(found.ranks)) == ("data_stall", [1])
+    assert "last known in data" in found.message and "look at its data" in found.message
+
+
+def test_a_loss_that_is_no_number(jobs: Jobs) -> None:
+    found, snapshot = jobs.verdict("nan_loss")
+    assert (found.kind, list(found.ranks)) == ("nan_loss", [1])
+    assert re.search(r"since step \d+", found.message) and snapshot.run.state == "running"
+
+
+def test_a_full_disk_does_not_stop_the_training(jobs: Jobs) -> None:
+    needs(jobs, "disk_full")
+    found, snapshot = jobs.verdict("disk_full")
+    assert found.kind == "disk_full" and "MiB left" in found.message
+    assert snapshot.run.state == "running" and all(rank.state in ("running", "waiting") for rank in snapshot.ranks)
+
+
+def test_stacks_come_also_from_ranks_that_cannot_answer(jobs: Jobs) -> None:
+    for fault, words in (("stopped", "was "), ("holding_the_gil", "GIL")):
+        jobs.verdict(fault)
+        replies = list(execute(daemon_socket(), str(jobs.runs[fault].path), "stacks", {}, 10.0))
+        (culprit,) = [reply for reply in replies if reply.rank == 1 and reply.state != "accepted"]
+        assert culprit.state == "done" and words in culprit.message
+        assert b"faulty_ranks.py" in culprit.payload
+        assert {reply.rank for reply in replies if reply.state == "done"} == {0, 1, 2}
+
+
+def test_pauses_raise_no_alarm(jobs: Jobs) -> None:
+    """Evaluations on one rank, announced or not, and a slow checkpoint, each longer than a hang takes to be called."""
+    jobs.wait_fault("pauses")
+    run = jobs.runs["pauses"]
+    step = max(rank.step for rank in jobs.bench.snapshot(run).ranks)
+    while True:
+        snapshot = jobs.bench.snapshot(run)
+        alarms = [found for found in snapshot.diagnosis if found.kind != "straggler"]
+        assert not alarms, alarms[0].message
+        if min(rank.step for rank in snapshot.ranks) > step + 20:
+            break
