@@ -29,6 +29,7 @@ class NativeBackend(Backend):
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
         super().__init__(config, group)
         self._models: dict[int, ShardedModel] = {}
+        self._casts: list[Any] = []
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Lay `model` out in flat buffers, in place. Collective."""
@@ -43,7 +44,7 @@ class NativeBackend(Backend):
                 compression=Compression.of(self.config.compression),
             )
             if precision.dtype != "fp32":
-                apply_border_casts(model, DTYPES[precision.dtype])
+                self._casts += apply_border_casts(model, DTYPES[precision.dtype])
         return model
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
@@ -169,3 +170,12 @@ class NativeBackend(Backend):
                 seconds += transport.exposed_s
                 transport.exposed_s = 0.0
         return seconds
+
+    def free(self) -> None:
+        """Take all hooks off the models and forget them. Collective."""
+        for sharded in self._models.values():
+            sharded.remove()
+        for cast in self._casts:
+            cast.remove()
+        self._casts.clear()
+        self._models.clear()

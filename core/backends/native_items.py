@@ -73,13 +73,15 @@ def _params_of(run: FlatRun) -> list[tuple[str, int]]:
 
 
 def _state_item(run: FlatRun, index: int, value: torch.Tensor, part: Part | None) -> torch.Tensor:
-    if not value.dim():
-        return value
+    if value.shape != run.shape:
+        return value  # a number, or what an optimizer keeps of rows and columns: whole, with its own shape
+    flat = value.reshape(-1)
     span = run.unit.layout.spans[index]
+    if run.is_owned:
+        return FlatShard(flat, 0, span.numel)
     base = run.unit.layout.shard(run.unit.rank)[0] + run.start
     low, high = _held(run.unit, index, base, base + run.end - run.start, part)
     at = span.offset + low - base
-    flat = value.reshape(-1)
     return FlatShard(flat[at : at + high - low] if high > low else flat[:0], low, span.numel)
 
 
@@ -89,12 +91,15 @@ def allocate_states(optimizer: ShardedOptimizer, saved: Mapping[str, Any]) -> No
         optimizer.flat.forget()
     for runs in optimizer.runs:
         for run in runs:
-            for name, _ in _params_of(run):
+            for name, index in _params_of(run):
+                flattened = torch.Size([run.unit.layout.spans[index].numel])
                 for key, meta in states_of(name, saved):
-                    state, dtype = optimizer.inner.state[run.param], meta.properties.dtype
+                    state = optimizer.inner.state[run.param]
                     if key not in state:
-                        like = run.param.detach() if meta.size else torch.zeros(())
-                        state[key] = torch.zeros_like(like, dtype=dtype)
+                        shape = run.shape if meta.size == flattened else meta.size
+                        # A number is on the CPU, where torch's optimizers keep it unless told otherwise.
+                        device = run.param.device if shape else None
+                        state[key] = torch.zeros(shape, dtype=meta.properties.dtype, device=device)
 
 
 def loaded(sharded: ShardedModel) -> None:

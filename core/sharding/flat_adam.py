@@ -80,6 +80,8 @@ class FlatAdam:
             }
             for run in runs:
                 unit = run.unit
+                if not unit.has_gradient:
+                    continue
                 assert unit.grad_shard is not None
                 grad = unit.grad_shard[run.start : run.end]
                 out = None if unit.master is unit.shard else unit.shard[run.start : run.end]

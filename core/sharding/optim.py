@@ -8,7 +8,7 @@ on working, and the optimizer's states are sharded because its parameters are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import nn
 
 from distui.core.backends.optimizer import PreparedOptimizer, prefer_fused
 from distui.core.errors import UserError
-from distui.core.sharding.elementwise import why_not_elementwise
+from distui.core.sharding.elementwise import Sight, sight_of
 from distui.core.sharding.flat_adam import FlatAdam, why_not_flat
+from distui.core.sharding.matrices import WholeMatrices
 from distui.core.sharding.onebit_adam import OneBitAdam
 from distui.core.sharding.schedule import Schedule
 from distui.core.sharding.transport import Transport
@@ -29,7 +30,7 @@ from distui.kernels.l2_norm import l2_norm
 
 @dataclass(slots=True)
 class FlatRun:
-    """A contiguous range of one unit's shard, stepped as one parameter."""
+    """A contiguous range of one unit's shard, stepped as one parameter; or a whole matrix that this rank owns."""
 
     unit: Unit
     indices: tuple[int, ...]
@@ -37,6 +38,13 @@ class FlatRun:
     start: int
     end: int
     param: nn.Parameter
+    is_owned: bool = False
+    """Whether it is a matrix that only this rank steps (see `matrices`); start and end then count in the matrix."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what the optimizer steps."""
+        return self.unit.layout.spans[self.indices[0]].shape if self.is_owned else tuple(self.param.shape)
 
 
 class ShardedOptimizer(PreparedOptimizer):
@@ -48,17 +56,24 @@ class ShardedOptimizer(PreparedOptimizer):
         schedule: Schedule,
         units: list[Unit],
         transport: Transport | None,
+        siblings: list[PreparedOptimizer],
         state_bits: int = 32,
     ) -> None:
+        """`siblings` are the optimizers of the same model; this one joins them."""
         super().__init__(inner)
         self._schedule, self._units, self._transport = schedule, units, transport
         self.onebit: OneBitAdam | None = None
         """Steps in the place of the inner optimizer once its variance is frozen (compression.gradients=onebit)."""
         self.runs: list[list[FlatRun]] = []
         self._place = {id(param): (unit, index) for unit in units for index, param in enumerate(unit.params)}
+        self._own: dict[int, set[int]] = {}
+        """Which parameters of which units are in this optimizer."""
+        self._matrices: WholeMatrices | None = None
         self._rebind()
         self.flat = self._flat(state_bits)
         """Steps in the place of the inner optimizer, where a kernel does."""
+        siblings.append(self)
+        self.siblings = siblings
 
     # ---- what the engine asks for --------------------------------------------------------------------------------
 
@@ -67,8 +82,8 @@ class ShardedOptimizer(PreparedOptimizer):
         self._schedule.finish_gradients()
 
     def discard_gradients(self, set_to_none: bool) -> None:
-        """Forget the gradients (no memory is written)."""
-        self._schedule.discard_gradients()
+        """Forget the gradients: no memory is written, but for units that are stepped by several optimizers."""
+        self._schedule.discard_gradients(self._own if len(self.siblings) > 1 else None)
 
     def apply(self, factor: float) -> None:
         """Step the shards, then start to bring the weights to all ranks. Collective: all ranks."""
@@ -81,8 +96,13 @@ class ShardedOptimizer(PreparedOptimizer):
             self.flat.step(factor)
         else:
             self._set_gradients(factor)
+            if self._matrices is not None:
+                self._matrices.collect()
             self.inner.step()
-        self._schedule.publish()
+            if self._matrices is not None:
+                self._matrices.hand_back()
+            self._drop_gradients()
+        self._schedule.publish(self._own)
         if self.onebit is not None:
             self.onebit.follow()
 
@@ -101,51 +121,95 @@ class ShardedOptimizer(PreparedOptimizer):
     # ---- shards --------------------------------------------------------------------------------------------------
 
     def _rebind(self) -> None:
-        reason = why_not_elementwise(self.inner)
+        sights = [sight_of(self.inner, group) for group in self.inner.param_groups]
         sharded = bool(self._units) and self._units[0].placement.shards_optimizer
-        if reason and (sharded or "closure" in reason):
-            raise UserError(
-                f"the optimizer {type(self.inner).__name__} cannot step sharded parameters",
-                reason,
-                "use strategy.zero_stage=0, or an element-wise optimizer such as torch.optim.AdamW(fused=True)",
-            )
+        self._refuse(sights, sharded)
         states = dict(self.inner.state)
         groups_params = [list(group["params"]) for group in self.inner.param_groups]
         self.inner.state.clear()
-        for group, params in zip(self.inner.param_groups, groups_params, strict=True):
+        groups_places = [self._places(params) for params in groups_params]
+        owned = self._take_matrices(groups_places, sights) if sharded else {}
+        for group, params, places, sight in zip(
+            self.inner.param_groups, groups_params, groups_places, sights, strict=True
+        ):
             prefer_fused(group)
-            by_unit: dict[int, list[int]] = {}
-            unit_of = {}
-            for param in params:
-                if not param.requires_grad:
-                    continue
-                if id(param) not in self._place:
-                    raise UserError(
-                        "the optimizer has a parameter that the model does not have",
-                        f"a tensor of shape {tuple(param.shape)} in one of its groups",
-                        "build the optimizer from model.parameters() of the model that is prepared with it",
-                    )
-                unit, index = self._place[id(param)]
-                unit_of[id(unit)] = unit
-                by_unit.setdefault(id(unit), []).append(index)
-            runs = []
-            for unit_id, indices in by_unit.items():
-                unit = unit_of[unit_id]
-                if reason:  # replicated states: whole matrices can be given
-                    runs += [self._whole(unit, index) for index in indices]
-                    continue
-                for start, end in unit.layout.runs(indices, unit.rank):
-                    inside = tuple(
-                        index
-                        for index in indices
-                        if unit.layout.spans[index].end > unit.layout.shard(unit.rank)[0] + start
-                        and unit.layout.spans[index].offset < unit.layout.shard(unit.rank)[0] + end
-                    )
-                    param = nn.Parameter(unit.master[start:end])
-                    runs.append(FlatRun(unit, inside, start, end, param))
+            if sight.flat:
+                runs = self._flat_runs(places)
+            elif sharded:
+                runs = [owned[id(unit), index] for unit, index in places if (id(unit), index) in owned]
+            else:  # replicated states: whole matrices can be given as they are
+                runs = [self._whole(unit, index) for unit, index in places]
             self.runs.append(runs)
             group["params"] = [run.param for run in runs]
             self._carry_states(states, params, runs)
+
+    def _refuse(self, sights: list[Sight], sharded: bool) -> None:
+        for sight in sights:
+            reason = sight.why_never or (sight.why_not_whole if sharded else "")
+            if reason:
+                fix = "use an element-wise optimizer such as torch.optim.AdamW(fused=True), or torch.optim.Muon"
+                raise UserError(
+                    f"the optimizer {type(self.inner).__name__} cannot step sharded parameters",
+                    "; ".join(part for part in (sight.why_not_flat, reason) if part),
+                    fix if sight.why_never else f"use strategy.zero_stage=0, or {fix.removeprefix('use ')}",
+                )
+
+    def _places(self, params: list[Any]) -> list[tuple[Unit, int]]:
+        places = []
+        for param in params:
+            if not param.requires_grad:
+                continue
+            if id(param) not in self._place:
+                raise UserError(
+                    "the optimizer has a parameter that the model does not have",
+                    f"a tensor of shape {tuple(param.shape)} in one of its groups",
+                    "build the optimizer from model.parameters() of the model that is prepared with it",
+                )
+            unit, index = self._place[id(param)]
+            self._own.setdefault(id(unit), set()).add(index)
+            places.append((unit, index))
+        return places
+
+    def _take_matrices(
+        self, groups_places: list[list[tuple[Unit, int]]], sights: list[Sight]
+    ) -> dict[tuple[int, int], FlatRun]:
+        """Give every matrix an owner; returns what this rank owns, by unit and index."""
+        wanted = [
+            place for places, sight in zip(groups_places, sights, strict=True) if not sight.flat for place in places
+        ]
+        if not wanted:
+            return {}
+        assert self._transport is not None
+        self._matrices = WholeMatrices(wanted, self._transport)
+        return {
+            (id(matrix.unit), matrix.index): FlatRun(
+                matrix.unit,
+                (matrix.index,),
+                0,
+                matrix.unit.layout.spans[matrix.index].numel,
+                matrix.param,
+                is_owned=True,
+            )
+            for matrix in self._matrices.matrices
+            if matrix.owner == self._transport.rank
+        }
+
+    @staticmethod
+    def _flat_runs(places: list[tuple[Unit, int]]) -> list[FlatRun]:
+        by_unit: dict[int, tuple[Unit, list[int]]] = {}
+        for unit, index in places:
+            by_unit.setdefault(id(unit), (unit, []))[1].append(index)
+        runs = []
+        for unit, indices in by_unit.values():
+            base = unit.layout.shard(unit.rank)[0]
+            for start, end in unit.layout.runs(indices, unit.rank):
+                inside = tuple(
+                    index
+                    for index in indices
+                    if unit.layout.spans[index].end > base + start and unit.layout.spans[index].offset < base + end
+                )
+                runs.append(FlatRun(unit, inside, start, end, nn.Parameter(unit.master[start:end])))
+        return runs
 
     def _flat(self, state_bits: int) -> FlatAdam | None:
         if state_bits == 8:
@@ -189,8 +253,9 @@ class ShardedOptimizer(PreparedOptimizer):
                 continue
             flat_state: dict[str, Any] = {}
             base = run.unit.layout.shard(run.unit.rank)[0]
+            is_whole = run.is_owned or run.param.dim() != 1
             for key, value in (present[0] or {}).items():
-                if not (isinstance(value, torch.Tensor) and value.dim()):
+                if not (isinstance(value, torch.Tensor) and value.dim()) or is_whole:
                     flat_state[key] = value
                     continue
                 flat = torch.zeros(run.end - run.start, dtype=value.dtype, device=value.device)
@@ -211,15 +276,34 @@ class ShardedOptimizer(PreparedOptimizer):
             if place is not None and place[0] is unit:
                 yield param, place[1]
 
-    def _set_gradients(self, factor: float) -> None:
+    def _gradients(self) -> Iterator[torch.Tensor]:
+        """Yield this rank's shards of the gradients that the optimizer steps."""
         for unit in self._units:
-            if unit.trainable and unit.grad_shard is not None and factor != 1.0:
-                unit.grad_shard.mul_(factor)
+            own = self._own.get(id(unit))
+            if not own or unit.grad_shard is None or not unit.has_gradient:
+                continue
+            if len(self.siblings) == 1:
+                yield unit.grad_shard
+            else:
+                yield from (unit.grad_shard[start:end] for start, end in unit.layout.runs(own, unit.rank))
+
+    def _set_gradients(self, factor: float) -> None:
+        if factor != 1.0:
+            for grad in self._gradients():
+                grad.mul_(factor)
         for runs in self.runs:
             for run in runs:
+                if run.is_owned or not run.unit.has_gradient:
+                    continue
                 assert run.unit.grad_shard is not None
                 grad = run.unit.grad_shard[run.start : run.end].view(run.param.shape)
                 run.param.grad = grad if grad.dtype == run.param.dtype else grad.to(run.param.dtype)
+
+    def _drop_gradients(self) -> None:
+        # A converted gradient would stay as long as the parameter, and one that was forgotten would be stepped again.
+        for runs in self.runs:
+            for run in runs:
+                run.param.grad = None
 
     def grad_norm(self, units_and_indices: dict[int, set[int]] | None, norm_type: float) -> torch.Tensor:
         """Return the norm of all gradients over all shards, times the factor of the next step.
@@ -229,7 +313,7 @@ class ShardedOptimizer(PreparedOptimizer):
         self._schedule.finish_gradients()
         parts = []
         for unit in self._units:
-            if not unit.trainable or unit.grad_shard is None:
+            if not unit.trainable or unit.grad_shard is None or not unit.has_gradient:
                 continue
             if units_and_indices is None:
                 pieces = [unit.grad_shard]
@@ -273,11 +357,10 @@ class ShardedOptimizer(PreparedOptimizer):
         factor, self.grad_factor = self.grad_factor, 1.0
         if self.onebit is not None and self.onebit.frozen:  # a rank has its own gradient only, divided by the ranks
             limit *= self._units[0].inverse_ranks
-        for unit in self._units:
-            if unit.trainable and unit.grad_shard is not None:
-                if factor != 1.0:
-                    unit.grad_shard.mul_(factor)
-                unit.grad_shard.clamp_(-limit, limit)
+        for grad in self._gradients():
+            if factor != 1.0:
+                grad.mul_(factor)
+            grad.clamp_(-limit, limit)
 
     def place_of(self, params: Iterable[torch.Tensor]) -> dict[int, set[int]] | None:
         """Return which parameters of which units are meant; None if all that are trainable."""

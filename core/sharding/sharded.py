@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.errors import UserError
 from distui.core.sharding.alike import start_alike
 from distui.core.sharding.compression import Compression, make_transport, start_onebit
@@ -64,13 +65,14 @@ class ShardedModel:
         self.optimizers: list[ShardedOptimizer] = []
         self._whole = False
         """Stage 3: whether every parameter is whole just now."""
+        self._guards: list[Any] = []
         self._guard_reads()
         model.zero_grad = ClearingGradients(model, self._forget_gradients)  # type: ignore[method-assign]
 
     def _forget_gradients(self) -> None:
         self.schedule.discard_gradients()
         for optimizer in self.optimizers:
-            optimizer.grad_factor = 1.0
+            optimizer.grad_factor = optimizer.loss_scale = 1.0
 
     def _build_units(self) -> list[Unit]:
         units = []
@@ -99,16 +101,18 @@ class ShardedModel:
         if self.placement.shards_parameters:
             # Outside of `full_parameters` a parameter's memory is a slot that units take turns on.
             for module in self.model.modules():
-                module.register_state_dict_pre_hook(Hook(self._need_whole("state_dict"), self._need_whole("deepcopy")))
-                module.register_load_state_dict_pre_hook(Hook(self._need_whole("load_state_dict")))
+                reads = Hook(self._need_whole("state_dict"), self._need_whole("deepcopy"))
+                self._guards.append(module.register_state_dict_pre_hook(reads))
+                writes = Hook(self._need_whole("load_state_dict"))
+                self._guards.append(module.register_load_state_dict_pre_hook(writes))
             return
         # Weights may be on their way after a step (stage 1, 2): whoever lists them between steps waits for them.
         if self.placement.shards_optimizer:
             wait = self.schedule.finish_gathers
             self.model.named_parameters = WaitingParameters(self.model, wait)  # type: ignore[method-assign]
-            self.model.register_state_dict_pre_hook(Hook(lambda *_: wait()))
-            self.model.register_load_state_dict_pre_hook(Hook(lambda *_: wait()))
-        self.model.register_load_state_dict_post_hook(Hook(lambda *_: self.refresh_masters()))
+            self._guards.append(self.model.register_state_dict_pre_hook(Hook(lambda *_: wait())))
+            self._guards.append(self.model.register_load_state_dict_pre_hook(Hook(lambda *_: wait())))
+        self._guards.append(self.model.register_load_state_dict_post_hook(Hook(lambda *_: self.refresh_masters())))
 
     def _need_whole(self, what: str) -> Callable[..., None]:
         def check(*_: Any) -> None:
@@ -124,11 +128,34 @@ class ShardedModel:
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, state_bits: int = 32) -> ShardedOptimizer:
         """Rebind `optimizer` to this model's flat shards."""
-        prepared = ShardedOptimizer(optimizer, self.schedule, self.units, self.transport, state_bits)
+        siblings = cast("list[PreparedOptimizer]", self.optimizers)
+        prepared = ShardedOptimizer(optimizer, self.schedule, self.units, self.transport, siblings, state_bits)
         if self.compression is not None and self.compression.gradients == "onebit" and self.transport is not None:
             prepared.onebit = start_onebit(prepared, self.units, self.transport, self.pool, self.compression)
-        self.optimizers.append(prepared)
         return prepared
+
+    def remove(self) -> None:
+        """Let go of the model: hooks, buffers, process group. Collective: all ranks.
+
+        What is left is a plain model with its weights in the compute format; at stage 3, where a rank has but a part of
+        them, its parameters are empty.
+        """
+        self.schedule.finish_gathers()
+        self.schedule.discard_gradients()
+        self.schedule.remove()
+        for guard in self._guards:
+            guard.remove()
+        self._guards.clear()
+        if isinstance(self.model.__dict__.get("named_parameters"), WaitingParameters):
+            del self.model.named_parameters
+        if isinstance(self.model.__dict__.get("zero_grad"), ClearingGradients):
+            del self.model.zero_grad
+        if self.placement.shards_parameters:
+            for unit in self.units:
+                for param in unit.params:
+                    param.data = param.data.new_empty(0)
+        if self.gathers is not None and self.gathers is not self.transport and dist.is_initialized():
+            dist.destroy_process_group(self.gathers.group)
 
     # ---- full weights --------------------------------------------------------------------------------------------
 

@@ -103,6 +103,20 @@ class Transport:
         return Pending(self, [work], token, None)
 
     @one_collective
+    def all_to_all_uneven(
+        self, received: torch.Tensor, sent: torch.Tensor, sizes_in: list[int], sizes_out: list[int], nbytes: int
+    ) -> Pending:
+        """Send the r-th part of `sent` to rank r, and fill `received` with the parts from all. Collective.
+
+        Shapes: received [sum(sizes_in)], sent [sum(sizes_out)]. `nbytes` is what all ranks send, for the ledger:
+        it must be the same on all.
+        """
+        dtype = str(sent.dtype).removeprefix("torch.")
+        token = self.telemetry.collective_begin(self.name, "all_to_all", dtype, nbytes, self.world_size)
+        work = dist.all_to_all_single(received, sent, sizes_in, sizes_out, group=self.group, async_op=True)
+        return Pending(self, [work], token, None)
+
+    @one_collective
     def all_gather(self, full: torch.Tensor, shard: torch.Tensor) -> Pending:
         """Fill `full` with every rank's `shard`, in rank order. Collective: all ranks of the group.
 

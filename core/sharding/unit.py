@@ -23,8 +23,8 @@ from distui.core.sharding.layout import FlatLayout, plan_layout
 from distui.core.sharding.pool import BufferPool
 from distui.core.sharding.transport import Pending, Transport
 
-_ONE_PASS_NUMEL = 1 << 14
-"""Below this a gradient stays in the first-level cache, and two plain calls cost less than one with an output."""
+_SMALL_NUMEL = 1 << 12
+"""Gradients up to this size are written together: for one alone the call costs more than the copy."""
 
 
 class GradState(Enum):
@@ -115,6 +115,10 @@ class Unit:
         self.arrived = [False] * len(self.params)
         self.num_arrived = 0
         self.shard_holds_gradient = False
+        self._forgotten: set[int] = set()
+        """Parameters whose gradient one of several optimizers forgot, since the last backward."""
+        self._small: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Small gradients that arrived and are not written yet, each with its place."""
         self._views: dict[int, list[torch.Tensor]] = {}
         self.shard_is_current = False
         """The step wrote the parameters beside their fp32 master: publishing them needs no conversion."""
@@ -175,18 +179,32 @@ class Unit:
         view = self.views(buffer)[index]
         if grad.is_sparse:
             grad = grad.to_dense()
-        if self.arrived[index] or self.holds_gradient:
+        again = self.arrived[index]
+        if again or self.holds_gradient:
+            if again:
+                self._write_small()
             view.add_(grad, alpha=self.inverse_ranks)
+        elif grad.numel() <= _SMALL_NUMEL:
+            self._small.append((view, grad))
         elif self.inverse_ranks == 1.0:
             view.copy_(grad)
-        elif grad.numel() > _ONE_PASS_NUMEL:
-            torch.mul(grad, self.inverse_ranks, out=view)
         else:
-            view.copy_(grad).mul_(self.inverse_ranks)
-        if not self.arrived[index]:
+            torch.mul(grad, self.inverse_ranks, out=view)
+        if not again:
             self.arrived[index] = True
             self.num_arrived += 1
-        return self.num_arrived == len(self.params)
+        if self.num_arrived == len(self.params):
+            self._write_small()
+            return True
+        return False
+
+    def _write_small(self) -> None:
+        if self._small:
+            views, grads = zip(*self._small, strict=True)
+            self._small.clear()
+            torch._foreach_copy_(views, grads)
+            if self.inverse_ranks != 1.0:
+                torch._foreach_mul_(views, self.inverse_ranks)
 
     def _take_gradient(self) -> torch.Tensor:
         return self.pool.take(self.layout.padded_numel, self.grad_dtype, self.device, self._gaps)
@@ -213,6 +231,7 @@ class Unit:
         """Count gradients that did not come as zero (parameters that the loss does not depend on)."""
         if self.grad_full is None:
             self.grad_full = self._take_gradient()
+        self._write_small()
         if not self.holds_gradient:
             views = self.views(self.grad_full)
             for index, arrived in enumerate(self.arrived):
@@ -224,9 +243,11 @@ class Unit:
         if self.num_arrived:
             self.fill_missing()
             self.holds_gradient = True
+            self._forgotten.clear()
             self._forget_arrivals()
 
     def _forget_arrivals(self) -> None:
+        self._small.clear()
         if self.num_arrived:
             self.arrived = [False] * len(self.params)
             self.num_arrived = 0
@@ -234,6 +255,7 @@ class Unit:
     def reduce(self) -> None:
         """Start summing the gradient over the ranks. Collective: all ranks, in the schedule's order."""
         assert self.grad_full is not None and self.grad_shard is not None
+        self._forgotten.clear()
         if self.transport is None or not self.sends_gradient:
             self.state = GradState.REDUCED
             return
@@ -284,7 +306,23 @@ class Unit:
         self._forget_arrivals()
         self.holds_gradient = False
         self.shard_holds_gradient = False
+        self._forgotten.clear()
         self.state = GradState.FILLING
+
+    def forget(self, indices: set[int]) -> None:
+        """Forget the gradients of some parameters; the others' stay until their own optimizer forgets them."""
+        self.finish_reduce()
+        self._forgotten |= indices
+        if len(self._forgotten) == len(self.params):
+            self.discard_gradient()
+        elif self.grad_shard is not None:
+            for start, end in self.layout.runs(indices, self.rank):
+                self.grad_shard[start:end].zero_()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether `grad_shard` holds a sum over the ranks; the same on all ranks."""
+        return self.shard_holds_gradient if self.placement.shards_gradients else self.holds_gradient
 
     # ---- parameters ----------------------------------------------------------------------------------------------
 
