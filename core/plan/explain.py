@@ -54,6 +54,10 @@ def explain(
         dtype=plan.precision,
         reduce_dtype=plan.reduce_dtype,
         optimizer=plan.optimizer,
+        context_parallel=plan.context_parallel,
+        expert_parallel=plan.expert_parallel,
+        compression=plan.compression,
+        backend=plan.backend,
     )
     rates = rates_of(hardware, plan.precision, ranks)
     memory = footprint(model, strategy, rates.device_kind)
@@ -73,8 +77,8 @@ def terms_of(
 
 def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rates) -> list[Term]:
     c, g, o = bytes_per_parameter(strategy.dtype, strategy.reduce_dtype, strategy.optimizer)
-    P, B, R = local_parameters(model, strategy.tensor_parallel, strategy.pipeline_parallel)
-    N, stage = strategy.data_parallel, strategy.zero_stage
+    P, B, R = local_parameters(model, strategy.tensor_parallel, strategy.pipeline_parallel, strategy.expert_parallel)
+    N, stage = strategy.num_shards, strategy.zero_stage
 
     def over(first_stage: int) -> str:
         return f" / N={N}" if stage >= first_stage else ""
@@ -139,10 +143,10 @@ def _rates(strategy: Strategy, hardware: Hardware, rates: Rates, timing: Timing)
         terms.append(Term("achieved share of the peak", timing.efficiency, "1", formula, origin))
     if rates.memory_bandwidth is not None:
         terms.append(Term("memory bandwidth of a rank", rates.memory_bandwidth, "bytes/s", "", source))
-    if strategy.data_parallel > 1:
-        beta, alpha = link(rates, strategy.data_parallel, strategy.tensor_parallel)
+    if strategy.num_shards > 1:
+        beta, alpha = link(rates, strategy.num_shards, strategy.tensor_parallel)
         if beta is not None:
-            crosses = strategy.data_parallel * strategy.tensor_parallel > rates.ranks_per_node
+            crosses = strategy.num_shards * strategy.tensor_parallel > rates.ranks_per_node
             over = "network between nodes" if crosses else rates.intra_name
             origin = hardware.node_bandwidth_source if crosses else source
             formula = f"{over}, x {LINK_EFFICIENCY} achieved" if rates.device_kind == "cuda" else over
@@ -167,6 +171,25 @@ def _time(timing: Timing, strategy: Strategy) -> list[Term]:
         ("recomputation", timing.recompute_s, "checkpointed share x forward", "arXiv 2205.05198"),
         ("pipeline bubble", timing.bubble_s, "(PP - 1) x micro-batch", f"{MEGATRON}, section 2.2"),
         ("model-parallel communication", timing.tensor_s, "4 all-reduces a layer, sends between stages", MEGATRON),
+        (
+            "context-parallel communication",
+            timing.context_s,
+            "3 x 2c x tokens x kv heads x (CP-1) a layer beyond the attention beside it",
+            "ring attention, arXiv 2310.01889",
+        ),
+        (
+            "expert-parallel communication",
+            timing.expert_s,
+            "4 all-to-alls a layer of c x tokens x k x h x (EP-1)/EP",
+            "GShard, arXiv 2006.16668",
+        ),
+        ("compression", timing.compression_s, "gradients read and written on both sides / memory bandwidth", ENGINE),
+        (
+            "copies of the backend",
+            timing.backend_s,
+            f"{strategy.backend}: copies of units, gradients or casts / memory bandwidth",
+            "torch.distributed.fsdp, DeepSpeed: their source",
+        ),
         (
             "exposed communication",
             timing.exposed_s,

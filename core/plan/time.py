@@ -11,7 +11,13 @@ import math
 from dataclasses import dataclass
 
 from distui.core.hardware import Hardware
-from distui.core.plan.memory import OPTIMIZER_STATE_BYTES, Strategy, bytes_per_parameter, local_parameters
+from distui.core.plan.memory import (
+    OPTIMIZER_STATE_BYTES,
+    Strategy,
+    bytes_per_parameter,
+    local_parameters,
+    wire_bytes,
+)
 from distui.core.plan.types import ModelSpec
 
 LINK_EFFICIENCY = 0.77
@@ -125,6 +131,10 @@ class Timing:
     recompute_s: float = 0.0
     bubble_s: float = 0.0
     tensor_s: float = 0.0
+    context_s: float = 0.0
+    expert_s: float = 0.0
+    compression_s: float = 0.0
+    backend_s: float = 0.0
     exposed_s: float = 0.0
     hidden_s: float = 0.0
     overlap_s: float = 0.0
@@ -147,6 +157,10 @@ class Timing:
             + self.recompute_s
             + self.bubble_s
             + self.tensor_s
+            + self.context_s
+            + self.expert_s
+            + self.compression_s
+            + self.backend_s
             + self.exposed_s
             + self.overlap_s
             + self.optimizer_s
@@ -188,10 +202,11 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
     """Return the time of one optimizer step, term by term."""
     missing: list[str] = []
     c, g, o = bytes_per_parameter(strategy.dtype, strategy.reduce_dtype, strategy.optimizer)
-    P, _, R = local_parameters(model, strategy.tensor_parallel, strategy.pipeline_parallel)
-    N, m, stage = strategy.data_parallel, strategy.accumulation, strategy.zero_stage
     tensor, pipeline = strategy.tensor_parallel, strategy.pipeline_parallel
-    tokens = strategy.micro_size * model.sequence_length
+    P, _, R = local_parameters(model, tensor, pipeline, strategy.expert_parallel)
+    S = local_parameters(model, tensor, pipeline)[0] / strategy.num_shards
+    N, m, stage = strategy.num_shards, strategy.accumulation, strategy.zero_stage
+    tokens = strategy.micro_size * model.sequence_length / strategy.context_parallel
     layers = -(-model.num_layers // pipeline)
 
     # Compute. 6 FLOPs a multiplied parameter and token, and 12 l h s of attention (arXiv 2204.02311, appendix B).
@@ -200,7 +215,7 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
     forward_flops = (2 * multiplied + 4 * model.num_layers * model.num_heads * head * model.sequence_length) * tokens
     rank_flops = forward_flops / (tensor * pipeline)
     achieved = efficiency(rates, model.hidden_size / tensor)
-    recomputed = {"none": 0.0, "selective": (layers // 2) / layers, "full": 1.0}[strategy.activation_checkpointing]
+    recomputed = {"none": 0.0, "selective": -(-layers // 2) / layers, "full": 1.0}[strategy.activation_checkpointing]
     if rates.peak_flops is None:
         how = "not measured: distui doctor --measure" if rates.device_kind == "cpu" else "not in the table of GPUs"
         missing.append(f"compute rate in {strategy.dtype} ({how})")
@@ -219,7 +234,8 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
             missing.append(_missing_link(rates, N * tensor > rates.ranks_per_node))
         else:
             share = (N - 1) / N
-            reduce_s = units * alpha + share * gradient_bytes / beta
+            wire = gradient_bytes * wire_bytes(strategy.compression, g) / g
+            reduce_s = units * alpha + share * wire / beta
             gather_s = units * alpha + share * parameter_bytes / beta
             root = R / P
             first_backward_s = backward_s + recompute_s
@@ -248,7 +264,12 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
         else:
             tensor_s += 2 * m * (c * tokens * model.hidden_size / tensor / beta + alpha)
 
-    stepped = P / N if stage >= 1 else P
+    context_s, context_hidden_s = _context(model, strategy, rates, tokens, layers, forward_s, recomputed, missing)
+    hidden_s += m * context_hidden_s
+    expert_s = _experts(model, strategy, rates, tokens, layers, recomputed, missing)
+
+    stepped = S if stage >= 1 else P
+    compression_s, backend_s = _copies(strategy, rates, c, g, P)
     if rates.memory_bandwidth is None:
         missing.append("memory bandwidth (not measured: distui doctor --measure)")
         optimizer_s = 0.0
@@ -258,7 +279,7 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
         optimizer_s = moved * stepped / rates.memory_bandwidth
     for home, volume, times in (
         (strategy.optimizer_home, o * stepped, 1),
-        (strategy.params_home, c * P / N, 2 * m),
+        (strategy.params_home, c * S, 2 * m),
     ):
         if home == "none":
             continue
@@ -276,6 +297,10 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
         recompute_s=m * recompute_s,
         bubble_s=bubble_s,
         tensor_s=tensor_s,
+        context_s=m * context_s,
+        expert_s=m * expert_s,
+        compression_s=compression_s,
+        backend_s=backend_s,
         exposed_s=exposed_s,
         hidden_s=hidden_s,
         overlap_s=OVERLAP_SLOWDOWN * hidden_s,
@@ -287,6 +312,84 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
         parameter_bytes=parameter_bytes,
         missing=tuple(dict.fromkeys(missing)),
     )
+
+
+def _context(
+    model: ModelSpec,
+    strategy: Strategy,
+    rates: Rates,
+    tokens: float,
+    layers: int,
+    forward_s: float,
+    recomputed: float,
+    missing: list[str],
+) -> tuple[float, float]:
+    """Return exposed and hidden seconds a micro-batch of passing keys and values around the ring of a sequence's ranks.
+
+    Each layer's forward passes K and V, its backward K, V and their gradients, each beside the attention that it feeds.
+    Source: ring attention, arXiv 2310.01889.
+    """
+    ranks = strategy.context_parallel
+    if ranks == 1:
+        return 0.0, 0.0
+    beta, alpha = link(rates, ranks, strategy.tensor_parallel)
+    if beta is None:
+        missing.append(_missing_link(rates, ranks * strategy.tensor_parallel > rates.ranks_per_node))
+        return 0.0, 0.0
+    head = model.head_size or model.hidden_size // model.num_heads
+    c = 4 if strategy.dtype == "fp32" else 2
+    volume = 2 * c * tokens * model.num_kv_heads * head / strategy.tensor_parallel
+    passes = 3 + recomputed
+    ring_s = layers * passes * (ranks - 1) * (volume / beta + alpha)
+    attention = 4 * model.num_layers * model.num_heads * head * model.sequence_length
+    multiplied = 2 * (model.active_parameters - model.embedding_parameters)
+    return _overlap(ring_s, passes * forward_s * attention / (attention + multiplied), rates.device_kind)
+
+
+def _experts(
+    model: ModelSpec,
+    strategy: Strategy,
+    rates: Rates,
+    tokens: float,
+    layers: int,
+    recomputed: float,
+    missing: list[str],
+) -> float:
+    """Return seconds a micro-batch of sending tokens to their experts and back, in forward and in backward.
+
+    Two all-to-alls a layer and direction; nothing hides them. Source: GShard, arXiv 2006.16668, section 3.2.
+    """
+    ranks = strategy.expert_parallel
+    if ranks == 1:
+        return 0.0
+    span = strategy.tensor_parallel * strategy.context_parallel
+    beta, alpha = link(rates, ranks, span)
+    if beta is None:
+        missing.append(_missing_link(rates, ranks * span > rates.ranks_per_node))
+        return 0.0
+    c = 4 if strategy.dtype == "fp32" else 2
+    volume = c * tokens * model.experts_per_token * model.hidden_size * (ranks - 1) / ranks
+    return layers * (4 + 2 * recomputed) * (volume / beta + alpha)
+
+
+def _copies(strategy: Strategy, rates: Rates, c: int, g: int, P: float) -> tuple[float, float]:
+    """Return seconds of a step that compressing takes, and those that a backend copies more than native does."""
+    bandwidth, m = rates.memory_bandwidth, strategy.accumulation
+    if bandwidth is None or strategy.num_shards == 1:
+        return 0.0, 0.0
+    times = m if strategy.zero_stage >= 2 else 1
+    compressed = 0.0
+    if strategy.compression != "none":  # written and read on both sides of the wire
+        compressed = times * 2 * P * (g + wire_bytes(strategy.compression, g)) / bandwidth
+    cast = 6 * P * m if c == 2 else 0.0  # autocast reads fp32 weights and writes 16 bit, each forward
+    moved = {
+        "native": 0.0,
+        "ddp": cast,
+        # Copy-out of each gathered unit, copy-in of each gradient, read and written.
+        "fsdp2": (2 * c * P * (2 if strategy.zero_stage >= 3 else 1) + 2 * g * P) * m,
+        "deepspeed": (2 * g * P + (4 * c * P if strategy.zero_stage >= 3 else 0.0)) * times,
+    }.get(strategy.backend, 0.0)
+    return compressed, moved / bandwidth
 
 
 def _missing_link(rates: Rates, between_nodes: bool) -> str:

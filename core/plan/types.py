@@ -37,8 +37,10 @@ class ModelSpec:
     """Parameters of the output projection to the vocabulary (counted once when tied)."""
     embedding_parameters: int = 0
     """Parameters that are only looked up, not multiplied: token and position embeddings, unless tied to the head."""
+    expert_parameters: int = 0
+    """Parameters of all experts of all layers: what expert parallelism divides; 0 where there is no mixture."""
     source: str = ""
-    """Where the shapes come from: a preset, a config.json, a parameter count."""
+    """Where the shapes come from: a preset, a config.json, a parameter count, a script."""
 
     @property
     def root_parameters(self) -> int:
@@ -103,6 +105,7 @@ class Plan:
     context_parallel: int = 1
     reduce_dtype: str = "fp32"
     optimizer: str = "adamw"
+    compression: str = "none"
     terms: tuple[Term, ...] = field(default=())
     """Filled by `explain`, and for the plans that `plan_all` returns on request."""
     smallest_change: str = ""
@@ -145,4 +148,5 @@ class Plan:
             "activation_checkpointing": {"mode": self.activation_checkpointing},
             "batch": {"micro_size": self.micro_size, "accumulation": self.accumulation},
             "optimizer": {"name": self.optimizer},
+            "compression": {"gradients": self.compression},
         }
