@@ -139,6 +139,8 @@ def activation_elements(model: ModelSpec) -> int:
     feed-forward's tensors: 2i for an activation between two matrices, 4i for a gated one, once an expert. GPT-2 shapes
     give 16h, 32 bytes in 16-bit formats, as measured to 0.3%. Source: arXiv 2205.05198, section 4, without dropout.
     """
+    if model.measured_activation_elements:
+        return math.ceil(model.measured_activation_elements)
     head = model.head_size or model.hidden_size // model.num_heads
     attention = (2 * model.num_heads + 2 * model.num_kv_heads) * head
     experts = model.experts_per_token

@@ -210,10 +210,7 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
     layers = -(-model.num_layers // pipeline)
 
     # Compute. 6 FLOPs a multiplied parameter and token, and 12 l h s of attention (arXiv 2204.02311, appendix B).
-    head = model.head_size or model.hidden_size // model.num_heads
-    multiplied = model.active_parameters - model.embedding_parameters
-    forward_flops = (2 * multiplied + 4 * model.num_layers * model.num_heads * head * model.sequence_length) * tokens
-    rank_flops = forward_flops / (tensor * pipeline)
+    rank_flops = model.forward_flops * tokens / (tensor * pipeline)
     achieved = efficiency(rates, model.hidden_size / tensor)
     recomputed = {"none": 0.0, "selective": -(-layers // 2) / layers, "full": 1.0}[strategy.activation_checkpointing]
     if rates.peak_flops is None:
@@ -341,9 +338,8 @@ def _context(
     volume = 2 * c * tokens * model.num_kv_heads * head / strategy.tensor_parallel
     passes = 3 + recomputed
     ring_s = layers * passes * (ranks - 1) * (volume / beta + alpha)
-    attention = 4 * model.num_layers * model.num_heads * head * model.sequence_length
-    multiplied = 2 * (model.active_parameters - model.embedding_parameters)
-    return _overlap(ring_s, passes * forward_s * attention / (attention + multiplied), rates.device_kind)
+    attention_s = passes * forward_s * min(1.0, model.attention_flops / model.forward_flops)
+    return _overlap(ring_s, attention_s, rates.device_kind)
 
 
 def _experts(
