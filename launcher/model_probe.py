@@ -11,12 +11,14 @@ import inspect
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from distui.core.sharding.partition import find_blocks
@@ -50,7 +52,8 @@ def load_function(file: Path, name: str) -> Callable[..., Any]:
     needed = [
         parameter.name
         for parameter in inspect.signature(function).parameters.values()
-        if parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
     if needed:
         raise ProbeError(f"{name} needs arguments: {', '.join(needed)}; it is called without any")
@@ -97,7 +100,12 @@ def shapes(model: nn.Module, sequence_length: int | None) -> dict[str, Any]:
     widths = Counter(param.shape[-1] for param in model.parameters() if param.dim() == 1)
     token = max(embeddings, key=lambda module: module.num_embeddings, default=None)
     hidden = token.embedding_dim if token is not None else (widths.most_common(1)[0][0] if widths else 1)
-    inner = [max(layer.in_features, layer.out_features) for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    inner = [
+        max(layer.in_features, layer.out_features)
+        for block in blocks
+        for layer in block.modules()
+        if isinstance(layer, nn.Linear)
+    ]
     vocab = token.num_embeddings if token is not None else (linears[-1].out_features if linears else 1)
     tied = token is not None and any(layer.weight is token.weight for layer in linears)
     length = sequence_length or attribute(model, LENGTHS)
@@ -126,6 +134,46 @@ def shapes(model: nn.Module, sequence_length: int | None) -> dict[str, Any]:
     }
 
 
+class FusedAttention(torch.autograd.Function):
+    """What a fused attention keeps: queries, keys, values and its output, and no score matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the output's shape."""
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None, None]:
+        """Never runs: only a forward is measured."""
+        return None, None, None
+
+
+@contextmanager
+def fused_attention(flops: list[float]) -> Iterator[None]:
+    """Let attention be a fused one, as it is on devices, and add the FLOPs of each call to `flops`.
+
+    The meta device has only the unfused form, which keeps every score.
+    """
+    functional = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+
+    def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        flops.append(
+            2.0 * query.numel() * key.shape[-2] + 2.0 * query[..., 0].numel() * key.shape[-2] * value.shape[-1]
+        )
+        output = FusedAttention.apply(query, key, value)
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    functional.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+
+
 def measure(model: nn.Module, inputs: Any, found: dict[str, Any]) -> dict[str, Any]:
     """Return FLOPs and saved elements of one sample's forward on the meta device, or why there are none."""
     if inputs is None:
@@ -143,21 +191,23 @@ def measure(model: nn.Module, inputs: Any, found: dict[str, Any]) -> dict[str, A
         return tensor
 
     counter = FlopCounterMode(display=False)
+    attended: list[float] = []
     try:
-        with torch.device("meta"), counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with fused_attention(attended), torch.device("meta"), counter, saved_tensors_hooks(keep, lambda tensor: tensor):
             if isinstance(inputs, dict):
                 model(**inputs)
             else:
                 model(*(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  a foreign forward may fail in any way, and the shapes still count
         return {"note": f"forward on the meta device failed ({type(error).__name__}: {str(error).splitlines()[0]})"}
-    samples = next((leaf.shape[0] for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)), 1)
+    samples = next(
+        (leaf.shape[0] for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)), 1
+    )
     elements = sum(tensor.untyped_storage().nbytes() / tensor.element_size() for tensor in saved.values())
-    scores = found["num_heads"] * found["sequence_length"] ** 2
-    # On the meta device attention is the unfused form, whose score matrices a fused one never keeps.
-    squares = [tensor for tensor in saved.values() if tensor.shape[-2:] == (found["sequence_length"],) * 2]
-    elements -= sum(tensor.numel() for tensor in squares if tensor.numel() in (scores, scores * samples))
-    return {"flops_per_sample": counter.get_total_flops() / samples, "saved_per_sample": elements / samples}
+    return {
+        "flops_per_sample": (counter.get_total_flops() + sum(attended)) / samples,
+        "saved_per_sample": elements / samples,
+    }
 
 
 def main(spec: dict[str, Any], out: Path) -> None:

@@ -67,6 +67,7 @@ def parse_bytes(text: str) -> int:
     show_default=True,
     help="Format of gradients between ranks.",
 )
+@click.option("--calibrate", is_flag=True, help="First measure this machine by a short run, and keep it for plans.")
 @click.option("--host-memory", help="Host memory of a node of a named machine, such as 512GiB.")
 @click.option("--network-gbits", type=click.FloatRange(min=0.001), help="Network of a node in Gbit/s.")
 @click.option("--available", "available_only", is_flag=True, help="Only what this version of distui can run.")
@@ -82,6 +83,7 @@ def command(
     network_gbits: float | None,
     backend: str,
     compression: str,
+    calibrate: bool,
     show_all: bool,
     explained: str | None,
     as_json: bool,
@@ -90,10 +92,14 @@ def command(
     """Rank every strategy by predicted memory per rank and throughput, and say why the others do not fit."""
     from distui.core.plan.search import BACKENDS, COMPRESSIONS, plan_all
 
+    hardware = read_hardware(hardware_text, host_memory, network_gbits)
+    if calibrate:
+        hardware = run_calibration(hardware, options["nproc"])
+        if model_text is None and script is None:
+            return
     model = read_model(model_text, script, sequence_length)
     options["backends"] = tuple(BACKENDS) if backend == "all" else (backend,)
     options["compressions"] = COMPRESSIONS if compression == "all" else (compression,)
-    hardware = read_hardware(hardware_text, host_memory, network_gbits)
     plans = plan_all(model, hardware, **options)
     if explained is not None:
         plan = find_plan(plans, explained)
@@ -109,6 +115,17 @@ def command(
         click.echo(json.dumps(found, indent=1))
         return
     print_plans(model, hardware, plans, None if show_all else NUM_SHOWN, options["margin"])
+
+
+def run_calibration(hardware: Hardware, nproc: int | None) -> Hardware:
+    """Measure this machine and say on stderr what came out."""
+    from distui.launcher.calibrate import calibrate, report
+
+    click.echo("distui: calibrating; this takes up to a minute", err=True)
+    hardware = calibrate(hardware, nproc)
+    for line in report(hardware, nproc or hardware.ranks_per_node):
+        click.echo(f"  {line}", err=True)
+    return hardware
 
 
 def read_model(text: str | None, script: str | None, sequence_length: int | None) -> ModelSpec:

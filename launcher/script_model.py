@@ -24,7 +24,9 @@ def load_script_model(text: str, sequence_length: int | None = None) -> ModelSpe
     path = Path(file).expanduser()
     if not separator or not function.isidentifier() or not file.endswith(".py"):
         raise UserError(
-            f"--script {text!r} names no function", "it takes FILE.py:FUNCTION", "write for example train.py:build_model"
+            f"--script {text!r} names no function",
+            "it takes FILE.py:FUNCTION",
+            "write for example train.py:build_model",
         )
     if not path.is_file():
         raise UserError(f"there is no script {path}", "the file does not exist", "give the path of a Python file")
@@ -52,10 +54,10 @@ def _probe(spec: dict[str, Any], text: str) -> dict[str, Any]:
                 'put what trains under `if __name__ == "__main__":`, and see that python can import the script',
             )
         found = json.loads(out.read_text(encoding="utf-8"))
-    if error := found.get("error"):
+    if reason := found.get("error"):
         raise UserError(
             f"cannot measure the model of {text}",
-            str(error),
+            str(reason),
             "give a function without arguments that builds the model (and may return example inputs with it)",
         )
     assert isinstance(found, dict)

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from distui.core.hardware import Hardware
 from distui.core.plan.memory import (
-    CPU_PROCESS_BYTES,
     Footprint,
     Strategy,
     activation_elements,
@@ -14,17 +13,8 @@ from distui.core.plan.memory import (
     footprint,
     local_parameters,
 )
-from distui.core.plan.time import (
-    CPU_EFFICIENCY,
-    HOPPER_FACTOR,
-    LINK_EFFICIENCY,
-    OVERLAP_SLOWDOWN,
-    Rates,
-    Timing,
-    link,
-    rates_of,
-    step_time,
-)
+from distui.core.plan.rates import CPU_EFFICIENCY, HOPPER_FACTOR, LINK_EFFICIENCY, Rates, link, rates_of
+from distui.core.plan.time import OVERLAP_SLOWDOWN, Timing, step_time
 from distui.core.plan.types import ModelSpec, Plan, Term
 
 ZERO = "ZeRO, arXiv 1910.02054, section 3 and 5"
@@ -60,7 +50,7 @@ def explain(
         backend=plan.backend,
     )
     rates = rates_of(hardware, plan.precision, ranks)
-    memory = footprint(model, strategy, rates.device_kind)
+    memory = footprint(model, strategy, rates.device_kind, rates.baseline_bytes)
     return terms_of(model, strategy, hardware, rates, memory, step_time(model, strategy, rates))
 
 
@@ -70,7 +60,7 @@ def terms_of(
     """Return the terms of memory, then of time; a time term whose rate is unknown is left out."""
     return [
         *_memory(model, strategy, memory, rates),
-        *_rates(strategy, hardware, rates, timing),
+        *_rates(model, strategy, hardware, rates, timing),
         *_time(timing, strategy),
     ]
 
@@ -96,9 +86,13 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
     framework = (
         "driver context 0.5 GiB" + (", NCCL 0.3 GiB" if strategy.world_size > 1 else "")
         if rates.device_kind == "cuda"
-        else f"a rank beyond its tensors, {CPU_PROCESS_BYTES >> 20} MiB"
+        else f"a rank beyond its tensors, {memory.framework >> 20} MiB"
     )
-    note = "torch's out-of-memory messages; NCCL's part is an assumption" if rates.device_kind == "cuda" else "measured"
+    note = (
+        "torch's out-of-memory messages; NCCL's part is an assumption"
+        if rates.device_kind == "cuda"
+        else (rates.measured.origin if rates.measured and rates.baseline_bytes else "measured on another machine")
+    )
     terms = [
         Term("parameters of a rank's part (P)", P, "1", f"{model.source}; over TP x PP", "shapes"),
         Term("parameters", memory.parameters, "bytes", f"c={c} x P{over(3)}{params_home}", ZERO),
@@ -130,9 +124,25 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
     return terms
 
 
-def _rates(strategy: Strategy, hardware: Hardware, rates: Rates, timing: Timing) -> list[Term]:
-    terms = []
+def _tokens(model: ModelSpec, strategy: Strategy) -> float:
+    return strategy.micro_size * model.sequence_length / strategy.context_parallel
+
+
+def _rates(model: ModelSpec, strategy: Strategy, hardware: Hardware, rates: Rates, timing: Timing) -> list[Term]:
+    terms: list[Term] = []
     measured = "measured by distui doctor"
+    if (kept := rates.measured) is not None:
+        compute = kept.rate(strategy.dtype, model.hidden_size / strategy.tensor_parallel, _tokens(model, strategy))
+        if compute is not None:
+            formula = f"at h={model.hidden_size} and {_tokens(model, strategy):.0f} tokens"
+            terms.append(Term("achieved compute rate", compute, "FLOP/s", formula, kept.origin))
+        if kept.optimizer_bandwidth:
+            terms.append(Term("optimizer's bandwidth", kept.optimizer_bandwidth, "bytes/s", "fused AdamW", kept.origin))
+        for op, (delay, rate) in kept.collectives.items():
+            terms.append(Term(f"{op}: alpha", delay, "s", "small messages", kept.origin))
+            terms.append(Term(f"{op}: beta", rate, "bytes/s", "large messages, (N-1)/N of the bytes", kept.origin))
+        if hardware.nodes == 1:
+            return terms
     source = hardware.gpus_per_node[0].facts_source if hardware.gpus_per_node else measured
     if rates.peak_flops is not None:
         terms.append(Term("peak of a rank", rates.peak_flops, "FLOP/s", f"dense {strategy.dtype}", source))

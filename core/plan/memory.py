@@ -149,8 +149,11 @@ def activation_elements(model: ModelSpec) -> int:
     return 4 * model.hidden_size + attention + mlp + routed
 
 
-def footprint(model: ModelSpec, strategy: Strategy, device_kind: str) -> Footprint:
-    """Return the memory of one rank at the peak of a step (the start of backward)."""
+def footprint(model: ModelSpec, strategy: Strategy, device_kind: str, baseline_bytes: int | None = None) -> Footprint:
+    """Return the memory of one rank at the peak of a step (the start of backward).
+
+    `baseline_bytes`: of a CPU rank beyond its tensors, where a calibration measured it.
+    """
     c, g, o = bytes_per_parameter(strategy.dtype, strategy.reduce_dtype, strategy.optimizer)
     tensor, pipeline = strategy.tensor_parallel, strategy.pipeline_parallel
     P, B, R = local_parameters(model, tensor, pipeline, strategy.expert_parallel)
@@ -176,7 +179,7 @@ def footprint(model: ModelSpec, strategy: Strategy, device_kind: str) -> Footpri
     if device_kind == "cuda":
         framework = CUDA_CONTEXT_BYTES + (NCCL_BYTES if strategy.world_size > 1 else 0)
     else:
-        framework = CPU_PROCESS_BYTES
+        framework = baseline_bytes or CPU_PROCESS_BYTES
     return Footprint(
         parameters=math.ceil(parameters),
         gradients=math.ceil(gradients),

@@ -12,6 +12,7 @@ from distui.core.plan.request import Request
 from distui.core.plan.time import Timing
 from distui.core.plan.types import GIB
 
+
 def is_available(strategy: Strategy) -> bool:
     """Tell whether this version of distui runs the strategy: whether `distui.core.config_check` finds nothing."""
     return _can_launch(

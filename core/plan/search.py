@@ -12,9 +12,10 @@ from distui.core.hardware import Hardware
 from distui.core.plan.advice import smallest_change
 from distui.core.plan.explain import explain
 from distui.core.plan.memory import OPTIMIZER_STATE_BYTES, Footprint, Strategy, footprint
+from distui.core.plan.rates import Rates, rates_of
 from distui.core.plan.reasons import fits_in, is_available, misfits, offload_word, strategy_name, why
 from distui.core.plan.request import DEFAULT_MARGIN, Request, default_dtype
-from distui.core.plan.time import Rates, Timing, rates_of, step_time
+from distui.core.plan.time import Timing, step_time
 from distui.core.plan.types import ModelSpec, Plan
 
 __all__ = ["Goal", "Request", "default_dtype", "explain", "plan_all", "strategies"]
@@ -102,19 +103,19 @@ def _ranks_per_node(hardware: Hardware, nproc: int | None) -> int:
 
 
 def _check(request: Request) -> None:
-    for name, value in (("global_size", request.global_size), ("micro_size", request.micro_size)):
+    for option, value in (("global_size", request.global_size), ("micro_size", request.micro_size)):
         if value is not None and value < 1:
-            raise UserError(f"{name}={value} is no batch size", "it counts samples", f"set {name} to 1 or more")
+            raise UserError(f"{option}={value} is no batch size", "it counts samples", f"set {option} to 1 or more")
     if request.dtype not in ("fp32", "bf16", "fp16"):
         raise UserError(f"dtype={request.dtype} is unknown", "formats are fp32, bf16, fp16", "write one of these")
-    for kind, known, given in (
+    for kind, choices, given in (
         ("backend", tuple(BACKENDS), request.backends),
         ("compression", COMPRESSIONS, request.compressions),
     ):
-        for name in given:
-            if name not in known:
-                listed = ", ".join(known)
-                raise UserError(f"{kind} {name!r} is not planned", f"known are {listed}", "write some of these")
+        for choice in given:
+            if choice not in choices:
+                listed = ", ".join(choices)
+                raise UserError(f"{kind} {choice!r} is not planned", f"known are {listed}", "write some of these")
     if request.optimizer not in OPTIMIZER_STATE_BYTES:
         known = ", ".join(OPTIMIZER_STATE_BYTES)
         raise UserError(f"optimizer {request.optimizer!r} is unknown", f"known are {known}", "write one of these")
@@ -168,9 +169,7 @@ def strategies(request: Request) -> Iterator[Strategy]:
                 )
 
 
-def _goes_together(
-    request: Request, stage: int, backend: str, compression: str, num_shards: int, plain: bool
-) -> bool:
+def _goes_together(request: Request, stage: int, backend: str, compression: str, num_shards: int, plain: bool) -> bool:
     """Tell whether the backend has the stage, and the compression somebody to send to and the right optimizer."""
     if stage not in BACKENDS[backend] or (backend != "native" and not (plain and compression == "none")):
         return False
@@ -259,12 +258,14 @@ def best_micro(request: Request, strategy: Strategy, rates: Rates) -> Plan:
     if not sizes:
         micro = request.micro_size or 1
         strategy = replace(strategy, micro_size=micro)
-        return make_plan(request, strategy, footprint(request.model, strategy, rates.device_kind), None)
+        return make_plan(
+            request, strategy, footprint(request.model, strategy, rates.device_kind, rates.baseline_bytes), None
+        )
     best: tuple[Strategy, Footprint, Timing] | None = None
     best_speed = 0.0
     for micro, accumulation in sizes:
         candidate = replace(strategy, micro_size=micro, accumulation=accumulation)
-        memory = footprint(request.model, candidate, rates.device_kind)
+        memory = footprint(request.model, candidate, rates.device_kind, rates.baseline_bytes)
         if best is not None and not fits_in(request, candidate, memory):
             break
         timing = step_time(request.model, candidate, rates)
