@@ -146,6 +146,7 @@ def link(rates: Rates, group_size: int, span: int) -> tuple[float | None, float]
 
 
 def missing_link(rates: Rates, between_nodes: bool) -> str:
+    """Return which bandwidth is unknown, and how to get it."""
     if between_nodes and rates.node_bandwidth is None:
         return "bandwidth between nodes (give --network-gbits)"
     if rates.device_kind == "cpu":
