@@ -25,6 +25,10 @@ class RunSection(Section):
     """What the run is called and where it is kept."""
 
     name: str = _field("", "name of the run; empty takes the script's name")
+    model: str = _field(
+        "", "model that is trained, for plans: a preset, a config.json, a count such as 7B, or train.py:build_model"
+    )
+    hardware: str = _field("", "machine that was planned for, such as 8xA100-40GB; empty is the one that launches")
     dir: str = _field("", "folder that holds the runs; empty takes the user's state folder")
     seed: NonNegativeInt = _field(0, "seed of the data order, and of every rank's generators under engine.set_seed")
 
