@@ -11,8 +11,9 @@ import time
 from distui.core.hardware import parse_hardware
 from distui.core.plan.memory import footprint
 from distui.core.plan.models import load_model
+from distui.core.plan.rates import rates_of
 from distui.core.plan.search import Request, micro_sizes, plan_all, strategies
-from distui.core.plan.time import rates_of, step_time
+from distui.core.plan.time import step_time
 
 GOAL = 10_000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -11,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from distui.core.errors import UserError
 from distui.core.sharding.partition import find_blocks
+
+_MARK = "_distui_recomputes"
 
 
 def apply_activation_checkpointing(model: nn.Module, mode: str) -> list[str]:
@@ -36,9 +39,22 @@ def apply_activation_checkpointing(model: nn.Module, mode: str) -> list[str]:
     return [name for name, _ in chosen]
 
 
+def remove_activation_checkpointing(model: nn.Module) -> None:
+    """Give every block of `model` its own forward back."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if forward is None or not hasattr(forward, _MARK):
+            continue
+        del module.forward
+        own = inspect.unwrap(forward, stop=lambda one: not hasattr(one, _MARK))
+        if own != module.forward:  # the script's, on this one module
+            module.forward = own
+
+
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def recomputing(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
+    setattr(recomputing, _MARK, True)
     return recomputing

@@ -25,6 +25,10 @@ class RunSection(Section):
     """What the run is called and where it is kept."""
 
     name: str = _field("", "name of the run; empty takes the script's name")
+    model: str = _field(
+        "", "model that is trained, for plans: a preset, a config.json, a count such as 7B, or train.py:build_model"
+    )
+    hardware: str = _field("", "machine that was planned for, such as 8xA100-40GB; empty is the one that launches")
     dir: str = _field("", "folder that holds the runs; empty takes the user's state folder")
     seed: NonNegativeInt = _field(0, "seed of the data order, and of every rank's generators under engine.set_seed")
 
@@ -117,7 +121,12 @@ class OptimizerSection(Section):
 class CompressionSection(Section):
     """What travels between ranks."""
 
-    gradients: Literal["none", "onebit", "int8", "fp8"] = _field("none", "format of gradients on the wire")
+    gradients: Literal["none", "onebit", "int8", "fp8"] = _field(
+        "none", "format of gradients on the wire; onebit is 1-bit Adam (stage 0)"
+    )
+    weights: Literal["none", "int8", "fp8"] = _field("none", "format of gathered parameters on the wire (stage 3)")
+    warmup_steps: PositiveInt = _field(100, "onebit: exact steps before the variance is frozen", "steps")
+    block_size: PositiveInt = _field(256, "int8 and fp8: neighbours that share a scale", "elements")
 
 
 class CheckpointSection(Section):
@@ -183,6 +192,8 @@ class Config(Section):
             words.append(f"{self.activation_checkpointing.mode} checkpointing")
         if self.compression.gradients != "none":
             words.append(f"{self.compression.gradients} gradients")
+        if self.compression.weights != "none":
+            words.append(f"{self.compression.weights} weights on the wire")
         return ", ".join(words)
 
 

@@ -33,7 +33,7 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
     if world_size is None and isinstance(config.cluster.nproc, int):
         world_size = config.cluster.nproc * config.cluster.nodes
     problems = [*_unavailable(config), *check_backend(config), *_cluster(config), *_folders(config)]
-    problems += [*offload_problems(config), *_states(config)]
+    problems += [*offload_problems(config), *_states(config), *_compression(config)]
     if hardware is not None:
         problems += _devices(config, hardware)
     if world_size is not None:
@@ -54,8 +54,6 @@ def _unavailable(config: Config) -> Iterator[Problem]:
     for axis in (*MODEL_AXES, "expert_parallel"):
         if (size := getattr(config.strategy, axis)) > 1:
             yield _not_available(f"strategy.{axis}", f"{axis}={size}", "1")
-    if (form := config.compression.gradients) != "none":
-        yield _not_available("compression.gradients", f"gradients={form}", "none")
     if restarts := config.cluster.max_restarts:
         yield _not_available("cluster.max_restarts", f"max_restarts={restarts}", "0")
 
@@ -138,6 +136,49 @@ def _states(config: Config) -> Iterator[Problem]:
             f"state_bits={optimizer.state_bits} with offload.optimizer={config.offload.optimizer}",
             "states that leave the device are fp32: the host's fused Adam steps them",
             "set optimizer.state_bits to 32, or offload.optimizer to none",
+        )
+
+
+def _compression(config: Config) -> Iterator[Problem]:
+    compression, stage = config.compression, config.strategy.zero_stage
+    if config.strategy.backend != "native":  # refused with the backend
+        return
+    if compression.gradients == "onebit" and stage > 0:
+        yield Problem(
+            "compression.gradients",
+            f"gradients=onebit with zero_stage={stage}",
+            "1-bit Adam exchanges the momentum, of which every rank must hold all; under stages 1 to 3 a rank holds "
+            "its share only, and the weights would travel in 16 or 32 bits beside the 1 bit",
+            "set strategy.zero_stage to 0, or compression.gradients to int8 or fp8",
+        )
+    if compression.gradients == "onebit" and config.optimizer.name not in ("adam", "adamw"):
+        yield Problem(
+            "compression.gradients",
+            f"gradients=onebit with optimizer.name={config.optimizer.name}",
+            "1-bit Adam freezes the variance of Adam or AdamW; other optimizers have none",
+            "set optimizer.name to adam or adamw and use it, or compression.gradients to int8 or fp8",
+        )
+    if compression.gradients == "onebit" and config.optimizer.state_bits != 32:
+        yield Problem(
+            "compression.gradients",
+            f"gradients=onebit with optimizer.state_bits={config.optimizer.state_bits}",
+            "1-bit Adam keeps the momentum in fp32, and the variance is not read once it is frozen",
+            "set optimizer.state_bits to 32, or compression.gradients to int8 or fp8",
+        )
+    if compression.weights != "none" and stage != 3:
+        yield Problem(
+            "compression.weights",
+            f"weights={compression.weights} with zero_stage={stage}",
+            f"only stage 3 gathers weights to compute with; under stage {stage} the ranks hold them, exact",
+            "set strategy.zero_stage to 3, or compression.weights to none",
+        )
+    size = compression.block_size
+    if not 32 <= size <= 8192 or size & (size - 1):
+        yield Problem(
+            "compression.block_size",
+            f"block_size={size}",
+            "blocks are powers of two from 32 (4 bytes of scale to 32 of data) to 8192 (one block of a kernel)",
+            "set compression.block_size to 128, 256 or 512",
         )
 
 

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from distui.core import ops
-from distui.core.activation_checkpointing import apply_activation_checkpointing
+from distui.core.activation_checkpointing import apply_activation_checkpointing, remove_activation_checkpointing
 from distui.core.backends.base import Backend
-from distui.core.backends.optimizer import PreparedOptimizer
+from distui.core.backends.optimizer import PreparedOptimizer, unscale
 from distui.core.backends.registry import load_backend
 from distui.core.batch import solve_batch
 from distui.core.checkpoint import Saver
@@ -78,6 +78,8 @@ class Engine(States, ProcessState):
         """Whether the current micro-batch is the last before the optimizer steps."""
         self._micro_step = 0
         self._norm_of_step: torch.Tensor | None = None
+        self._watching: list[Any] = []
+        self._stepped: list[PreparedOptimizer] = []
         self._models: list[nn.Module] = []
         self._optimizers: list[PreparedOptimizer] = []
         self._schedulers: list[PreparedScheduler] = []
@@ -115,7 +117,7 @@ class Engine(States, ProcessState):
         model.to(self.device)
         apply_activation_checkpointing(model, self.config.activation_checkpointing.mode)
         prepared = self.backend.prepare_model(model)
-        self.clock.watch(prepared)
+        self._watching += self.clock.watch(prepared)
         self._models.append(prepared)
         self._say_started(self.config.precision.dtype)
         return prepared
@@ -197,6 +199,8 @@ class Engine(States, ProcessState):
 
         `loss` is the mean over this rank's micro-batch; kwargs go to `loss.backward`.
         """
+        if self._stepped:
+            self._finish_step()
         begin = time.perf_counter()
         self.telemetry.phase("backward")
         self.backend.before_backward()
@@ -238,9 +242,7 @@ class Engine(States, ProcessState):
         if self.scaler is None:
             return
         for optimizer in self._optimizers:
-            if not optimizer.unscaled:
-                optimizer.grad_factor /= self.scaler.scale
-                optimizer.unscaled = True
+            unscale(optimizer, self.scaler.scale)
 
     def _before_step(self, optimizer: PreparedOptimizer) -> None:
         self.telemetry.phase("optimizer")
@@ -250,20 +252,30 @@ class Engine(States, ProcessState):
             self.clip_grad_norm_([param for model in self._models for param in model.parameters()], max_norm)
         if self.scaler is not None:
             self._unscale()
-            norm = self._norm_of_step if self._norm_of_step is not None else optimizer.grad_norm(None, 2.0)
-            optimizer.skip_next = not bool(torch.isfinite(norm))
+            # The norm that a script clipped by may be of some parameters only.
+            norms = [optimizer.grad_norm(None, 2.0)]
+            if self._norm_of_step is not None:
+                norms.append(self._norm_of_step)
+            optimizer.skip_next = not all(bool(torch.isfinite(norm)) for norm in norms)
 
     def _after_step(self, optimizer: PreparedOptimizer) -> None:
+        self._stepped.append(optimizer)
+        if all(any(sibling is stepped for stepped in self._stepped) for sibling in optimizer.siblings):
+            self._finish_step()
+
+    def _finish_step(self) -> None:
+        """Account a step, once all optimizers of its model have stepped, or the next backward begins."""
+        stepped, self._stepped = self._stepped, []
+        skipped = any(optimizer.step_was_skipped for optimizer in stepped)
         if self.scaler is not None:
-            self.scaler.update(overflow=optimizer.step_was_skipped)
-        optimizer.unscaled = False
+            self.scaler.update(overflow=skipped)
         self._norm_of_step = None
-        groups = optimizer.param_groups
+        groups = stepped[0].param_groups
         self.clock.end_step(
             self._step_begin,
             learning_rate=float(groups[0]["lr"]) if groups and "lr" in groups[0] else None,
             loss_scale=self.scaler.scale if self.scaler is not None else None,
-            skipped=optimizer.step_was_skipped,
+            skipped=skipped,
         )
         self.saver.after_step(self)
         if self._control is not None:
@@ -303,7 +315,15 @@ class Engine(States, ProcessState):
         return ops.pad_across_processes(tensors, dim, pad_index, pad_first)
 
     def free_memory(self, *objects: Any) -> list[None]:
-        """Forget everything that was prepared; returns a None for each object, to rebind the names."""
+        """Forget everything that was prepared; returns a None for each object, to rebind the names. Collective.
+
+        The models get their own hooks and forwards back; at stage 3, where a rank has a part of each, they are empty.
+        """
+        for handle in self._watching:
+            handle.remove()
+        self._watching.clear()
+        for model in self._models:
+            remove_activation_checkpointing(model)
         for held in (self._models, self._optimizers, self._schedulers, self._loaders):
             held.clear()
         self.backend.free()

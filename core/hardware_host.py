@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from distui.core.hardware_measure import identity, load_calibration
+from distui.core.hardware_measure import identity, load_calibration, load_training
 from distui.core.hardware_nvml import NvmlReport
 from distui.core.hardware_types import Cpu, Disk, Hardware, NetworkInterface, Scheduler
 from distui.core.paths import state_dir
@@ -52,6 +52,7 @@ def detect_host(nvml: NvmlReport, nodes: int = 1) -> Hardware:
         node_bandwidth=bandwidth,
         node_bandwidth_source=bandwidth_source,
         rank_bandwidth=measured.get("rank_bandwidth") if measured.get("rank_bandwidth_cpu") == identity(cpu) else None,
+        calibration=load_training(cpu, gpus),
         gpu_topology=nvml.topology,
     )
 

@@ -10,11 +10,12 @@ import mmap
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distui.core.errors import UserError
-from distui.core.hardware_types import Cpu, Disk
+from distui.core.hardware_types import Cpu, Disk, Gpu
 from distui.core.paths import state_dir, write_atomic
 
 MATRIX_SIZE = 1536
@@ -47,6 +48,21 @@ def save_calibration(**values: Any) -> None:
 def identity(cpu: Cpu) -> list[Any]:
     """Return what a kept measurement must agree with: the state folder may be shared, and the quota may change."""
     return [cpu.model, cpu.num_cores_usable]
+
+
+def load_training(cpu: Cpu, gpus: Sequence[Gpu]) -> dict[str, Any]:
+    """Return what `distui plan --calibrate` kept of this machine, by ranks a node; empty where it is another one."""
+    kept = load_calibration().get("training")
+    if not isinstance(kept, dict) or kept.get("machine") != [*identity(cpu), *(gpu.name for gpu in gpus)]:
+        return {}
+    runs = kept.get("runs")
+    return runs if isinstance(runs, dict) else {}
+
+
+def save_training(cpu: Cpu, gpus: Sequence[Gpu], num_ranks: int, measured: dict[str, Any]) -> None:
+    """Keep a calibration with `num_ranks` ranks beside those with other numbers of them."""
+    runs = load_training(cpu, gpus) | {str(num_ranks): measured}
+    save_calibration(training={"machine": [*identity(cpu), *(gpu.name for gpu in gpus)], "runs": runs})
 
 
 def measure_cpu_flops(cpu: Cpu, seconds: float = 0.5) -> dict[str, float]:

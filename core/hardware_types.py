@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 GIB = 1 << 30
 
@@ -107,6 +107,8 @@ class Hardware:
     node_bandwidth_source: str = ""
     rank_bandwidth: float | None = None
     """Between CPU ranks of a node, bytes/s, measured by `distui doctor --collectives`; None until then."""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """What `distui plan --calibrate` kept of this machine, by ranks a node; see distui.core.plan.measured."""
     gpu_topology: tuple[tuple[str, ...], ...] = ()
     """gpu_topology[i][j]: how GPU i reaches GPU j; empty where NVML did not tell."""
 

@@ -1,4 +1,4 @@
-"""`distui checkpoint`: look into what save_state wrote, and take plain weights out of it, in one process."""
+"""`distui checkpoint`: look into what save_state wrote, export its weights, lay it out anew; in one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distui.core.errors import UserError
 
 @click.group("checkpoint", context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """Look into checkpoints, and merge them to safetensors."""
+    """Look into checkpoints, merge them to safetensors, and lay them out for other ranks."""
 
 
 @command.command("inspect")
@@ -84,12 +84,22 @@ def consolidate(folder: Path, output: Path, max_shard_size: str) -> None:
         click.echo(f"{place}: {len(whole)} tensors in {len(names)} file{'s' if len(names) > 1 else ''}")
 
 
-@command.command("reshard", context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def reshard(arguments: tuple[str, ...]) -> None:
-    """Not needed: any number of ranks and any ZeRO stage loads a checkpoint as it is."""
-    raise UserError(
-        "there is nothing to reshard",
-        "load_state reads a checkpoint of any number of ranks and any ZeRO stage",
-        "load it as it is; for plain weights, distui checkpoint consolidate FOLDER OUTPUT",
+@command.command("reshard")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--ranks", required=True, type=click.IntRange(min=1), help="Number of ranks to lay it out for.")
+@click.option("--stage", type=click.IntRange(0, 3), help="ZeRO stage that it is for.  [default: as it was saved]")
+def reshard(folder: Path, output: Path, ranks: int, stage: int | None) -> None:
+    """Write the state in FOLDER to OUTPUT, bit for bit, in the files that another number of ranks would write.
+
+    Training needs it not: any number of ranks and any stage loads any checkpoint as it is.
+    """
+    from distui.core.checkpoint.reshard import reshard as lay_out
+    from distui.tui.format import num_bytes
+
+    facts = lay_out(folder.absolute(), output.absolute(), ranks, stage)
+    total = sum(path.stat().st_size for path in output.iterdir())
+    click.echo(
+        f"{output}: step {facts['step']} for {ranks} rank{'s' if ranks > 1 else ''} under ZeRO-{facts['zero_stage']}, "
+        f"{num_bytes(total)}; any other number of ranks and stage loads it as well"
     )

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,17 @@ def measure_collectives(num_ranks: int, sizes: Sequence[int] = DEFAULT_SIZES) ->
     """
     if num_ranks < 2:
         raise UserError(f"{num_ranks} rank has nobody to send to", "a collective needs two", "give --nproc 2 or more")
+    sizes_text = ",".join(map(str, sizes))
+    rows = run_ranks("distui.launcher.collectives_bench", num_ranks, {"DISTUI_BENCH_SIZES": sizes_text})
+    assert isinstance(rows, list)
+    return rows
+
+
+def run_ranks(module: str, num_ranks: int, environ: Mapping[str, str], timeout_s: float = TIMEOUT_S) -> Any:
+    """Run `python -m MODULE OUT` as `num_ranks` ranks that meet in a file, and return the JSON that rank 0 wrote.
+
+    Raises: UserError where a rank fails or none ends in time, with the rank's last words.
+    """
     with tempfile.TemporaryDirectory(prefix="distui-bench-") as folder:
         out = Path(folder) / "rows.json"
         ranks: list[subprocess.Popen[bytes]] = []
@@ -34,37 +45,34 @@ def measure_collectives(num_ranks: int, sizes: Sequence[int] = DEFAULT_SIZES) ->
                 with open(Path(folder) / f"rank{rank}.log", "wb") as log:
                     ranks.append(
                         subprocess.Popen(
-                            [sys.executable, "-m", "distui.launcher.collectives_bench", str(out)],
-                            env=os.environ | _environment(rank, num_ranks, folder, sizes),
+                            [sys.executable, "-m", module, str(out)],
+                            env={**os.environ, **_environment(rank, num_ranks, folder), **environ},
                             stdin=subprocess.DEVNULL,
                             stdout=log,
                             stderr=subprocess.STDOUT,
                         )
                     )
-            _wait(ranks, Path(folder))
-            rows = json.loads(out.read_text(encoding="utf-8"))
+            _wait(ranks, Path(folder), timeout_s)
+            return json.loads(out.read_text(encoding="utf-8"))
         finally:
             for process in ranks:
                 if process.poll() is None:
                     process.kill()
                 process.wait()
-    assert isinstance(rows, list)
-    return rows
 
 
-def _environment(rank: int, num_ranks: int, folder: str, sizes: Sequence[int]) -> dict[str, str]:
+def _environment(rank: int, num_ranks: int, folder: str) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
         "OMP_NUM_THREADS": "1",
         "DISTUI_BENCH_INIT": f"file://{folder}/rendezvous",
-        "DISTUI_BENCH_SIZES": ",".join(map(str, sizes)),
     }
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> None:
     """Wait until all ranks have ended well; the first that fails ends the wait."""
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     waiting = dict(enumerate(ranks))
     while waiting:
         for rank, process in list(waiting.items()):
@@ -77,14 +85,14 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
                 text = (folder / f"rank{rank}.log").read_text(encoding="utf-8", errors="replace").strip()
                 last = text.splitlines()[-1] if text else "it said nothing"
                 raise UserError(
-                    f"rank {rank} of the collectives measurement ended with status {status}",
+                    f"rank {rank} of the measurement ended with status {status}",
                     last,
                     "see whether a plain torch.distributed script runs here",
                 )
         if time.monotonic() > deadline:
             raise UserError(
-                f"the collectives measurement did not end in {TIMEOUT_S:.0f} s",
-                f"ranks {sorted(waiting)} still run: the interconnect may be stuck",
+                f"the measurement did not end in {timeout_s:.0f} s",
+                f"ranks {sorted(waiting)} still run: the machine is busy, or the interconnect stuck",
                 "try NCCL_DEBUG=INFO, or fewer ranks with --nproc 2",
             )
 

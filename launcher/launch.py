@@ -15,7 +15,7 @@ from pathlib import Path
 
 from distui.core.config import Config
 from distui.core.config_check import check
-from distui.core.errors import EXIT_OK, ConfigError, DaemonUnavailable
+from distui.core.errors import EXIT_OK, ConfigError, DaemonUnavailable, UserError
 from distui.core.hardware import Hardware, detect
 from distui.core.paths import JOB_ENV, RunFolder, daemon_socket, default_runs_dir, new_run_id, write_atomic
 from distui.core.settings import load, to_toml
@@ -130,10 +130,29 @@ def create_run(request: LaunchRequest, config: Config) -> RunFolder:
         "world_size": cluster.nproc * cluster.nodes,
         "num_nodes": cluster.nodes,
         "config_toml": toml,
-        "planned_memory_bytes": {},
+        "planned_memory_bytes": planned_of(config),
     }
     write_spec(run, spec)
     return run
+
+
+def planned_of(config: Config) -> dict[str, int]:
+    """Return what a rank's memory should hold, by category; empty where run.model does not name a known model.
+
+    A script's own model is not built here, since that takes a process of its own: `distui plan --script` does.
+    """
+    from distui.core.plan.models import load_model
+    from distui.core.plan.planned import planned_memory
+
+    if not config.run.model or ".py:" in config.run.model:
+        return {}
+    try:
+        model = load_model(config.run.model)
+    except UserError as error:
+        print(f"distui: memory is not planned: run.model: {error.what}", file=sys.stderr)
+        return {}
+    assert isinstance(config.cluster.nproc, int)
+    return planned_memory(config, model, detect(), config.cluster.nproc * config.cluster.nodes)
 
 
 def wants_screen(request: LaunchRequest) -> bool:

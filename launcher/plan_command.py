@@ -39,7 +39,8 @@ def parse_bytes(text: str) -> int:
 
 
 @click.command("plan", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", "model_text", required=True, help="Preset, config.json, its folder, or a count such as 7B.")
+@click.option("--model", "model_text", help="Preset, config.json, its folder, or a count such as 7B.")
+@click.option("--script", metavar="FILE.py:FUNC", help="A function that builds the model; measured on the meta device.")
 @click.option(
     "--hardware", "hardware_text", default="detect", show_default=True, help="8xA100-40GB, 4x8xH100-80GB, ..."
 )
@@ -52,6 +53,21 @@ def parse_bytes(text: str) -> int:
 @click.option("--optimizer", default="adamw", show_default=True, help="Optimizer whose states are counted.")
 @click.option("--goal", type=click.Choice(["throughput", "memory", "cost"]), default="throughput", show_default=True)
 @click.option("--margin", type=click.FloatRange(0, 0.9), default=0.08, show_default=True, help="Memory kept free.")
+@click.option(
+    "--backend",
+    "backend",
+    type=click.Choice(["native", "ddp", "fsdp2", "deepspeed", "all"]),
+    default="native",
+    show_default=True,
+)
+@click.option(
+    "--compression",
+    type=click.Choice(["none", "onebit", "int8", "fp8", "all"]),
+    default="none",
+    show_default=True,
+    help="Format of gradients between ranks.",
+)
+@click.option("--calibrate", is_flag=True, help="First measure this machine by a short run, and keep it for plans.")
 @click.option("--host-memory", help="Host memory of a node of a named machine, such as 512GiB.")
 @click.option("--network-gbits", type=click.FloatRange(min=0.001), help="Network of a node in Gbit/s.")
 @click.option("--available", "available_only", is_flag=True, help="Only what this version of distui can run.")
@@ -59,22 +75,31 @@ def parse_bytes(text: str) -> int:
 @click.option("--explain", "explained", metavar="NAME", help="Every number of one plan, with formula and source.")
 @click.option("--json", "as_json", is_flag=True, help="For other programs.")
 def command(
-    model_text: str,
+    model_text: str | None,
+    script: str | None,
     hardware_text: str,
     sequence_length: int | None,
     host_memory: str | None,
     network_gbits: float | None,
+    backend: str,
+    compression: str,
+    calibrate: bool,
     show_all: bool,
     explained: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Rank every strategy by predicted memory per rank and throughput, and say why the others do not fit."""
-    from distui.core.plan.models import load_model
-    from distui.core.plan.search import plan_all
+    from distui.core.plan.search import BACKENDS, COMPRESSIONS, plan_all
 
-    model = load_model(model_text, sequence_length)
     hardware = read_hardware(hardware_text, host_memory, network_gbits)
+    if calibrate:
+        hardware = run_calibration(hardware, options["nproc"])
+        if model_text is None and script is None:
+            return
+    model = read_model(model_text, script, sequence_length)
+    options["backends"] = tuple(BACKENDS) if backend == "all" else (backend,)
+    options["compressions"] = COMPRESSIONS if compression == "all" else (compression,)
     plans = plan_all(model, hardware, **options)
     if explained is not None:
         plan = find_plan(plans, explained)
@@ -90,6 +115,45 @@ def command(
         click.echo(json.dumps(found, indent=1))
         return
     print_plans(model, hardware, plans, None if show_all else NUM_SHOWN, options["margin"])
+
+
+def run_calibration(hardware: Hardware, nproc: int | None) -> Hardware:
+    """Measure this machine and say on stderr what came out."""
+    from distui.launcher.calibrate import calibrate, report
+
+    click.echo("distui: calibrating; this takes up to a minute", err=True)
+    hardware = calibrate(hardware, nproc)
+    for line in report(hardware, nproc or hardware.ranks_per_node):
+        click.echo(f"  {line}", err=True)
+    return hardware
+
+
+def read_model(text: str | None, script: str | None, sequence_length: int | None) -> ModelSpec:
+    """Return the model that the options name, or else the one that distui.toml remembers.
+
+    Raises: UserError where there is none, or two.
+    """
+    from distui.core.plan.models import load_model
+    from distui.core.settings import load
+    from distui.launcher.script_model import load_script_model
+
+    if text is not None and script is not None:
+        raise UserError("--model and --script are both given", "each names a model", "leave one of them out")
+    if script is not None:
+        return load_script_model(script, sequence_length)
+    text = text or load(None, {}).config.run.model
+    if not text:
+        raise UserError(
+            "no model is named",
+            "neither --model nor --script is given, and no distui.toml here has run.model",
+            "write --model llama-7b, --model 7B, --model path/of/config.json or --script train.py:build_model",
+        )
+    return load_script_model(text, sequence_length) if is_script(text) else load_model(text, sequence_length)
+
+
+def is_script(text: str) -> bool:
+    """Tell whether a remembered model is FILE.py:FUNCTION."""
+    return ".py:" in text
 
 
 def read_hardware(text: str, host_memory: str | None, network_gbits: float | None) -> Hardware:

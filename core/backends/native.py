@@ -18,6 +18,7 @@ from distui.core.config_check import offload_problems
 from distui.core.errors import ConfigError, UserError
 from distui.core.offload.homes import Offload
 from distui.core.precision import DTYPES, apply_border_casts
+from distui.core.sharding.compression import Compression
 from distui.core.sharding.optim import ShardedOptimizer
 from distui.core.sharding.sharded import ShardedModel
 
@@ -30,6 +31,7 @@ class NativeBackend(Backend):
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
         super().__init__(config, group)
         self._models: dict[int, ShardedModel] = {}
+        self._casts: list[Any] = []
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Lay `model` out in flat buffers, in place. Collective."""
@@ -45,9 +47,10 @@ class NativeBackend(Backend):
                 compute_dtype=None if precision.dtype == "fp32" else DTYPES[precision.dtype],
                 reduce_in_fp32=precision.reduce_dtype == "fp32",
                 offload=Offload(home.optimizer, home.params, home.nvme_path),
+                compression=Compression.of(self.config.compression),
             )
             if precision.dtype != "fp32":
-                apply_border_casts(model, DTYPES[precision.dtype])
+                self._casts += apply_border_casts(model, DTYPES[precision.dtype])
         return model
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
@@ -169,7 +172,16 @@ class NativeBackend(Backend):
         """Return the seconds that this rank was blocked in collectives since the last call."""
         seconds = 0.0
         for sharded in self._models.values():
-            for transport in {id(t): t for t in (sharded.transport, sharded.gathers) if t is not None}.values():
+            for transport in sharded.transports:
                 seconds += transport.exposed_s
                 transport.exposed_s = 0.0
         return seconds
+
+    def free(self) -> None:
+        """Take all hooks off the models and forget them. Collective."""
+        for sharded in self._models.values():
+            sharded.remove()
+        for cast in self._casts:
+            cast.remove()
+        self._casts.clear()
+        self._models.clear()

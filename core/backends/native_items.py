@@ -12,7 +12,8 @@ from distui.core.backends.base import Part
 from distui.core.backends.plain_items import states_of
 from distui.core.checkpoint.flat import CellShard, FlatShard
 from distui.core.offload.home import CellSlice
-from distui.core.sharding.optim import FlatRun, ShardedOptimizer
+from distui.core.sharding.optim import ShardedOptimizer
+from distui.core.sharding.runs import FlatRun
 from distui.core.sharding.sharded import ShardedModel
 from distui.core.sharding.unit import Unit
 
@@ -82,13 +83,17 @@ def _params_of(run: FlatRun) -> list[tuple[str, int]]:
 
 
 def _state_item(run: FlatRun, index: int, value: torch.Tensor | CellSlice, part: Part | None) -> torch.Tensor:
-    if isinstance(value, torch.Tensor) and not value.dim():
-        return value
+    if isinstance(value, torch.Tensor):
+        if value.shape != run.shape:
+            return value  # a number, or what an optimizer keeps of rows and columns: whole, with its own shape
+        value = value.reshape(-1)
     span = run.unit.layout.spans[index]
+    if run.is_owned:
+        return _range(value, 0, span.numel, 0, span.numel)
     base = run.unit.layout.shard(run.unit.rank)[0] + run.start
     low, high = _held(run.unit, index, base, base + run.end - run.start, part)
     at = span.offset + low - base
-    return _range(value if isinstance(value, CellSlice) else value.reshape(-1), at, high - low, low, span.numel)
+    return _range(value, at, high - low, low, span.numel)
 
 
 def allocate_states(optimizer: ShardedOptimizer, saved: Mapping[str, Any]) -> None:
@@ -97,9 +102,11 @@ def allocate_states(optimizer: ShardedOptimizer, saved: Mapping[str, Any]) -> No
         optimizer.flat.forget()
     for runs in optimizer.runs:
         for run in runs:
-            for name, _ in _params_of(run):
+            for name, index in _params_of(run):
+                flattened = torch.Size([run.unit.layout.spans[index].numel])
                 for key, meta in states_of(name, saved):
-                    optimizer.make_state(run, key, meta.size, meta.properties.dtype)
+                    shape = torch.Size(run.shape) if meta.size == flattened else meta.size
+                    optimizer.make_state(run, key, shape, meta.properties.dtype)
 
 
 def loaded(sharded: ShardedModel) -> None:

@@ -30,8 +30,10 @@ class PreparedOptimizer(torch.optim.Optimizer):
         self.after_step: Callable[[Any], None] = lambda _: None
         self.skip_next = False
         """Set before a step that must not happen (fp16 overflow, on all ranks alike)."""
-        self.unscaled = False
-        """Whether the loss scale is in `grad_factor` already."""
+        self.loss_scale = 1.0
+        """The loss scale that `grad_factor` takes out already."""
+        self.siblings: list[PreparedOptimizer] = [self]
+        """The optimizers of the same model, with this one: a step is over when all of them have stepped."""
 
     # ---- what a backend does -------------------------------------------------------------------------------------
 
@@ -111,7 +113,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
         """Forget the gradients; nothing while they accumulate."""
         if self.step_allowed():
             self.discard_gradients(set_to_none)
-            self.grad_factor = 1.0
+            self.grad_factor = self.loss_scale = 1.0
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step on all ranks alike. Collective: all ranks.
@@ -128,7 +130,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
             return
         self.finish_gradients()
         self.before_step(self)
-        factor, self.grad_factor = self.grad_factor, 1.0
+        factor, self.grad_factor, self.loss_scale = self.grad_factor, 1.0, 1.0
         self.step_was_skipped, self.skip_next = self.skip_next, False
         if self.step_was_skipped:
             self.skip()
@@ -145,6 +147,13 @@ class PreparedOptimizer(torch.optim.Optimizer):
         """Put the inner optimizer into evaluation mode, where it has one."""
         if callable(getattr(self.inner, "eval", None)):
             self.inner.eval()  # type: ignore[attr-defined]
+
+
+def unscale(optimizer: PreparedOptimizer, loss_scale: float) -> None:
+    """Take the loss scale out of the gradients at the next step, once."""
+    # Another model's step may have changed the scale since this was called last.
+    optimizer.grad_factor *= optimizer.loss_scale / loss_scale
+    optimizer.loss_scale = loss_scale
 
 
 def prefer_fused(group: dict[str, Any]) -> None:

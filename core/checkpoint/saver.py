@@ -84,7 +84,7 @@ class Saver:
             target=Path(output_dir).absolute(),
             rank=engine.process_index,
             items=state.items_to_save(engine),
-            random=_serialised({"random": state.random_states()}),
+            random=_serialised({"random": state.random_states(), "onebit": state.onebit_states(engine)}),
             common=_serialised(state.common_state(engine)) if engine.is_main_process else b"",
             facts=state.facts(engine),
             keep=keep,

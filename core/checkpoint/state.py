@@ -145,11 +145,26 @@ def load(engine: Engine, input_dir: str) -> None:
         engine.backend.loaded(model)
     common = torch.load(source / "state.pt", weights_only=True)
     _load_common(engine, common)
-    random_file = source / f"rank{engine.process_index}.pt"
-    if random_file.exists():
-        _set_random_states(torch.load(random_file, weights_only=True)["random"])
+    own_file = source / f"rank{engine.process_index}.pt"
+    kept = torch.load(own_file if own_file.exists() else source / "rank0.pt", weights_only=True, map_location="cpu")
+    if own_file.exists():
+        _set_random_states(kept["random"])
+    _load_onebit(engine, kept.get("onebit", []))
     if dist.is_initialized():
         engine.wait_for_everyone()
+
+
+def onebit_states(engine: Engine) -> list[dict[str, Any] | None]:
+    """Return what 1-bit Adam keeps on this rank, for each optimizer; None where it has none."""
+    held = [getattr(optimizer, "onebit", None) for optimizer in engine._optimizers]
+    return [onebit.state_dict() if onebit is not None else None for onebit in held]
+
+
+def _load_onebit(engine: Engine, saved: list[dict[str, Any] | None]) -> None:
+    for index, optimizer in enumerate(engine._optimizers):
+        onebit = getattr(optimizer, "onebit", None)
+        if onebit is not None:
+            onebit.load_state_dict(saved[index] if index < len(saved) else None)
 
 
 def _load_common(engine: Engine, common: dict[str, Any]) -> None:

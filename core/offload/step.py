@@ -21,7 +21,7 @@ from distui.core.sharding.elementwise import probe_states
 from distui.core.sharding.layout import round_up
 
 if TYPE_CHECKING:
-    from distui.core.sharding.optim import FlatRun
+    from distui.core.sharding.runs import FlatRun
     from distui.core.sharding.unit import Unit
 
 NUM_FRAMES = 3
@@ -121,9 +121,13 @@ class UnitStream:
         params = [group["params"] for group in groups]
         before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         try:
-            here = self._fetch(0) if self._works else {}
-            for index, work in enumerate(self._works):
-                following = self._fetch(index + 1) if index + 1 < len(self._works) else {}
+            # As in plain torch, what has no gradient is not stepped; it is the same on all ranks.
+            works = [work for work in self._works if work.unit.has_gradient]
+            here = self._fetch(works[0], self._frames[0]) if works else {}
+            for index, work in enumerate(works):
+                following = {}
+                if index + 1 < len(works):
+                    following = self._fetch(works[index + 1], self._frames[(index + 1) % len(self._frames)])
                 frame = self._frames[index % len(self._frames)]
                 frame.finish()
                 self._bind(work, here, factor)
@@ -161,9 +165,8 @@ class UnitStream:
         assert found is not None
         return found
 
-    def _fetch(self, index: int) -> dict[str, torch.Tensor]:
+    def _fetch(self, work: _Work, frame: _Frame) -> dict[str, torch.Tensor]:
         """Start to bring a unit's tensors here; return where they arrive."""
-        work, frame = self._works[index], self._frames[index % len(self._frames)]
         unit, numel = work.unit, work.unit.layout.shard_numel
         cells: dict[str, Cell | None] = {"master": self._master(unit), "grad": self._gradient(unit)}
         present = set().union(*work.moved.values()) if work.moved else set()
@@ -189,12 +192,12 @@ class UnitStream:
         grad = here.get("grad")
         if grad is None:
             grad = self._at_hand(unit.grad_cell, unit.grad_shard)
-        if factor != 1.0:
-            grad.mul_(factor)
         for _, run in work.runs:
             if master is not None:
                 run.param.data = master[run.start : run.end].view(run.shape)
             piece = grad[run.start : run.end].view(run.shape)
+            if factor != 1.0:
+                piece.mul_(factor)
             run.param.grad = piece if piece.dtype == run.param.dtype else piece.to(run.param.dtype)
             for key in work.moved.get(id(run), ()):
                 self._inner.state[run.param][key] = here[f"state.{key}"][run.start : run.end].view(run.shape)

@@ -74,7 +74,9 @@ def _changes(strategy: Strategy, kind: str) -> Iterator[tuple[str, Strategy]]:
             "full",
         ):
             yield f"{mode} activation checkpointing", replace(strategy, activation_checkpointing=mode)
-    if strategy.data_parallel > 1 and strategy.pipeline_parallel == 1:
+    if strategy.num_shards > 1 and strategy.pipeline_parallel == 1:
+        if strategy.backend == "ddp" or strategy.compression == "onebit":
+            return
         for stage in range(strategy.zero_stage + 1, 4):
             yield f"ZeRO-{stage}", replace(strategy, zero_stage=stage)
         if strategy.activation_checkpointing != "full":
@@ -84,7 +86,7 @@ def _changes(strategy: Strategy, kind: str) -> Iterator[tuple[str, Strategy]]:
 
 
 def _offloads(strategy: Strategy, kind: str) -> Iterator[tuple[str, Strategy]]:
-    if kind != "cuda" or strategy.optimizer_home != "none":
+    if kind != "cuda" or strategy.optimizer_home != "none" or strategy.backend != "native":
         return
     stage = max(1, strategy.zero_stage)
     yield "the optimizer on cpu", replace(strategy, zero_stage=stage, optimizer_home="cpu")
@@ -97,7 +99,7 @@ def _offloads(strategy: Strategy, kind: str) -> Iterator[tuple[str, Strategy]]:
 
 def _least_data_parallel(strategy: Strategy, fits: Callable[[Strategy], bool]) -> int | None:
     """Return the least number of data-parallel ranks that fits, by doubling and then halving the interval."""
-    cut = strategy.tensor_parallel * strategy.pipeline_parallel
+    cut = strategy.tensor_parallel * strategy.pipeline_parallel * strategy.context_parallel
     low, high = strategy.data_parallel, strategy.data_parallel * 2
     while not fits(replace(strategy, data_parallel=high)):
         low, high = high, high * 2

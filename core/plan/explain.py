@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from distui.core.hardware import Hardware
 from distui.core.plan.memory import (
-    CPU_PROCESS_BYTES,
     Footprint,
     Strategy,
     activation_elements,
@@ -14,17 +13,8 @@ from distui.core.plan.memory import (
     footprint,
     local_parameters,
 )
-from distui.core.plan.time import (
-    CPU_EFFICIENCY,
-    HOPPER_FACTOR,
-    LINK_EFFICIENCY,
-    OVERLAP_SLOWDOWN,
-    Rates,
-    Timing,
-    link,
-    rates_of,
-    step_time,
-)
+from distui.core.plan.rates import CPU_EFFICIENCY, HOPPER_FACTOR, LINK_EFFICIENCY, Rates, link, rates_of
+from distui.core.plan.time import OVERLAP_SLOWDOWN, Timing, step_time
 from distui.core.plan.types import ModelSpec, Plan, Term
 
 ZERO = "ZeRO, arXiv 1910.02054, section 3 and 5"
@@ -54,9 +44,13 @@ def explain(
         dtype=plan.precision,
         reduce_dtype=plan.reduce_dtype,
         optimizer=plan.optimizer,
+        context_parallel=plan.context_parallel,
+        expert_parallel=plan.expert_parallel,
+        compression=plan.compression,
+        backend=plan.backend,
     )
     rates = rates_of(hardware, plan.precision, ranks)
-    memory = footprint(model, strategy, rates.device_kind)
+    memory = footprint(model, strategy, rates.device_kind, rates.baseline_bytes)
     return terms_of(model, strategy, hardware, rates, memory, step_time(model, strategy, rates))
 
 
@@ -66,15 +60,15 @@ def terms_of(
     """Return the terms of memory, then of time; a time term whose rate is unknown is left out."""
     return [
         *_memory(model, strategy, memory, rates),
-        *_rates(strategy, hardware, rates, timing),
+        *_rates(model, strategy, hardware, rates, timing),
         *_time(timing, strategy),
     ]
 
 
 def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rates) -> list[Term]:
     c, g, o = bytes_per_parameter(strategy.dtype, strategy.reduce_dtype, strategy.optimizer)
-    P, B, R = local_parameters(model, strategy.tensor_parallel, strategy.pipeline_parallel)
-    N, stage = strategy.data_parallel, strategy.zero_stage
+    P, B, R = local_parameters(model, strategy.tensor_parallel, strategy.pipeline_parallel, strategy.expert_parallel)
+    N, stage = strategy.num_shards, strategy.zero_stage
 
     def over(first_stage: int) -> str:
         return f" / N={N}" if stage >= first_stage else ""
@@ -92,9 +86,13 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
     framework = (
         "driver context 0.5 GiB" + (", NCCL 0.3 GiB" if strategy.world_size > 1 else "")
         if rates.device_kind == "cuda"
-        else f"a rank beyond its tensors, {CPU_PROCESS_BYTES >> 20} MiB"
+        else f"a rank beyond its tensors, {memory.framework >> 20} MiB"
     )
-    note = "torch's out-of-memory messages; NCCL's part is an assumption" if rates.device_kind == "cuda" else "measured"
+    note = (
+        "torch's out-of-memory messages; NCCL's part is an assumption"
+        if rates.device_kind == "cuda"
+        else (rates.measured.origin if rates.measured and rates.baseline_bytes else "measured on another machine")
+    )
     terms = [
         Term("parameters of a rank's part (P)", P, "1", f"{model.source}; over TP x PP", "shapes"),
         Term("parameters", memory.parameters, "bytes", f"c={c} x P{over(3)}{params_home}", ZERO),
@@ -126,9 +124,25 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
     return terms
 
 
-def _rates(strategy: Strategy, hardware: Hardware, rates: Rates, timing: Timing) -> list[Term]:
-    terms = []
+def _tokens(model: ModelSpec, strategy: Strategy) -> float:
+    return strategy.micro_size * model.sequence_length / strategy.context_parallel
+
+
+def _rates(model: ModelSpec, strategy: Strategy, hardware: Hardware, rates: Rates, timing: Timing) -> list[Term]:
+    terms: list[Term] = []
     measured = "measured by distui doctor"
+    if (kept := rates.measured) is not None:
+        compute = kept.rate(strategy.dtype, model.hidden_size / strategy.tensor_parallel, _tokens(model, strategy))
+        if compute is not None:
+            formula = f"at h={model.hidden_size} and {_tokens(model, strategy):.0f} tokens"
+            terms.append(Term("achieved compute rate", compute, "FLOP/s", formula, kept.origin))
+        if kept.optimizer_bandwidth:
+            terms.append(Term("optimizer's bandwidth", kept.optimizer_bandwidth, "bytes/s", "fused AdamW", kept.origin))
+        for op, (delay, rate) in kept.collectives.items():
+            terms.append(Term(f"{op}: alpha", delay, "s", "small messages", kept.origin))
+            terms.append(Term(f"{op}: beta", rate, "bytes/s", "large messages, (N-1)/N of the bytes", kept.origin))
+        if hardware.nodes == 1:
+            return terms
     source = hardware.gpus_per_node[0].facts_source if hardware.gpus_per_node else measured
     if rates.peak_flops is not None:
         terms.append(Term("peak of a rank", rates.peak_flops, "FLOP/s", f"dense {strategy.dtype}", source))
@@ -139,10 +153,10 @@ def _rates(strategy: Strategy, hardware: Hardware, rates: Rates, timing: Timing)
         terms.append(Term("achieved share of the peak", timing.efficiency, "1", formula, origin))
     if rates.memory_bandwidth is not None:
         terms.append(Term("memory bandwidth of a rank", rates.memory_bandwidth, "bytes/s", "", source))
-    if strategy.data_parallel > 1:
-        beta, alpha = link(rates, strategy.data_parallel, strategy.tensor_parallel)
+    if strategy.num_shards > 1:
+        beta, alpha = link(rates, strategy.num_shards, strategy.tensor_parallel)
         if beta is not None:
-            crosses = strategy.data_parallel * strategy.tensor_parallel > rates.ranks_per_node
+            crosses = strategy.num_shards * strategy.tensor_parallel > rates.ranks_per_node
             over = "network between nodes" if crosses else rates.intra_name
             origin = hardware.node_bandwidth_source if crosses else source
             formula = f"{over}, x {LINK_EFFICIENCY} achieved" if rates.device_kind == "cuda" else over
@@ -167,6 +181,25 @@ def _time(timing: Timing, strategy: Strategy) -> list[Term]:
         ("recomputation", timing.recompute_s, "checkpointed share x forward", "arXiv 2205.05198"),
         ("pipeline bubble", timing.bubble_s, "(PP - 1) x micro-batch", f"{MEGATRON}, section 2.2"),
         ("model-parallel communication", timing.tensor_s, "4 all-reduces a layer, sends between stages", MEGATRON),
+        (
+            "context-parallel communication",
+            timing.context_s,
+            "3 x 2c x tokens x kv heads x (CP-1) a layer beyond the attention beside it",
+            "ring attention, arXiv 2310.01889",
+        ),
+        (
+            "expert-parallel communication",
+            timing.expert_s,
+            "4 all-to-alls a layer of c x tokens x k x h x (EP-1)/EP",
+            "GShard, arXiv 2006.16668",
+        ),
+        ("compression", timing.compression_s, "gradients read and written on both sides / memory bandwidth", ENGINE),
+        (
+            "copies of the backend",
+            timing.backend_s,
+            f"{strategy.backend}: copies of units, gradients or casts / memory bandwidth",
+            "torch.distributed.fsdp, DeepSpeed: their source",
+        ),
         (
             "exposed communication",
             timing.exposed_s,

@@ -45,11 +45,20 @@ class Strategy:
     dtype: str
     reduce_dtype: str
     optimizer: str
+    context_parallel: int = 1
+    expert_parallel: int = 1
+    compression: str = "none"
+    backend: str = "native"
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
-        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+        """All ranks; expert parallelism lives inside the data-parallel ones."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+
+    @property
+    def num_shards(self) -> int:
+        """Ranks that would hold the same states: they average gradients, and states are sharded over them."""
+        return self.data_parallel * self.context_parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +110,13 @@ def bytes_per_parameter(dtype: str, reduce_dtype: str, optimizer: str) -> tuple[
     return compute, gradient, OPTIMIZER_STATE_BYTES[optimizer] + master
 
 
-def local_parameters(model: ModelSpec, tensor_parallel: int, pipeline_parallel: int) -> tuple[float, float, float]:
+def local_parameters(
+    model: ModelSpec, tensor_parallel: int, pipeline_parallel: int, expert_parallel: int = 1
+) -> tuple[float, float, float]:
     """Return P, B, R of the rank that holds most."""
-    block, root, layers = model.block_parameters, model.root_parameters, model.num_layers
+    root, layers = model.root_parameters, model.num_layers
+    elsewhere = model.expert_parameters / layers * (1 - 1 / expert_parallel)
+    block = model.block_parameters - elsewhere
     if pipeline_parallel > 1:
         layers = -(-layers // pipeline_parallel)
         # The first stage has the embeddings, the last one the output projection; tied ones are held by both.
@@ -111,7 +124,7 @@ def local_parameters(model: ModelSpec, tensor_parallel: int, pipeline_parallel: 
         root = max(model.embedding_parameters or head, head) + model.hidden_size
     unit = block
     if block < SMALL_UNIT_PARAMETERS:
-        unit = block * min(layers, max(1, SMALL_UNIT_PARAMETERS // max(1, block)))
+        unit = block * min(layers, max(1, int(SMALL_UNIT_PARAMETERS // max(1, block))))
     return (
         (layers * block + root) / tensor_parallel,
         unit / tensor_parallel,
@@ -126,6 +139,8 @@ def activation_elements(model: ModelSpec) -> int:
     feed-forward's tensors: 2i for an activation between two matrices, 4i for a gated one, once an expert. GPT-2 shapes
     give 16h, 32 bytes in 16-bit formats, as measured to 0.3%. Source: arXiv 2205.05198, section 4, without dropout.
     """
+    if model.measured_activation_elements:
+        return math.ceil(model.measured_activation_elements)
     head = model.head_size or model.hidden_size // model.num_heads
     attention = (2 * model.num_heads + 2 * model.num_kv_heads) * head
     experts = model.experts_per_token
@@ -134,16 +149,26 @@ def activation_elements(model: ModelSpec) -> int:
     return 4 * model.hidden_size + attention + mlp + routed
 
 
-def footprint(model: ModelSpec, strategy: Strategy, device_kind: str) -> Footprint:
-    """Return the memory of one rank at the peak of a step (the start of backward)."""
+def footprint(model: ModelSpec, strategy: Strategy, device_kind: str, baseline_bytes: int | None = None) -> Footprint:
+    """Return the memory of one rank at the peak of a step (the start of backward).
+
+    `baseline_bytes`: of a CPU rank beyond its tensors, where a calibration measured it.
+    """
     c, g, o = bytes_per_parameter(strategy.dtype, strategy.reduce_dtype, strategy.optimizer)
-    P, B, R = local_parameters(model, strategy.tensor_parallel, strategy.pipeline_parallel)
-    N, stage = strategy.data_parallel, strategy.zero_stage
-    parameters = c * P / (N if stage >= 3 else 1)
-    gradients = g * P / (N if stage >= 2 else 1)
-    states = o * P / (N if stage >= 1 else 1)
+    tensor, pipeline = strategy.tensor_parallel, strategy.pipeline_parallel
+    P, B, R = local_parameters(model, tensor, pipeline, strategy.expert_parallel)
+    stage = strategy.zero_stage
+    # An expert's states are sharded over the N / EP ranks that hold that expert: the same 1/N of all of them.
+    S = local_parameters(model, tensor, pipeline)[0] / strategy.num_shards
     host = nvme = 0.0
-    buffers = transient_buffers(strategy, c, g, o, B, R, model.num_layers, device_kind)
+    if strategy.backend == "native":
+        parameters = c * (S if stage >= 3 else P)
+        gradients = g * (S if stage >= 2 else P)
+        states = o * (S if stage >= 1 else P)
+        buffers = transient_buffers(strategy, c, g, o, B, R, model.num_layers, device_kind)
+        buffers += compression_buffers(strategy, g, P, B, R)
+    else:
+        parameters, gradients, states, buffers = peer_states(strategy, P, S, B, R)
     if strategy.optimizer_home != "none":
         host, nvme = (host + states, nvme) if strategy.optimizer_home == "cpu" else (host, nvme + states)
         states = 0.0
@@ -154,7 +179,7 @@ def footprint(model: ModelSpec, strategy: Strategy, device_kind: str) -> Footpri
     if device_kind == "cuda":
         framework = CUDA_CONTEXT_BYTES + (NCCL_BYTES if strategy.world_size > 1 else 0)
     else:
-        framework = CPU_PROCESS_BYTES
+        framework = baseline_bytes or CPU_PROCESS_BYTES
     return Footprint(
         parameters=math.ceil(parameters),
         gradients=math.ceil(gradients),
@@ -177,7 +202,7 @@ def transient_buffers(
     (2gB) and of the root (gR). On gloo, reduce-scatter receives each peer's part: (N-1)/N of two units and the root.
     Offloaded optimizer states stream through two pieces of the largest unit.
     """
-    N, stage = strategy.data_parallel, strategy.zero_stage
+    N, stage = strategy.num_shards, strategy.zero_stage
     in_flight = min(2, num_layers) * B + R
     bytes_ = 0.0
     if stage >= 3 and (N > 1 or strategy.params_home != "none"):
@@ -191,6 +216,54 @@ def transient_buffers(
     return bytes_
 
 
+def wire_bytes(compression: str, g: float) -> float:
+    """Return the bytes that an element of a gradient takes between ranks.
+
+    One bit and a fp32 scale for 1,024 elements (1-bit Adam, arXiv 2102.02888), or 8 bits and a scale for 256 (ZeRO++,
+    arXiv 2306.10209, section 3.3).
+    """
+    return {"none": g, "onebit": 1 / 8 + 4 / 1024, "int8": 1 + 4 / 256, "fp8": 1 + 4 / 256}[compression]
+
+
+def compression_buffers(strategy: Strategy, g: float, P: float, B: float, R: float) -> float:
+    """Return what compressed gradients need: messages of two units and the root, out and in; one bit keeps error too.
+
+    1-bit Adam keeps the frozen variance's divisor and the worker's error in fp32 for all P, the server's for P/N.
+    """
+    if strategy.compression == "none" or strategy.num_shards == 1:
+        return 0.0
+    messages = 2 * wire_bytes(strategy.compression, g) * (2 * B + R)
+    return messages + (8 * P + 4 * P / strategy.num_shards if strategy.compression == "onebit" else 0.0)
+
+
+DEEPSPEED_BUCKET = 500_000_000
+"""Elements of DeepSpeed's reduce_bucket_size, allgather_bucket_size by default (its config documentation)."""
+
+
+def peer_states(strategy: Strategy, P: float, S: float, B: float, R: float) -> tuple[float, float, float, float]:
+    """Return parameters, gradients, optimizer states and buffers under the backends ddp, fsdp2 and deepspeed.
+
+    ddp: fp32 throughout, gradients are views of its buckets; autocast keeps 16-bit copies of weights in forward.
+    fsdp2: fp32 shards; all-gather and reduce-scatter copy, so a unit is there twice, and stage 2 keeps all parameters
+    whole between forward and backward (torch.distributed.fsdp). deepspeed: a master copy even in fp32, and a bucket
+    to reduce and one to gather (deepspeed/runtime/zero).
+    """
+    moments = OPTIMIZER_STATE_BYTES[strategy.optimizer]
+    c = 4 if strategy.dtype == "fp32" else 2
+    g = 4 if strategy.reduce_dtype == "fp32" else c
+    stage, several = strategy.zero_stage, strategy.num_shards > 1
+    if strategy.backend == "ddp":
+        return 4 * P, 4 * P, moments * P, 2 * P if c == 2 else 0.0
+    if strategy.backend == "fsdp2":
+        copies = 2 * (c + g) * (2 * B + R) if several else 0.0
+        return 4 * S, 4 * S, moments * S, copies + (c * P if stage < 3 else 0.0)
+    bucket = min(DEEPSPEED_BUCKET, P)
+    parameters = c * (S if stage >= 3 else P)
+    gradients = c * (S if stage >= 2 else P)
+    states = (moments + 4) * (S if stage >= 1 else P)
+    return parameters, gradients, states, 2 * c * bucket if several and stage else 0.0
+
+
 def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[float, float]:
     """Return the bytes of stored activations (with the working set of backward) and of the logits.
 
@@ -198,7 +271,7 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
     for every second layer. Logits: the logits, their log-softmax, and the gradient, 3cV a token (arXiv 2205.05198 has
     2..6 bytes a token and entry).
     """
-    tokens = strategy.micro_size * model.sequence_length
+    tokens = strategy.micro_size * model.sequence_length / strategy.context_parallel
     tensor, pipeline = strategy.tensor_parallel, strategy.pipeline_parallel
     layers = -(-model.num_layers // pipeline)
     h = model.hidden_size
@@ -207,7 +280,8 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
     if strategy.activation_checkpointing == "full":
         stored = layers * kept_input + layer
     elif strategy.activation_checkpointing == "selective":
-        stored = (layers - layers // 2) * layer + (layers // 2) * kept_input + layer
+        again = -(-layers // 2)  # the engine recomputes the first block, and every second one after it
+        stored = (layers - again) * layer + again * kept_input + layer
     else:
         stored = layers * layer
     ends = 3 * kept_input  # the embeddings' output, the last norm's input and output

@@ -84,6 +84,7 @@ def decoder(
         num_experts=num_experts,
         experts_per_token=experts_per_token,
         num_active_parameters=total - idle_experts if num_experts > 1 else 0,
+        expert_parameters=num_layers * num_experts * mlp if num_experts > 1 else 0,
         head_parameters=output,
         embedding_parameters=positions + (0 if tied_embeddings else token_embedding),
         source=source or "shapes",

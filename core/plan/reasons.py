@@ -3,21 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+from distui.core.config import Config
+from distui.core.config_check import check
 from distui.core.plan.memory import Footprint, Strategy
 from distui.core.plan.request import Request
 from distui.core.plan.time import Timing
 from distui.core.plan.types import GIB
 
-AVAILABLE_CHECKPOINTING = ("none", "selective", "full")
-"""Modes of activation checkpointing that the engine has."""
-
 
 def is_available(strategy: Strategy) -> bool:
-    """Tell whether this version of distui runs the strategy (see also distui.core.config_check)."""
-    offloads = strategy.optimizer_home != "none" or strategy.params_home != "none"
-    cut = strategy.tensor_parallel * strategy.pipeline_parallel > 1
-    return not cut and not offloads and strategy.activation_checkpointing in AVAILABLE_CHECKPOINTING
+    """Tell whether this version of distui runs the strategy: whether `distui.core.config_check` finds nothing."""
+    return _can_launch(
+        strategy.backend,
+        strategy.zero_stage,
+        strategy.optimizer_home,
+        strategy.params_home,
+        strategy.compression,
+        strategy.dtype,
+        min(strategy.tensor_parallel, 2),
+        min(strategy.pipeline_parallel, 2),
+        min(strategy.context_parallel, 2),
+        min(strategy.expert_parallel, 2),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _can_launch(
+    backend: str,
+    stage: int,
+    optimizer_home: str,
+    params_home: str,
+    compression: str,
+    dtype: str,
+    tensor: int,
+    pipeline: int,
+    context: int,
+    expert: int,
+) -> bool:
+    config = Config.model_validate(
+        {
+            "strategy": {
+                "backend": backend,
+                "zero_stage": stage,
+                "tensor_parallel": tensor,
+                "pipeline_parallel": pipeline,
+                "context_parallel": context,
+                "expert_parallel": expert,
+            },
+            "precision": {"dtype": dtype},
+            "offload": {"optimizer": optimizer_home, "params": params_home},
+            "compression": {"gradients": compression},
+        }
+    )
+    # Which folder NVMe homes get is asked later.
+    return all(problem.path == "offload.nvme_path" for problem in check(config))
 
 
 def fits_in(request: Request, strategy: Strategy, memory: Footprint) -> bool:
@@ -60,10 +101,18 @@ def strategy_name(strategy: Strategy) -> str:
     """Return a name that is unique among the plans of one request."""
     alone = "one device" if strategy.world_size == 1 else "DDP"
     words = [alone if strategy.zero_stage == 0 else f"ZeRO-{strategy.zero_stage}"]
+    if strategy.backend != "native":
+        words = [f"backend {strategy.backend}"] + (words if strategy.backend != "ddp" else [])
+    if strategy.compression != "none":
+        words.append(f"{strategy.compression} gradients")
     if strategy.tensor_parallel > 1:
         words.append(f"TP {strategy.tensor_parallel}")
     if strategy.pipeline_parallel > 1:
         words.append(f"PP {strategy.pipeline_parallel}")
+    if strategy.context_parallel > 1:
+        words.append(f"CP {strategy.context_parallel}")
+    if strategy.expert_parallel > 1:
+        words.append(f"EP {strategy.expert_parallel}")
     if strategy.optimizer_home != "none":
         words.append(f"optimizer on {strategy.optimizer_home}")
     if strategy.params_home != "none":

@@ -24,6 +24,8 @@ class Request:
     margin: float
     global_size: int | None = None
     micro_size: int | None = None
+    backends: tuple[str, ...] = ("native",)
+    compressions: tuple[str, ...] = ("none",)
     name_suffix: str = ""
     """Ends the names of its plans, where several requests are planned together."""
 

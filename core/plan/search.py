@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -12,9 +12,10 @@ from distui.core.hardware import Hardware
 from distui.core.plan.advice import smallest_change
 from distui.core.plan.explain import explain
 from distui.core.plan.memory import OPTIMIZER_STATE_BYTES, Footprint, Strategy, footprint
+from distui.core.plan.rates import Rates, rates_of
 from distui.core.plan.reasons import fits_in, is_available, misfits, offload_word, strategy_name, why
 from distui.core.plan.request import DEFAULT_MARGIN, Request, default_dtype
-from distui.core.plan.time import Rates, Timing, rates_of, step_time
+from distui.core.plan.time import Timing, step_time
 from distui.core.plan.types import ModelSpec, Plan
 
 __all__ = ["Goal", "Request", "default_dtype", "explain", "plan_all", "strategies"]
@@ -26,6 +27,19 @@ MAX_MICRO_TOKENS = 16384
 """A micro-batch of more tokens no longer makes matrices faster; accumulation does the rest."""
 
 ENOUGH_MICRO_TOKENS = 4096
+
+MIN_CONTEXT_TOKENS = 2048
+"""Below this many tokens a rank, cutting the sequence only adds communication."""
+
+BACKENDS: dict[str, tuple[int, ...]] = {
+    "native": (0, 1, 2, 3),
+    "ddp": (0,),
+    "fsdp2": (2, 3),
+    "deepspeed": (0, 1, 2, 3),
+}
+"""The stages of each backend that the planner knows."""
+
+COMPRESSIONS = ("none", "onebit", "int8", "fp8")
 
 
 def plan_all(
@@ -42,9 +56,12 @@ def plan_all(
     margin: float = DEFAULT_MARGIN,
     goal: Goal = "throughput",
     available_only: bool = False,
+    backends: Sequence[str] = ("native",),
+    compressions: Sequence[str] = ("none",),
 ) -> list[Plan]:
     """Return every strategy with its best micro-batch: those that fit first, ranked by `goal`, then the others.
 
+    `backends` and `compressions` widen the search (BACKENDS, COMPRESSIONS have all of them).
     `nproc` is ranks a node. Without `global_size` the optimizer steps after one micro-batch. Raises: UserError where
     an option cannot be.
     """
@@ -60,6 +77,8 @@ def plan_all(
         margin=margin,
         global_size=global_size,
         micro_size=micro_size,
+        backends=tuple(backends),
+        compressions=tuple(compressions),
     )
     _check(request)
     requests = [request]
@@ -84,11 +103,19 @@ def _ranks_per_node(hardware: Hardware, nproc: int | None) -> int:
 
 
 def _check(request: Request) -> None:
-    for name, value in (("global_size", request.global_size), ("micro_size", request.micro_size)):
+    for option, value in (("global_size", request.global_size), ("micro_size", request.micro_size)):
         if value is not None and value < 1:
-            raise UserError(f"{name}={value} is no batch size", "it counts samples", f"set {name} to 1 or more")
+            raise UserError(f"{option}={value} is no batch size", "it counts samples", f"set {option} to 1 or more")
     if request.dtype not in ("fp32", "bf16", "fp16"):
         raise UserError(f"dtype={request.dtype} is unknown", "formats are fp32, bf16, fp16", "write one of these")
+    for kind, choices, given in (
+        ("backend", tuple(BACKENDS), request.backends),
+        ("compression", COMPRESSIONS, request.compressions),
+    ):
+        for choice in given:
+            if choice not in choices:
+                listed = ", ".join(choices)
+                raise UserError(f"{kind} {choice!r} is not planned", f"known are {listed}", "write some of these")
     if request.optimizer not in OPTIMIZER_STATE_BYTES:
         known = ", ".join(OPTIMIZER_STATE_BYTES)
         raise UserError(f"optimizer {request.optimizer!r} is unknown", f"known are {known}", "write one of these")
@@ -112,10 +139,16 @@ def plan_request(request: Request, available_only: bool = False) -> Iterator[Pla
 def strategies(request: Request) -> Iterator[Strategy]:
     """Yield every legal combination, with micro_size 1 and accumulation 1."""
     world = request.world_size
-    for tensor, pipeline in _model_parallel(request):
-        data = world // (tensor * pipeline)
-        for stage, optimizer_home, params_home in _placements(request.hardware, data, pipeline):
-            for mode in ("none", "selective", "full"):
+    for tensor, pipeline, context in _model_parallel(request):
+        data = world // (tensor * pipeline * context)
+        for stage, optimizer_home, params_home in _placements(request.hardware, data * context, pipeline):
+            at_home = optimizer_home == params_home == "none"
+            for expert, backend, compression, mode in itertools.product(
+                _expert_sizes(request, data), request.backends, request.compressions, ("none", "selective", "full")
+            ):
+                plain = at_home and tensor * pipeline * context * expert == 1
+                if not _goes_together(request, stage, backend, compression, data * context, plain):
+                    continue
                 yield Strategy(
                     zero_stage=stage,
                     optimizer_home=optimizer_home,
@@ -129,22 +162,58 @@ def strategies(request: Request) -> Iterator[Strategy]:
                     dtype=request.dtype,
                     reduce_dtype=request.reduce_dtype,
                     optimizer=request.optimizer,
+                    context_parallel=context,
+                    expert_parallel=expert,
+                    compression=compression,
+                    backend=backend,
                 )
 
 
-def _model_parallel(request: Request) -> Iterator[tuple[int, int]]:
-    """Yield (tensor, pipeline) sizes: tensor within a node and dividing the heads, a layer a stage at least."""
+def _goes_together(request: Request, stage: int, backend: str, compression: str, num_shards: int, plain: bool) -> bool:
+    """Tell whether the backend has the stage, and the compression somebody to send to and the right optimizer."""
+    if stage not in BACKENDS[backend] or (backend != "native" and not (plain and compression == "none")):
+        return False
+    if backend == "ddp" and request.dtype != "fp32" and request.reduce_dtype == "same":
+        return False
+    if compression == "none":
+        return True
+    # 1-bit Adam needs the whole momentum on every rank, and the variance of Adam.
+    onebit = stage == 0 and request.optimizer in ("adam", "adamw")
+    return plain and num_shards > 1 and (compression != "onebit" or onebit)
+
+
+def _expert_sizes(request: Request, data: int) -> list[int]:
+    """Return the sizes of expert parallelism: inside the data-parallel ranks, whole experts on each."""
+    experts = request.model.num_experts
+    if experts == 1 or request.hardware.device_kind == "cpu":
+        return [1]
+    return [size for size in (1 << power for power in range(8)) if experts % size == 0 and data % size == 0]
+
+
+def _model_parallel(request: Request) -> Iterator[tuple[int, int, int]]:
+    """Yield (tensor, pipeline, context) sizes.
+
+    Tensor within a node and dividing the heads, a layer a stage at least, and sequences cut into two equal pieces for
+    each context rank (causal attention pairs an early piece with a late one), of MIN_CONTEXT_TOKENS together.
+    """
     model, world = request.model, request.world_size
     sizes = [1 << power for power in range(8)]
-    for tensor, pipeline in itertools.product(sizes, sizes):
-        if tensor > request.ranks_per_node or world % (tensor * pipeline) or pipeline > model.num_layers:
+    contexts = [
+        size
+        for size in sizes
+        if size == 1
+        or (model.sequence_length % (2 * size) == 0 and model.sequence_length // size >= MIN_CONTEXT_TOKENS)
+    ]
+    for tensor, pipeline, context in itertools.product(sizes, sizes, contexts):
+        cut = tensor * pipeline * context
+        if tensor > request.ranks_per_node or world % cut or pipeline > model.num_layers:
             continue
         if model.num_heads % tensor or (model.num_kv_heads % tensor and tensor % model.num_kv_heads):
             continue
         # Ranks of a CPU host gain nothing from cutting the model.
-        if tensor * pipeline > 1 and request.hardware.device_kind == "cpu":
+        if cut > 1 and request.hardware.device_kind == "cpu":
             continue
-        yield tensor, pipeline
+        yield tensor, pipeline, context
 
 
 def _placements(hardware: Hardware, data: int, pipeline: int) -> Iterator[tuple[int, str, str]]:
@@ -170,9 +239,9 @@ def _placements(hardware: Hardware, data: int, pipeline: int) -> Iterator[tuple[
 def micro_sizes(request: Request, strategy: Strategy) -> list[tuple[int, int]]:
     """Return the (micro_size, accumulation) to try, smallest first; empty where the global batch cannot be divided."""
     data, fixed = strategy.data_parallel, request.micro_size
+    cap = max(1, MAX_MICRO_TOKENS * strategy.context_parallel // request.model.sequence_length)
     if request.global_size is None:
         accumulation = 4 * strategy.pipeline_parallel if strategy.pipeline_parallel > 1 else 1
-        cap = max(1, MAX_MICRO_TOKENS // request.model.sequence_length)
         sizes = [fixed] if fixed else [size for size in MICRO_SIZES if size <= cap]
         return [(size, accumulation) for size in sizes]
     if request.global_size % data:
@@ -180,7 +249,6 @@ def micro_sizes(request: Request, strategy: Strategy) -> list[tuple[int, int]]:
     share = request.global_size // data
     if fixed:
         return [(fixed, share // fixed)] if share % fixed == 0 else []
-    cap = max(1, MAX_MICRO_TOKENS // request.model.sequence_length)
     return [(size, share // size) for size in MICRO_SIZES if share % size == 0 and size <= cap]
 
 
@@ -190,12 +258,14 @@ def best_micro(request: Request, strategy: Strategy, rates: Rates) -> Plan:
     if not sizes:
         micro = request.micro_size or 1
         strategy = replace(strategy, micro_size=micro)
-        return make_plan(request, strategy, footprint(request.model, strategy, rates.device_kind), None)
+        return make_plan(
+            request, strategy, footprint(request.model, strategy, rates.device_kind, rates.baseline_bytes), None
+        )
     best: tuple[Strategy, Footprint, Timing] | None = None
     best_speed = 0.0
     for micro, accumulation in sizes:
         candidate = replace(strategy, micro_size=micro, accumulation=accumulation)
-        memory = footprint(request.model, candidate, rates.device_kind)
+        memory = footprint(request.model, candidate, rates.device_kind, rates.baseline_bytes)
         if best is not None and not fits_in(request, candidate, memory):
             break
         timing = step_time(request.model, candidate, rates)
@@ -231,7 +301,7 @@ def make_plan(request: Request, strategy: Strategy, memory: Footprint, timing: T
     change = smallest_change(request, strategy) if too_large and timing else ""
     return Plan(
         name=strategy_name(strategy) + request.name_suffix,
-        backend="native",
+        backend=strategy.backend,
         zero_stage=strategy.zero_stage,
         offload=offload_word(strategy),
         tensor_parallel=strategy.tensor_parallel,
@@ -254,6 +324,9 @@ def make_plan(request: Request, strategy: Strategy, memory: Footprint, timing: T
         global_size=global_size,
         reduce_dtype=strategy.reduce_dtype,
         optimizer=strategy.optimizer,
+        context_parallel=strategy.context_parallel,
+        expert_parallel=strategy.expert_parallel,
+        compression=strategy.compression,
         smallest_change=change,
     )
 

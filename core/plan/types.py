@@ -37,13 +37,36 @@ class ModelSpec:
     """Parameters of the output projection to the vocabulary (counted once when tied)."""
     embedding_parameters: int = 0
     """Parameters that are only looked up, not multiplied: token and position embeddings, unless tied to the head."""
+    expert_parameters: int = 0
+    """Parameters of all experts of all layers: what expert parallelism divides; 0 where there is no mixture."""
+    measured_forward_flops: float = 0.0
+    """FLOPs a token of a forward on the meta device; 0 where the shapes say."""
+    measured_activation_elements: float = 0.0
+    """Elements a token that autograd kept there, over the layers; 0 where the shapes say."""
     source: str = ""
-    """Where the shapes come from: a preset, a config.json, a parameter count."""
+    """Where the shapes come from: a preset, a config.json, a parameter count, a script."""
 
     @property
     def root_parameters(self) -> int:
         """Parameters outside the repeated blocks: embeddings, last norm, output projection."""
         return self.num_parameters - self.num_layers * self.block_parameters
+
+    @property
+    def forward_flops(self) -> float:
+        """FLOPs of one token's forward: 2 a multiplied parameter, 4 l a d s of attention.
+
+        Source: PaLM, arXiv 2204.02311, appendix B.
+        """
+        if self.measured_forward_flops:
+            return self.measured_forward_flops
+        multiplied = self.active_parameters - self.embedding_parameters
+        return 2 * multiplied + self.attention_flops
+
+    @property
+    def attention_flops(self) -> float:
+        """FLOPs of one token's forward between queries, keys and values."""
+        head = self.head_size or self.hidden_size // self.num_heads
+        return 4.0 * self.num_layers * self.num_heads * head * self.sequence_length
 
     @property
     def active_parameters(self) -> int:
@@ -103,6 +126,7 @@ class Plan:
     context_parallel: int = 1
     reduce_dtype: str = "fp32"
     optimizer: str = "adamw"
+    compression: str = "none"
     terms: tuple[Term, ...] = field(default=())
     """Filled by `explain`, and for the plans that `plan_all` returns on request."""
     smallest_change: str = ""
@@ -145,4 +169,5 @@ class Plan:
             "activation_checkpointing": {"mode": self.activation_checkpointing},
             "batch": {"micro_size": self.micro_size, "accumulation": self.accumulation},
             "optimizer": {"name": self.optimizer},
+            "compression": {"gradients": self.compression},
         }

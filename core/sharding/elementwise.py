@@ -1,13 +1,16 @@
-"""Whether an optimizer treats each element alone, so that it may step any flat piece of a parameter.
+"""How much of a parameter an optimizer must see to step it: any flat piece, the whole tensor, or more than a rank has.
 
-Known classes are listed; any other is tried: three steps on a small matrix must give what three steps on its two
-flattened halves give.
+Known classes are listed; any other is tried on small matrices, each parameter group with its own settings: three steps
+on a matrix must give what three steps on each of its two flattened halves give; if not, three steps on two matrices
+must give what three steps on each alone give.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,30 +29,75 @@ ELEMENTWISE = {
     "SGD",
 }
 WHOLE_MATRIX = {
-    "LBFGS": "it keeps a history of whole-model vectors and runs the model again by a closure inside step",
-    "SparseAdam": "it needs sparse gradients, and flat gradients are dense",
     "Adafactor": "it factors the second moment by rows and columns",
     "Muon": "it orthogonalises whole matrices",
-    "Shampoo": "it preconditions by rows and columns",
 }
+REFUSED = {
+    "LBFGS": "it keeps a history of whole-model vectors and runs the model again by a closure inside step",
+    "SparseAdam": "it needs sparse gradients, and flat gradients are dense",
+}
+_COLLECTIVES = {
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all_single",
+    "broadcast",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What an optimizer needs to see of a parameter group."""
+
+    flat: bool
+    """Whether it may step any flat piece of a parameter."""
+    why_not_flat: str = ""
+    why_not_whole: str = ""
+    """Why whole tensors are not enough where each is on one rank only; empty where they are."""
+    why_never: str = ""
+    """Why it cannot work at all."""
+
+
+def sight_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Sight:
+    """Return what `optimizer` must see of the parameters in `group`."""
+    kind = type(optimizer)
+    name = kind.__name__
+    if name in REFUSED:
+        return Sight(False, why_never=REFUSED[name])
+    if kind.__module__.startswith("torch.optim"):
+        if name in ELEMENTWISE:
+            return Sight(True)
+        if name in WHOLE_MATRIX:
+            return Sight(False, WHOLE_MATRIX[name])
+    apart = _difference_in_pieces(optimizer, group)
+    if not apart:
+        return Sight(True)
+    code = getattr(inspect.unwrap(kind.step), "__code__", None)
+    called = sorted(_COLLECTIVES.intersection(code.co_names if code is not None else ()))
+    if called:
+        alone = f"its step runs collectives of its own ({', '.join(called)}); take its single-device form"
+    else:
+        alone = _difference_alone(optimizer, group)
+    return Sight(False, apart, alone)
 
 
 def why_not_elementwise(optimizer: torch.optim.Optimizer) -> str:
     """Return why `optimizer` must see whole matrices; empty where it may step any flat piece."""
-    kind = type(optimizer)
-    if kind.__module__.startswith("torch.optim") and kind.__name__ in ELEMENTWISE:
-        return ""
-    return WHOLE_MATRIX.get(kind.__name__) or _difference(optimizer)
+    sights = [sight_of(optimizer, group) for group in optimizer.param_groups]
+    return next((sight.why_never or sight.why_not_flat for sight in sights if not sight.flat), "")
 
 
-def _with_params(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> torch.optim.Optimizer:
+def _with_params(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], params: list[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
     # Not built anew: a custom class may have any constructor.
     probe = copy.copy(optimizer)
     probe.__dict__.pop("step", None)  # a scheduler's wrapper would step the original
-    probe.__dict__.update(
-        state=defaultdict(dict),
-        param_groups=[{**{k: v for k, v in optimizer.param_groups[0].items() if k != "params"}, "params": params}],
-    )
+    options = {key: value for key, value in group.items() if key != "params"}
+    probe.__dict__.update(state=defaultdict(dict), param_groups=[{**options, "params": params}])
     return probe
 
 
@@ -57,8 +105,7 @@ def probe_states(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dic
     """Return names and formats of the states that a first step keeps for each element; empty where it cannot tell."""
     param = torch.nn.Parameter(torch.ones(7))
     param.grad = torch.ones(7)
-    probe = _with_params(optimizer, [param])
-    probe.param_groups = [{**{key: value for key, value in group.items() if key != "params"}, "params": [param]}]
+    probe = _with_params(optimizer, group, [param])
     try:
         probe.step()
     except Exception:  # noqa: BLE001 - foreign code on a vector of its own: the first real step tells
@@ -67,25 +114,59 @@ def probe_states(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dic
     return {key: value.dtype for key, value in state.items() if isinstance(value, torch.Tensor) and value.shape == (7,)}
 
 
-def _difference(optimizer: torch.optim.Optimizer) -> str:
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(6, 8, generator=generator)
-    grads = [torch.randn(6, 8, generator=generator) for _ in range(3)]
-    whole = torch.nn.Parameter(start.clone())
-    pieces = [torch.nn.Parameter(start.flatten()[:19].clone()), torch.nn.Parameter(start.flatten()[19:].clone())]
-    try:
-        _steps(_with_params(optimizer, [whole]), [whole], [[grad] for grad in grads])
-        _steps(_with_params(optimizer, [*pieces]), pieces, [[g.flatten()[:19], g.flatten()[19:]] for g in grads])
-    except Exception as error:  # noqa: BLE001 - any failure of foreign code means that it cannot step flat pieces
-        return f"it failed on a flattened piece of a matrix: {type(error).__name__}: {error}"
-    apart = (whole.detach().flatten() - torch.cat([piece.detach() for piece in pieces])).abs().max().item()
-    if apart > 1e-5:
-        return f"on flattened pieces of a 6x8 matrix it gives weights that differ by {apart:.2g}"
-    return ""
-
-
-def _steps(optimizer: torch.optim.Optimizer, params: list[Any], grads: list[list[torch.Tensor]]) -> None:
+def _stepped(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], starts: list[torch.Tensor], grads: list[list[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Return what `starts` become by one step for each entry of `grads`."""
+    params = [torch.nn.Parameter(start.clone()) for start in starts]
+    probe = _with_params(optimizer, group, params)
     for step_grads in grads:
         for param, grad in zip(params, step_grads, strict=True):
             param.grad = grad.clone()
-        optimizer.step()
+        probe.step()
+    return [param.detach() for param in params]
+
+
+def _apart(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    pairs = zip(found, expected, strict=True)
+    return max((one.flatten() - other.flatten()).abs().max().item() for one, other in pairs)
+
+
+def _matrices(count: int, generator: torch.Generator) -> list[torch.Tensor]:
+    return [torch.randn(rows, columns, generator=generator) for rows, columns in ((6, 8), (8, 4))[:count]]
+
+
+def _difference_in_pieces(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str:
+    generator = torch.Generator().manual_seed(0)
+    (start,) = _matrices(1, generator)
+    grads = [_matrices(1, generator)[0] for _ in range(3)]
+
+    def pieces(matrix: torch.Tensor) -> list[torch.Tensor]:
+        return [matrix.flatten()[:19], matrix.flatten()[19:]]
+
+    try:
+        whole = _stepped(optimizer, group, [start], [[grad] for grad in grads])
+        # Each by itself: a rank has one of them, and must not need the other's gradient.
+        halves = [
+            _stepped(optimizer, group, [piece], [[pieces(grad)[half]] for grad in grads])[0]
+            for half, piece in enumerate(pieces(start))
+        ]
+    except Exception as error:  # noqa: BLE001 - any failure of foreign code means that it cannot step flat pieces
+        return f"it failed on a flattened piece of a matrix: {type(error).__name__}: {error}"
+    apart = _apart([torch.cat(halves)], whole)
+    return f"on flattened pieces of a 6x8 matrix it gives weights that differ by {apart:.2g}" if apart > 1e-5 else ""
+
+
+def _difference_alone(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str:
+    generator = torch.Generator().manual_seed(0)
+    starts = _matrices(2, generator)
+    grads = [_matrices(2, generator) for _ in range(3)]
+    try:
+        together = _stepped(optimizer, group, starts, grads)
+        alone = []
+        for index, start in enumerate(starts):
+            alone += _stepped(optimizer, group, [start], [[step_grads[index]] for step_grads in grads])
+    except Exception as error:  # noqa: BLE001 - any failure of foreign code means that it cannot be used like this
+        return f"it failed on a 6x8 and an 8x4 matrix: {type(error).__name__}: {error}"
+    apart = _apart(alone, together)
+    return f"its step of a matrix depends on the others: it differs by {apart:.2g}" if apart > 1e-5 else ""

@@ -9,7 +9,7 @@ Reductions and gathers have a process group each, so that neither order depends 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Schedule:
         self.order = _reduce_order(units, stage)
         self._next = 0
         self._open = False
+        self._shown = False
+        """Stage 0: whether `param.grad` of every parameter is the reduced gradient."""
         self._calls: dict[int, int] = defaultdict(int)
         """Forward calls of each unit's modules since the last step; a unit called twice is complete only at the end."""
         self._late: set[int] = set()
@@ -176,7 +178,7 @@ class Schedule:
             if grad is None:
                 return
             self._open = True
-            if unit.grad_full is not None and grad.data_ptr() == unit.views(unit.grad_full)[index].data_ptr():
+            if self._shown and unit.grad_full is not None and grad is unit.views(unit.grad_full)[index]:
                 raise RuntimeError(
                     f"a second backward without engine.backward(loss) added to the reduced gradient of "
                     f"{unit.param_names[index]}; call engine.backward(loss) instead of loss.backward()"
@@ -238,8 +240,19 @@ class Schedule:
         for unit in self.order:
             unit.finish_reduce()
 
-    def discard_gradients(self) -> None:
-        """Forget all gradients, also those of a backward that an exception cut off."""
+    def discard_gradients(self, own: dict[int, set[int]] | None = None) -> None:
+        """Forget all gradients, also those of a backward that an exception cut off.
+
+        `own` are the parameters of one of several optimizers, by unit: after a whole backward only theirs go.
+        """
+        if own is not None and not self._open:
+            for unit in self.order:
+                if indices := own.get(id(unit)):
+                    unit.forget(indices)
+                    if self.stage == 0:
+                        for index in indices:
+                            unit.params[index].grad = None
+            return
         self.hide_gradients()
         for unit in self.order:
             unit.discard_gradient()
@@ -254,6 +267,7 @@ class Schedule:
         """Stage 0: put the reduced gradients where plain code reads and changes them, in `param.grad`."""
         if self.stage > 0:
             return
+        self._shown = True
         for unit in self.order:
             unit.finish_reduce()
             if unit.grad_full is not None and unit.grad_dtype == unit.dtype:
@@ -262,21 +276,23 @@ class Schedule:
 
     def hide_gradients(self) -> None:
         """Before a backward: autograd must hand fresh gradients over, not add to the flat ones."""
-        if self.stage > 0:
+        if not self._shown:
             return
+        self._shown = False
         for unit in self.order:
             for param in unit.params:
                 param.grad = None
 
     # ---- parameters ----------------------------------------------------------------------------------------------
 
-    def publish(self, refresh: bool = True) -> None:
+    def publish(self, stepped: Container[int] | None = None, refresh: bool = True) -> None:
         """After the optimizer: new weights to where forward reads them. Collective: all ranks.
 
-        Without `refresh` the shards in the compute format are new already.
+        `stepped` are the identities of the units that it stepped; None are all. Without `refresh` the shards in the
+        compute format are new already.
         """
         for unit in self.units:
-            if unit.trainable:
+            if unit.trainable and (stepped is None or id(unit) in stepped):
                 unit.publish(refresh)
         if self.slots is not None:
             self.slots.invalidate()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.errors import UserError
 from distui.core.offload.homes import Homes, Offload, agreed, open_homes
 from distui.core.sharding.alike import start_alike
+from distui.core.sharding.compression import Compression, make_transport, start_onebit
 from distui.core.sharding.hooks import ClearingGradients, Hook, WaitingParameters
 from distui.core.sharding.optim import ShardedOptimizer
 from distui.core.sharding.partition import partition, split_by_kind
@@ -35,6 +37,7 @@ class ShardedModel:
         compute_dtype: torch.dtype | None = None,
         reduce_in_fp32: bool = True,
         offload: Offload | None = None,
+        compression: Compression | None = None,
     ) -> None:
         """Prepare `model` in place. Collective: all ranks of `group` (None: one rank).
 
@@ -49,6 +52,7 @@ class ShardedModel:
         num_ranks = dist.get_world_size(group) if group is not None else 1
         rank = dist.get_rank(group) if group is not None else 0
         self.model = model
+        self.compression = compression
         self.pool = BufferPool()
         self.transport: Transport | None = None
         self.gathers: Transport | None = None
@@ -66,26 +70,27 @@ class ShardedModel:
             moves_parameters=self.homes is not None and self.homes.params is not None,
         )
         if group is not None and num_ranks > 1:
-            self.transport = Transport(group, "data_parallel", self.pool)
+            self.transport = make_transport(group, "data_parallel", self.pool, compression)
             self.gathers = self.transport
             if self.placement.shards_parameters:
                 # Reductions and gathers have an order each; on one communicator they would need a common one.
                 second = dist.new_group(dist.get_process_group_ranks(group))
                 assert second is not None
-                self.gathers = Transport(second, "data_parallel_gather", self.pool)
+                self.gathers = make_transport(second, "data_parallel_gather", self.pool, compression, gradients=False)
             start_alike(model, group)
         self.units = self._build_units() if self.homes is None else agreed(self._build_units, self._group)
         self.schedule = Schedule(model, self.units, self.placement.effective_stage, num_ranks)
         self.optimizers: list[ShardedOptimizer] = []
         self._whole = False
         """Stage 3: whether every parameter is whole just now."""
+        self._guards: list[Any] = []
         self._guard_reads()
         model.zero_grad = ClearingGradients(model, self._forget_gradients)  # type: ignore[method-assign]
 
     def _forget_gradients(self) -> None:
         self.schedule.discard_gradients()
         for optimizer in self.optimizers:
-            optimizer.grad_factor = 1.0
+            optimizer.grad_factor = optimizer.loss_scale = 1.0
 
     def _build_units(self) -> list[Unit]:
         units = []
@@ -115,16 +120,18 @@ class ShardedModel:
         if self.placement.shards_parameters:
             # Outside of `full_parameters` a parameter's memory is a slot that units take turns on.
             for module in self.model.modules():
-                module.register_state_dict_pre_hook(Hook(self._need_whole("state_dict"), self._need_whole("deepcopy")))
-                module.register_load_state_dict_pre_hook(Hook(self._need_whole("load_state_dict")))
+                reads = Hook(self._need_whole("state_dict"), self._need_whole("deepcopy"))
+                self._guards.append(module.register_state_dict_pre_hook(reads))
+                writes = Hook(self._need_whole("load_state_dict"))
+                self._guards.append(module.register_load_state_dict_pre_hook(writes))
             return
         # Weights may be on their way after a step (stage 1, 2): whoever lists them between steps waits for them.
         if self.placement.shards_optimizer:
             wait = self.schedule.finish_gathers
             self.model.named_parameters = WaitingParameters(self.model, wait)  # type: ignore[method-assign]
-            self.model.register_state_dict_pre_hook(Hook(lambda *_: wait()))
-            self.model.register_load_state_dict_pre_hook(Hook(lambda *_: wait()))
-        self.model.register_load_state_dict_post_hook(Hook(lambda *_: self.refresh_masters()))
+            self._guards.append(self.model.register_state_dict_pre_hook(Hook(lambda *_: wait())))
+            self._guards.append(self.model.register_load_state_dict_pre_hook(Hook(lambda *_: wait())))
+        self._guards.append(self.model.register_load_state_dict_post_hook(Hook(lambda *_: self.refresh_masters())))
 
     def _need_whole(self, what: str) -> Callable[..., None]:
         def check(*_: Any) -> None:
@@ -140,7 +147,7 @@ class ShardedModel:
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, state_bits: int = 32) -> ShardedOptimizer:
         """Rebind `optimizer` to this model's flat shards."""
-
+        siblings = cast("list[PreparedOptimizer]", self.optimizers)
         if self.homes is not None and state_bits != 32:
             raise UserError(
                 f"optimizer.state_bits={state_bits} with offload",
@@ -149,11 +156,37 @@ class ShardedModel:
             )
 
         def rebind() -> ShardedOptimizer:
-            return ShardedOptimizer(optimizer, self.schedule, self.units, self.transport, self.homes, state_bits)
+            return ShardedOptimizer(
+                optimizer, self.schedule, self.units, self.transport, siblings, state_bits, self.homes
+            )
 
         prepared = rebind() if self.homes is None else agreed(rebind, self._group)
-        self.optimizers.append(prepared)
+        if self.compression is not None and self.compression.gradients == "onebit" and self.transport is not None:
+            prepared.onebit = start_onebit(prepared, self.units, self.transport, self.pool, self.compression)
         return prepared
+
+    def remove(self) -> None:
+        """Let go of the model: hooks, buffers, process group. Collective: all ranks.
+
+        What is left is a plain model with its weights in the compute format; at stage 3, where a rank has but a part of
+        them, its parameters are empty.
+        """
+        self.schedule.finish_gathers()
+        self.schedule.discard_gradients()
+        self.schedule.remove()
+        for guard in self._guards:
+            guard.remove()
+        self._guards.clear()
+        if isinstance(self.model.__dict__.get("named_parameters"), WaitingParameters):
+            del self.model.named_parameters
+        if isinstance(self.model.__dict__.get("zero_grad"), ClearingGradients):
+            del self.model.zero_grad
+        if self.placement.shards_parameters:
+            for unit in self.units:
+                for param in unit.params:
+                    param.data = param.data.new_empty(0)
+        if self.gathers is not None and self.gathers is not self.transport and dist.is_initialized():
+            dist.destroy_process_group(self.gathers.group)
 
     # ---- full weights --------------------------------------------------------------------------------------------
 
@@ -258,6 +291,17 @@ class ShardedModel:
 
     # ---- accounting ----------------------------------------------------------------------------------------------
 
+    @property
+    def transports(self) -> list[Transport]:
+        """All that this model's collectives go through."""
+        found = {id(transport): transport for transport in (self.transport, self.gathers) if transport is not None}
+        return [inner for transport in found.values() for inner in (transport, *transport.hops)]
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank has sent for the model since the start."""
+        return sum(transport.sent_bytes for transport in self.transports)
+
     def memory_by_category(self) -> dict[str, int]:
         """Return this rank's bytes: parameters, gradients, optimizer_states, buffers (transient and the model's).
 
@@ -285,6 +329,7 @@ class ShardedModel:
         for optimizer in self.optimizers:
             for state in optimizer.inner.state.values():
                 states += count([value for value in state.values() if isinstance(value, torch.Tensor)])
+            states += optimizer.onebit.allocated_bytes if optimizer.onebit is not None else 0
         slots = self.schedule.slots.allocated_bytes if self.schedule.slots is not None else 0
         buffers = slots + self.pool.allocated_bytes + count([buffer.data for buffer in self.model.buffers()])
         report = {

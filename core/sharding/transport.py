@@ -20,6 +20,7 @@ from distui.core.telemetry.source import NullSource, current
 
 _TAG_REDUCE_SCATTER = 7_001
 _TAG_ALL_GATHER = 7_002
+_TAG_ALL_TO_ALL = 7_003
 
 
 class Work(Protocol):
@@ -69,8 +70,14 @@ class Transport:
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.exposed_s = 0.0
         """Seconds that the training thread was blocked here; the engine reads and resets it each step."""
+        self.sent_bytes = 0
+        """Bytes that this rank has sent since the start; of an all-reduce, what a ring sends."""
+        self.shares_scales = False
+        """Whether gradients travel in blocks, of which one value can spoil its neighbours."""
+        self.hops: tuple[Transport, ...] = ()
+        """Transports that this one sends through; what they send and wait for counts beside its own."""
         self.telemetry = current() or NullSource()
-        self._peers = [(self.rank + hop) % self.world_size for hop in range(1, self.world_size)]
+        self.peers = [(self.rank + hop) % self.world_size for hop in range(1, self.world_size)]
 
     def _begin(self, op: str, tensor: torch.Tensor) -> int:
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -84,6 +91,7 @@ class Transport:
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
         """Sum `tensor` over the group, in place. Collective: all ranks of the group."""
         token = self._begin("all_reduce", tensor)
+        self.sent_bytes += 2 * tensor.nbytes * (self.world_size - 1) // self.world_size
         work = dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
         return Pending(self, [work], token, None)
 
@@ -95,21 +103,61 @@ class Transport:
         return Pending(self, [work], token, None)
 
     @one_collective
+    def all_to_all_uneven(
+        self, received: torch.Tensor, sent: torch.Tensor, sizes_in: list[int], sizes_out: list[int], nbytes: int
+    ) -> Pending:
+        """Send the r-th part of `sent` to rank r, and fill `received` with the parts from all. Collective.
+
+        Shapes: received [sum(sizes_in)], sent [sum(sizes_out)]. `nbytes` is what all ranks send, for the ledger:
+        it must be the same on all.
+        """
+        dtype = str(sent.dtype).removeprefix("torch.")
+        token = self.telemetry.collective_begin(self.name, "all_to_all", dtype, nbytes, self.world_size)
+        work = dist.all_to_all_single(received, sent, sizes_in, sizes_out, group=self.group, async_op=True)
+        return Pending(self, [work], token, None)
+
+    @one_collective
     def all_gather(self, full: torch.Tensor, shard: torch.Tensor) -> Pending:
         """Fill `full` with every rank's `shard`, in rank order. Collective: all ranks of the group.
 
         Shapes: full [world_size * n], shard [n]. `shard` may be this rank's own part of `full`; if not, it is copied.
         """
         token = self._begin("all_gather", shard)
+        self.sent_bytes += shard.nbytes * (self.world_size - 1)
         if not self._is_gloo(full):
             work = dist.all_gather_into_tensor(full, shard, group=self.group, async_op=True)
             return Pending(self, [work], token, None)
         chunks = full.chunk(self.world_size)
-        works: list[Work] = [self.group.recv([chunks[peer]], peer, _TAG_ALL_GATHER) for peer in self._peers]
-        works += [self.group.send([shard], peer, _TAG_ALL_GATHER) for peer in self._peers]
+        works: list[Work] = [self.group.recv([chunks[peer]], peer, _TAG_ALL_GATHER) for peer in self.peers]
+        works += [self.group.send([shard], peer, _TAG_ALL_GATHER) for peer in self.peers]
         own = chunks[self.rank]
         if own.data_ptr() != shard.data_ptr():
             own.copy_(shard)
+        return Pending(self, works, token, None)
+
+    def sum_gradient(self, full: torch.Tensor) -> Pending:
+        """Sum a replicated gradient over the group, in place. Collective: all ranks of the group."""
+        return self.all_reduce(full)
+
+    def gather_weights(self, full: torch.Tensor, shard: torch.Tensor) -> Pending:
+        """Fill `full` for a unit that is about to run. Collective: all ranks of the group."""
+        return self.all_gather(full, shard)
+
+    @one_collective
+    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> Pending:
+        """Give row r of `sent` to rank r, and fill `received` by rank. Collective: all ranks of the group.
+
+        Shapes: both [world_size, n]. Neither may be touched before the wait.
+        """
+        token = self._begin("all_to_all", sent)
+        self.sent_bytes += sent.nbytes * (self.world_size - 1) // self.world_size
+        if not self._is_gloo(sent):
+            work = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
+            assert work is not None
+            return Pending(self, [work], token, None)
+        works: list[Work] = [self.group.recv([received[peer]], peer, _TAG_ALL_TO_ALL) for peer in self.peers]
+        works += [self.group.send([sent[peer]], peer, _TAG_ALL_TO_ALL) for peer in self.peers]
+        received[self.rank].copy_(sent[self.rank])
         return Pending(self, works, token, None)
 
     @one_collective
@@ -120,6 +168,7 @@ class Transport:
         sum is added to what `shard` holds. `full` must not be written before the wait, and is spent after it.
         """
         token = self._begin("reduce_scatter", full)
+        self.sent_bytes += full.nbytes * (self.world_size - 1) // self.world_size
         if not self._is_gloo(full):
             if not accumulate:
                 work = dist.reduce_scatter_tensor(shard, full, group=self.group, async_op=True)
@@ -134,11 +183,11 @@ class Transport:
             return Pending(self, [work], token, add)
 
         chunks = full.chunk(self.world_size)
-        parts = [self._pool.take(shard.numel(), full.dtype, full.device) for _ in self._peers]
+        parts = [self._pool.take(shard.numel(), full.dtype, full.device) for _ in self.peers]
         works: list[Work] = [
-            self.group.recv([part], peer, _TAG_REDUCE_SCATTER) for part, peer in zip(parts, self._peers, strict=True)
+            self.group.recv([part], peer, _TAG_REDUCE_SCATTER) for part, peer in zip(parts, self.peers, strict=True)
         ]
-        works += [self.group.send([chunks[peer]], peer, _TAG_REDUCE_SCATTER) for peer in self._peers]
+        works += [self.group.send([chunks[peer]], peer, _TAG_REDUCE_SCATTER) for peer in self.peers]
         own = chunks[self.rank]
 
         def reduce() -> None:

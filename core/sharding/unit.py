@@ -30,8 +30,8 @@ from distui.core.sharding.pool import BufferPool
 from distui.core.sharding.transport import Transport
 from distui.core.sharding.unit_parameters import UnitParameters
 
-_ONE_PASS_NUMEL = 1 << 14
-"""Below this a gradient stays in the first-level cache, and two plain calls cost less than one with an output."""
+_SMALL_NUMEL = 1 << 12
+"""Gradients up to this size are written together: for one alone the call costs more than the copy."""
 
 
 class GradState(Enum):
@@ -68,6 +68,8 @@ class Unit(UnitParameters):
         # Gradients.
         self.state = GradState.FILLING
         self.pending: Waitable | None = None
+        self.sends_gradient = True
+        """False (stage 0) where the optimizer exchanges something else in its step: the gradient then stays local."""
         self.grad_full: torch.Tensor | None = None
         self.grad_shard: torch.Tensor | None = None
         self.grad_cell: Cell | None = None
@@ -80,6 +82,10 @@ class Unit(UnitParameters):
         self.arrived = [False] * len(self.params)
         self.num_arrived = 0
         self.shard_holds_gradient = False
+        self._forgotten: set[int] = set()
+        """Parameters whose gradient one of several optimizers forgot, since the last backward."""
+        self._small: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Small gradients that arrived and are not written yet, each with its place."""
         self._views: dict[int, list[torch.Tensor]] = {}
         if self.trainable:
             self._allocate_gradients()
@@ -117,18 +123,32 @@ class Unit(UnitParameters):
         view = self.views(buffer)[index]
         if grad.is_sparse:
             grad = grad.to_dense()
-        if self.arrived[index] or self.holds_gradient:
+        again = self.arrived[index]
+        if again or self.holds_gradient:
+            if again:
+                self._write_small()
             view.add_(grad, alpha=self.inverse_ranks)
+        elif grad.numel() <= _SMALL_NUMEL:
+            self._small.append((view, grad))
         elif self.inverse_ranks == 1.0:
             view.copy_(grad)
-        elif grad.numel() > _ONE_PASS_NUMEL:
-            torch.mul(grad, self.inverse_ranks, out=view)
         else:
-            view.copy_(grad).mul_(self.inverse_ranks)
-        if not self.arrived[index]:
+            torch.mul(grad, self.inverse_ranks, out=view)
+        if not again:
             self.arrived[index] = True
             self.num_arrived += 1
-        return self.num_arrived == len(self.params)
+        if self.num_arrived == len(self.params):
+            self._write_small()
+            return True
+        return False
+
+    def _write_small(self) -> None:
+        if self._small:
+            views, grads = zip(*self._small, strict=True)
+            self._small.clear()
+            torch._foreach_copy_(views, grads)
+            if self.inverse_ranks != 1.0:
+                torch._foreach_mul_(views, self.inverse_ranks)
 
     def _take_gradient(self) -> torch.Tensor:
         return self.pool.take(self.layout.padded_numel, self.grad_dtype, self.device, self._gaps)
@@ -141,7 +161,8 @@ class Unit(UnitParameters):
         if self.state is not GradState.REDUCED:
             return
         self.state = GradState.FILLING
-        if self.placement.num_ranks == 1 or self.placement.shards_gradients or self.grad_full is None:
+        local = self.placement.num_ranks == 1 or not self.sends_gradient
+        if local or self.placement.shards_gradients or self.grad_full is None:
             return
         if self.placement.shards_optimizer:
             start, end = self.layout.shard(self.rank)
@@ -154,6 +175,7 @@ class Unit(UnitParameters):
         """Count gradients that did not come as zero (parameters that the loss does not depend on)."""
         if self.grad_full is None:
             self.grad_full = self._take_gradient()
+        self._write_small()
         if not self.holds_gradient:
             views = self.views(self.grad_full)
             for index, arrived in enumerate(self.arrived):
@@ -165,9 +187,11 @@ class Unit(UnitParameters):
         if self.num_arrived:
             self.fill_missing()
             self.holds_gradient = True
+            self._forgotten.clear()
             self._forget_arrivals()
 
     def _forget_arrivals(self) -> None:
+        self._small.clear()
         if self.num_arrived:
             self.arrived = [False] * len(self.params)
             self.num_arrived = 0
@@ -175,14 +199,15 @@ class Unit(UnitParameters):
     def reduce(self) -> None:
         """Start summing the gradient over the ranks. Collective: all ranks, in the schedule's order."""
         assert self.grad_full is not None
-        if self.transport is None:
+        self._forgotten.clear()
+        if self.transport is None or not self.sends_gradient:
             self.state = GradState.REDUCED
             if self.placement.shards_gradients:
                 self._keep_local(self.grad_full)
             return
         self.state = GradState.REDUCING
         if not self.placement.shards_optimizer:
-            self.pending = self.transport.all_reduce(self.grad_full)
+            self.pending = self.transport.sum_gradient(self.grad_full)
             return
         accumulate = self.placement.shards_gradients and self.shard_holds_gradient
         into = self.grad_shard
@@ -227,11 +252,21 @@ class Unit(UnitParameters):
             self._store_gradient(buffer).wait()
         self.homes.give(buffer)
 
+    def _wait_for_sum(self) -> None:
+        if self.pending is None:
+            return
+        self.pending.wait()
+        self.pending = None
+        summed = self.grad_shard if self._reduced is None else self._reduced
+        if summed is not None and self.transport is not None and self.transport.shares_scales:
+            # One NaN makes its whole block NaN, and padding must stay zero.
+            start, end = self.layout.shard(self.rank)
+            for low, high in self._gaps:
+                summed[min(max(low, start), end) - start : min(max(high, start), end) - start].zero_()
+
     def finish_reduce(self) -> None:
         """Wait for the sum; the pooled gradient buffer goes back."""
-        if self.pending is not None:
-            self.pending.wait()
-            self.pending = None
+        self._wait_for_sum()
         if self._reduced is not None:
             assert self.homes is not None
             reduced, self._reduced = self._reduced, None
@@ -250,9 +285,7 @@ class Unit(UnitParameters):
 
     def discard_gradient(self) -> None:
         """Forget all gradients; what is in flight is waited for first, since peers count on it."""
-        if self.pending is not None:
-            self.pending.wait()
-            self.pending = None
+        self._wait_for_sum()
         if self._reduced is not None:
             assert self.homes is not None
             self.homes.give(self._reduced)
@@ -263,4 +296,21 @@ class Unit(UnitParameters):
         self._forget_arrivals()
         self.holds_gradient = False
         self.shard_holds_gradient = False
+        self._forgotten.clear()
         self.state = GradState.FILLING
+
+    def forget(self, indices: set[int]) -> None:
+        """Forget the gradients of some parameters; the others' stay until their own optimizer forgets them."""
+        self.finish_reduce()
+        self._forgotten |= indices
+        if len(self._forgotten) == len(self.params):
+            self.discard_gradient()
+        else:
+            with self.gradient(writes=True) as grad:
+                for start, end in self.layout.runs(indices, self.rank):
+                    grad[start:end].zero_()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether `grad_shard` holds a sum over the ranks; the same on all ranks."""
+        return self.shard_holds_gradient if self.placement.shards_gradients else self.holds_gradient

@@ -169,7 +169,7 @@ class UnitParameters:
         assert self.full is not None
         if self.shard_cell is None:
             assert self.gathers is not None
-            self.gathering = self.gathers.all_gather(self.full, self.shard)
+            self.gathering = self.gathers.gather_weights(self.full, self.shard)
         elif self.gathers is None:
             self.gathering = self.shard_cell.fetch(self.full)
         else:
@@ -178,7 +178,7 @@ class UnitParameters:
             assert self._arriving is not None and homes is not None
             (transfer, buffer), self._arriving = self._arriving, None
             transfer.wait()
-            self.gathering = Sequel(self.gathers.all_gather(self.full, buffer), lambda: homes.give(buffer))
+            self.gathering = Sequel(self.gathers.gather_weights(self.full, buffer), lambda: homes.give(buffer))
 
     def finish_gather(self) -> None:
         """Wait until the parameters are all here."""

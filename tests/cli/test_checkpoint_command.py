@@ -55,6 +55,53 @@ def test_consolidate_writes_the_weights(
     assert "is there already" in capsys.readouterr().err
 
 
+def _contents(folder: Path) -> dict[str, Any]:
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    whole: dict[str, Any] = {key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in saved.items()}  # type: ignore[union-attr]
+    dcp.load(whole, checkpoint_id=folder, no_dist=True)
+    return whole
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*TypedStorage is deprecated:UserWarning")
+def test_reshard_writes_the_same_state_for_other_ranks(
+    saved: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    import distui
+
+    folder, weights = saved
+    before = _contents(folder)
+    source = folder
+    for ranks, stage in ((3, 2), (2, 3), (1, 0)):
+        output = tmp_path / f"for{ranks}"
+        command = ["checkpoint", "reshard", str(source), str(output), "--ranks", str(ranks), "--stage", str(stage)]
+        assert cli.run(command) == 0
+        assert f"step 1 for {ranks} rank" in capsys.readouterr().out
+        assert cli.run(["checkpoint", "inspect", str(output)]) == 0
+        assert f"saved by {ranks} rank(s) under ZeRO-{stage}" in capsys.readouterr().out
+        assert {path.name.split("_")[2] for path in output.glob("__*.distcp")} == {str(rank) for rank in range(ranks)}
+        after = _contents(output)
+        assert after.keys() == before.keys() and len(after) > 12
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        source = output
+    engine = distui.Engine()
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.Linear(7, 2))
+    model, _ = engine.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    engine.load_state(str(tmp_path / "for3"))
+    assert all(torch.equal(value, weights[name]) for name, value in engine.get_state_dict(model).items())
+    # Wrong input.
+    assert cli.run(["checkpoint", "reshard", str(folder), str(tmp_path / "for3"), "--ranks", "2"]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert cli.run(["checkpoint", "reshard", str(folder), str(tmp_path / "new"), "--ranks", "0"]) == 2
+    assert cli.run(["checkpoint", "reshard", str(tmp_path), str(tmp_path / "new"), "--ranks", "2"]) == 2
+    assert "is not a checkpoint" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 def test_what_is_no_checkpoint_or_damaged_is_refused(
     saved: tuple[Path, dict[str, Any]],
     tmp_path: Path,

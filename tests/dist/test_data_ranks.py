@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
+import distui
 from distui.core import ops
 from distui.core.data.loader import PreparedLoader, prepare_loader
 from distui.core.process import ProcessState
@@ -83,6 +85,51 @@ def test_an_epoch_has_every_sample_once_in_one_order(run_ranks: RunRanks, kind: 
         else:
             assert sorted(seen) == list(range(11))
     assert answers[0][0] != answers[0][1], "epochs differ"
+
+
+class _Stream(IterableDataset[int]):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.size))
+
+
+def _every_size() -> list[str]:
+    """Evaluate data sets of every small size, and go on in the middle of each; returns what came out wrong."""
+    wrong = []
+    engine = distui.Engine()
+    for size, batch, stream, drop_last in itertools.product((1, 2, 3, 5, 6, 7), (1, 2, 3), (False, True), (False, True)):
+        what = f"{size} samples in batches of {batch}, stream {stream}, drop_last {drop_last}"
+        dataset: Any = _Stream(size) if stream else list(range(size))
+        full = size // (batch * engine.num_processes) * batch * engine.num_processes if drop_last else size
+
+        def loader() -> Any:
+            return engine.prepare(DataLoader(dataset, batch_size=batch, drop_last=drop_last))  # noqa: B023
+
+        seen: list[int] = []
+        weights: list[int] = []
+        prepared, states = loader(), []
+        for numbers in prepared:
+            seen += engine.gather_for_metrics(numbers).tolist()
+            # What is no tensor is gathered, and cut, as a list of samples.
+            weights += engine.gather_for_metrics([f"{number}" for number in numbers.tolist()], use_gather_object=True)
+            states.append((len(seen), prepared.state_dict()))
+        if seen != list(range(full)) or weights != [f"{number}" for number in range(full)]:
+            wrong.append(f"{what}: {seen}, {weights}")
+        for position, state in states[:-1]:
+            resumed = loader()
+            resumed.load_state_dict(state)
+            rest = [number for numbers in resumed for number in engine.gather_for_metrics(numbers).tolist()]
+            if rest != list(range(position, full)):
+                wrong.append(f"{what}, after {position}: {rest}")
+        engine.free_memory()
+    return wrong
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_is_exact_for_every_size_and_after_resuming(run_ranks: RunRanks, world: int) -> None:
+    assert run_ranks(_every_size, world) == [[]] * world
 
 
 def _order_of_generator() -> list[list[int]]:

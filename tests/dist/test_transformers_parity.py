@@ -231,49 +231,7 @@ def test_adapters_on_a_frozen_base(run_ranks: RunRanks, stage: int) -> None:
     run_ranks(_frozen_base, 2, stage)
 
 
-# ---- optimizers and averages -------------------------------------------------------------------------------------
-
-
-class Lion(torch.optim.Optimizer):
-    """Chen et al., arXiv 2302.06675, algorithm 2."""
-
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                average = self.state[param].setdefault("average", torch.zeros_like(param))
-                # Not its sign: that flips where the last bit of a gradient differs.
-                update = torch.tanh(1e3 * torch.lerp(param.grad, average, beta1))
-                param.add_(update, alpha=-group["lr"])
-                average.lerp_(param.grad, 1 - beta2)
-
-
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "lion": lambda params: Lion(params),
-    "momentum": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, nesterov=True),
-    "adam": lambda params: torch.optim.Adam(params, lr=3e-3, amsgrad=True),
-}
-
-
-def _optimizers(stage: int) -> None:
-    for name, make in OPTIMIZERS.items():
-        plain = _seeded(_gpt2)
-        expected = _plain(plain, make(plain.parameters()))
-        engine = _engine(stage)
-        model = _seeded(_gpt2)
-        model, optimizer = engine.prepare(model, make(model.parameters()))
-        _same(_trained(engine, model, optimizer), expected, name)
-
-
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_other_optimizers(run_ranks: RunRanks, stage: int) -> None:
-    run_ranks(_optimizers, 2, stage)
+# ---- averages ----------------------------------------------------------------------------------------------------
 
 
 def _averages(stage: int) -> None:

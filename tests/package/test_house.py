@@ -23,7 +23,12 @@ TORCH_FREE_FILES = (
     *("config", "settings", "config_check", "config_file", "paths", "errors", "batch"),
     *("backend_check", "backends/registry"),
 )
-TORCH_PROCESSES = {"launcher/agent.py", "launcher/collectives_bench.py"}
+TORCH_PROCESSES = {
+    "launcher/agent.py",
+    "launcher/calibrate_bench.py",
+    "launcher/collectives_bench.py",
+    "launcher/model_probe.py",
+}
 """Modules of the launcher that run in processes of their own, where ranks are started or measured."""
 
 

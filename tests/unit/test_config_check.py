@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,7 +76,6 @@ def test_sizes_that_do_not_fit_come_with_the_nearest_that_do(
         ("strategy.pipeline_parallel", "2"),
         ("strategy.context_parallel", "2"),
         ("strategy.expert_parallel", "4"),
-        ("compression.gradients", "onebit"),
         ("cluster.max_restarts", "1"),
     ],
 )
@@ -132,6 +132,25 @@ def test_offload_needs_its_stage() -> None:
     assert any("only stage 3 shards parameters" in why for why in problems)
     problems = [problem.why for problem in found_in(offload__optimizer="cpu", strategy__zero_stage="0")]
     assert any("only stages 1, 2 and 3" in why for why in problems)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"compression__gradients": "onebit", "strategy__zero_stage": "1"}, "every rank must hold all"),
+        ({"compression__gradients": "onebit", "optimizer__name": "sgd"}, "freezes the variance"),
+        ({"compression__weights": "int8", "strategy__zero_stage": "2"}, "only stage 3 gathers weights"),
+        ({"compression__gradients": "int8", "compression__block_size": "100"}, "powers of two"),
+    ],
+)
+def test_compression_that_cannot_be_right_is_refused(given: dict[str, Any], why: str) -> None:
+    (problem,) = found_in(**given)
+    assert problem.path.startswith("compression.") and why in problem.why
+
+
+@pytest.mark.parametrize(("gradients", "stage"), [("onebit", "0"), ("int8", "0"), ("fp8", "2"), ("int8", "3")])
+def test_compression_that_works_is_not_refused(gradients: str, stage: str) -> None:
+    assert found_in(compression__gradients=gradients, strategy__zero_stage=stage, precision__dtype="fp16") == []
 
 
 def test_nvme_needs_a_folder_that_can_be_written(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_measured_cpu_gives_a_speed_that_follows_the_rate() -> None:
 def test_the_missing_measurement_is_named() -> None:
     hardware = replace(measured_machine(), rank_bandwidth=None)
     plan = plan_all(load_model("gpt2"), hardware, sequence_length=128)[0]
-    assert "doctor --collectives" in plan.why
+    assert "plan --calibrate" in plan.why
     one = plan_all(load_model("gpt2"), hardware, sequence_length=128, nproc=1)[0]
     assert one.tokens_per_s is not None, "one rank needs no bandwidth"
 
@@ -304,7 +304,9 @@ def test_every_plan_is_sound(model: str, hardware: str, options: dict[str, objec
         assert plan.fits or "needs" in plan.why or "not a multiple" in plan.why
         assert sum(plan.memory.values()) == plan.memory_per_rank_bytes > 0
         assert plan.tokens_per_s is None or plan.tokens_per_s > 0
-        assert plan.world_size == plan.tensor_parallel * plan.pipeline_parallel * plan.data_parallel
+        cut = plan.tensor_parallel * plan.pipeline_parallel * plan.context_parallel
+        assert plan.world_size == cut * plan.data_parallel
+        assert plan.data_parallel % plan.expert_parallel == 0
         Config.model_validate(plan.to_config())
         if plan.fits:
             assert plan.memory_limit_bytes is not None

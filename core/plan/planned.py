@@ -1,0 +1,54 @@
+"""What a configuration should need of a rank's memory, to be shown beside what it measures. Torch-free."""
+
+from __future__ import annotations
+
+from distui.core.batch import solve_batch
+from distui.core.config import Config
+from distui.core.hardware import Hardware
+from distui.core.plan.memory import Strategy, footprint
+from distui.core.plan.types import ModelSpec
+
+
+def strategy_of(config: Config, world_size: int) -> tuple[Strategy, bool]:
+    """Return the planner's strategy of `config` over `world_size` ranks, and whether its micro-batch is known."""
+    axes = config.strategy
+    cut = axes.tensor_parallel * axes.pipeline_parallel * axes.context_parallel
+    data_parallel = max(1, world_size // cut)
+    batch = solve_batch(config.batch, data_parallel)
+    strategy = Strategy(
+        zero_stage=axes.zero_stage if world_size > 1 else 0,
+        optimizer_home=config.offload.optimizer,
+        params_home=config.offload.params,
+        activation_checkpointing=config.activation_checkpointing.mode,
+        micro_size=batch.micro_size or 1,
+        accumulation=batch.accumulation or 1,
+        tensor_parallel=axes.tensor_parallel,
+        pipeline_parallel=axes.pipeline_parallel,
+        data_parallel=data_parallel,
+        dtype=config.precision.dtype,
+        reduce_dtype=config.precision.reduce_dtype,
+        optimizer=config.optimizer.name,
+        context_parallel=axes.context_parallel,
+        expert_parallel=axes.expert_parallel,
+        compression=config.compression.gradients,
+        backend=axes.backend,
+    )
+    return strategy, batch.micro_size is not None
+
+
+def planned_memory(config: Config, model: ModelSpec, hardware: Hardware, world_size: int) -> dict[str, int]:
+    """Return the bytes of a rank by category, as ranks report theirs; without a micro-batch no activations.
+
+    A backend that a plug-in brings is not planned: empty.
+    """
+    if config.strategy.backend not in ("native", "ddp", "fsdp2", "deepspeed"):
+        return {}
+    strategy, knows_batch = strategy_of(config, world_size)
+    memory = footprint(model, strategy, hardware.device_kind)
+    planned = memory.by_category()
+    # Ranks report logits with the activations, and what the framework takes as the rest of the process.
+    planned["activations"] += planned.pop("logits")
+    planned["other"] = planned.pop("framework")
+    if not knows_batch:
+        del planned["activations"]
+    return {category: num_bytes for category, num_bytes in planned.items() if num_bytes}
