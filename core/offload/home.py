@@ -28,9 +28,9 @@ def page_buffer(nbytes: int, pinned: bool = False) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, rounded), dtype=torch.uint8)
 
 
-def flat_buffer(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def flat_buffer(numel: int, dtype: torch.dtype, device: torch.device, aligned: bool = True) -> torch.Tensor:
     """Return a flat tensor of zeros; on the host page-aligned, so that disks read and write it without a copy."""
-    if device.type != "cpu":
+    if device.type != "cpu" or not aligned:
         return torch.zeros(numel, dtype=dtype, device=device)
     nbytes = numel * dtype.itemsize
     return page_buffer(nbytes)[:nbytes].view(dtype)

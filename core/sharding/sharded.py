@@ -53,7 +53,7 @@ class ShardedModel:
         rank = dist.get_rank(group) if group is not None else 0
         self.model = model
         self.compression = compression
-        self.pool = BufferPool()
+        self.pool = BufferPool(aligned=offload is not None and offload.active)
         self.transport: Transport | None = None
         self.gathers: Transport | None = None
         self._group = group if num_ranks > 1 else None

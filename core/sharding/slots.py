@@ -33,11 +33,14 @@ class SlotRing:
         for kind in {(unit.dtype, unit.device, unit.trainable) for unit in self._units}:
             of_kind = [unit for unit in self._units if (unit.dtype, unit.device, unit.trainable) == kind]
             numel = max(unit.layout.padded_numel for unit in of_kind)
-            ring = [flat_buffer(numel, kind[0], kind[1]) for _ in range(min(NUM_SLOTS, len(of_kind)))]
+            ring = [
+                flat_buffer(numel, kind[0], kind[1], of_kind[0].homes is not None)
+                for _ in range(min(NUM_SLOTS, len(of_kind)))
+            ]
             for index, unit in enumerate(of_kind):
                 unit.bind(ring[index % len(ring)][: unit.layout.padded_numel])
         for unit in self._roots:
-            unit.bind(flat_buffer(unit.layout.padded_numel, unit.dtype, unit.device))
+            unit.bind(flat_buffer(unit.layout.padded_numel, unit.dtype, unit.device, unit.homes is not None))
 
     @property
     def allocated_bytes(self) -> int:

@@ -57,14 +57,15 @@ class UnitParameters:
 
     def _place_parameters(self) -> None:
         start, end = self.layout.shard(self.rank)
-        full = flat_buffer(self.layout.padded_numel, self.dtype, self.device)
+        aligned = self.homes is not None
+        full = flat_buffer(self.layout.padded_numel, self.dtype, self.device, aligned)
         for param, span in zip(self.params, self.layout.spans, strict=True):
             full[span.offset : span.end].copy_(param.detach().reshape(-1))
         homes = self.homes
         if self.has_master:
             # The master keeps the precision that the script's own weights had.
             at_home = homes is not None and homes.masters is not None
-            master = flat_buffer(end - start, torch.float32, self.device)
+            master = flat_buffer(end - start, torch.float32, self.device, aligned)
             for index, (param, span) in enumerate(zip(self.params, self.layout.spans, strict=True)):
                 low, high = self.layout.owned(index, self.rank)
                 if low < high:
