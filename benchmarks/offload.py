@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import mmap
 import os
 import resource
 import socket
@@ -220,13 +219,13 @@ def compare(options: argparse.Namespace) -> None:
 
 def plain_rate(folder: str, nbytes: int, write: bool) -> float:
     """Return bytes/s of a plain O_DIRECT reader or writer with the engine's threads and chunks."""
+    from distui.core.offload.home import page_buffer
     from distui.core.offload.nvme import CHUNK_BYTES, NUM_THREADS
 
     nbytes = nbytes // CHUNK_BYTES * CHUNK_BYTES
     handle = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_DIRECT, 0o600)
     os.posix_fallocate(handle, 0, nbytes)
-    memory = mmap.mmap(-1, nbytes)  # as the step does: other memory for each chunk, not one in the cache
-    view = memoryview(memory)
+    view = page_buffer(nbytes).numpy().data  # as the step does: other memory for each chunk, not one in the cache
 
     def move(first: int, writes: bool) -> None:
         for offset in range(first * CHUNK_BYTES, nbytes, NUM_THREADS * CHUNK_BYTES):
@@ -247,8 +246,6 @@ def plain_rate(folder: str, nbytes: int, write: bool) -> float:
     if not write:
         run(False)
     rate = run(write)
-    view.release()
-    memory.close()
     os.close(handle)
     return rate
 
@@ -264,6 +261,8 @@ def disk(options: argparse.Namespace) -> None:
     file, stream = sharded.homes.nvme.file, sharded.optimizers[0].stream
     for _ in range(2):
         step()
+    for unit in sharded.units:
+        unit.shard_holds_gradient = True  # the last gradients are still in the file: step them again and again
     ratios: dict[str, list[float]] = {"with the update": [], "input and output alone": []}
     inner_step = sharded.optimizers[0].inner.step
     for _ in range(options.rounds):

@@ -178,3 +178,50 @@ def _refusals(folder: str) -> None:
 
 def test_what_cannot_work_is_refused_without_the_launcher(run_ranks: RunRanks, tmp_path: Path) -> None:
     run_ranks(_refusals, 1, str(tmp_path))
+
+
+def _two_optimizers(folder: str, homes: tuple[str, str]) -> list[Any]:
+    partition.SMALL_UNIT_NUMEL = 1
+    engine = distui.Engine(
+        strategy={"zero_stage": 3},
+        offload={"optimizer": homes[0], "params": homes[1], "nvme_path": folder},
+        compression={"gradients": "int8"} if engine_has_peers() else {},
+    )
+    torch.manual_seed(0)
+    model = Model()
+    matrices = [param for param in model.parameters() if param.requires_grad and param.dim() > 1]
+    vectors = [param for param in model.parameters() if param.requires_grad and param.dim() == 1]
+    model, first, second = engine.prepare(
+        model, torch.optim.AdamW(matrices, lr=0.01), torch.optim.SGD(vectors, lr=0.1, momentum=0.9)
+    )
+    for step in range(3):
+        ids = torch.randint(0, VOCAB, (4, 6), generator=torch.Generator().manual_seed(step))
+        engine.backward(F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()))
+        engine.clip_grad_norm_(model.parameters(), 0.5)
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+    return [engine.get_state_dict(model)]
+
+
+def engine_has_peers() -> bool:
+    return torch.distributed.is_initialized()
+
+
+def _two_optimizers_in_each_home(folder: str) -> None:
+    (on_device,) = _two_optimizers(folder, ("none", "none"))
+    for homes in (("cpu", "none"), ("nvme", "nvme")):
+        (found,) = _two_optimizers(folder, homes)
+        # Blocks of the 8-bit gradients begin elsewhere, because shards are padded to pages.
+        atol = 1e-2 if engine_has_peers() else 1e-6
+        torch.testing.assert_close(found, on_device, atol=atol, rtol=1e-2 if engine_has_peers() else 1e-5)
+    if engine_has_peers():
+        engine = distui.Engine(strategy={"zero_stage": 2}, offload={"optimizer": "nvme", "nvme_path": folder})
+        model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+        with pytest.raises(UserError, match="Muon with offload on several ranks"):
+            engine.prepare(model, torch.optim.Muon(model.parameters(), lr=0.01))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_two_optimizers_share_units(run_ranks: RunRanks, tmp_path: Path, num_ranks: int) -> None:
+    run_ranks(_two_optimizers_in_each_home, num_ranks, str(tmp_path))
