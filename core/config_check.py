@@ -33,7 +33,7 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
     if world_size is None and isinstance(config.cluster.nproc, int):
         world_size = config.cluster.nproc * config.cluster.nodes
     problems = [*_unavailable(config), *check_backend(config), *_cluster(config), *_folders(config)]
-    problems += [*_offload(config), *_states(config), *_compression(config)]
+    problems += [*offload_problems(config), *_states(config), *_compression(config)]
     if hardware is not None:
         problems += _devices(config, hardware)
     if world_size is not None:
@@ -54,9 +54,6 @@ def _unavailable(config: Config) -> Iterator[Problem]:
     for axis in (*MODEL_AXES, "expert_parallel"):
         if (size := getattr(config.strategy, axis)) > 1:
             yield _not_available(f"strategy.{axis}", f"{axis}={size}", "1")
-    for state in ("optimizer", "params"):
-        if (home := getattr(config.offload, state)) != "none":
-            yield _not_available(f"offload.{state}", f"{state}={home}", "none")
     if restarts := config.cluster.max_restarts:
         yield _not_available("cluster.max_restarts", f"max_restarts={restarts}", "0")
 
@@ -86,7 +83,8 @@ def _cluster(config: Config) -> Iterator[Problem]:
         )
 
 
-def _offload(config: Config) -> Iterator[Problem]:
+def offload_problems(config: Config) -> Iterator[Problem]:
+    """Yield what keeps states from the homes that are asked for."""
     offload, stage = config.offload, config.strategy.zero_stage
     if offload.params != "none" and stage != 3:
         yield Problem(

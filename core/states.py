@@ -104,7 +104,10 @@ class States(Tracking):
             super().end_training()
 
     def memory_report(self) -> dict[str, int]:
-        """Return this rank's bytes of parameters, gradients, optimizer_states and buffers."""
+        """Return this rank's bytes of parameters, gradients, optimizer_states and buffers.
+
+        Where states are offloaded also host and nvme: what rests in host memory and on disk.
+        """
         return self.backend.memory_by_category()
 
     def _report_memory(self) -> None:
@@ -116,4 +119,7 @@ class States(Tracking):
                 "peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device),
                 "device_total_bytes": torch.cuda.get_device_properties(self.device).total_memory,
             }
-        self.telemetry.memory(self.memory_report(), **cuda)
+        # What watchers add up and hold against the device's memory.
+        elsewhere = ("host", "nvme") if self.device.type == "cuda" else ("nvme",)
+        report = {name: nbytes for name, nbytes in self.memory_report().items() if name not in elsewhere}
+        self.telemetry.memory(report, **cuda)

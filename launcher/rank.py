@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
+from distui.core.errors import UserError
 from distui.core.imports import when_imported
 from distui.core.paths import RunFolder, current_run, write_atomic
 from distui.launcher import compat
@@ -193,6 +194,7 @@ def _keep(run: RunFolder, rank: int, error: BaseException, trace: TracebackType 
         "pid": os.getpid(),
         "type": type(error).__name__,
         "message": str(error),
+        "fix": error.fix if isinstance(error, UserError) else "",
         "traceback": "".join(traceback.format_exception(type(error), error, trace)),
         "step": last_step(run, rank),
         "time_s": time.time(),

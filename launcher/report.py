@@ -42,6 +42,8 @@ def failure_report(run: RunFolder, outcome: Outcome) -> str:
     lines = [f"error: rank {rank.rank} failed on {host}, {when}"]
     if report:
         lines += [f"  {line}" for line in _shortened(report["traceback"].rstrip().splitlines())]
+        if report.get("fix"):
+            lines.append(f"  fix: {report['fix']}")
     else:
         lines.append(f"  {_cause(rank)}")
         if tail := _tail(run, rank.rank):

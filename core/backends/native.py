@@ -14,7 +14,9 @@ from distui.core.backends import native_items
 from distui.core.backends.base import Backend, Part
 from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.config import Config
-from distui.core.errors import UserError
+from distui.core.config_check import offload_problems
+from distui.core.errors import ConfigError, UserError
+from distui.core.offload.homes import Offload
 from distui.core.precision import DTYPES, apply_border_casts
 from distui.core.sharding.compression import Compression
 from distui.core.sharding.optim import ShardedOptimizer
@@ -34,13 +36,17 @@ class NativeBackend(Backend):
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Lay `model` out in flat buffers, in place. Collective."""
         if id(model) not in self._models:
-            precision = self.config.precision
+            # A script that runs without `distui launch` has not been checked.
+            if problems := list(offload_problems(self.config)):
+                raise ConfigError(problems)
+            precision, home = self.config.precision, self.config.offload
             self._models[id(model)] = ShardedModel(
                 model,
                 stage=self.config.strategy.zero_stage,
                 group=self.group,
                 compute_dtype=None if precision.dtype == "fp32" else DTYPES[precision.dtype],
                 reduce_in_fp32=precision.reduce_dtype == "fp32",
+                offload=Offload(home.optimizer, home.params, home.nvme_path),
                 compression=Compression.of(self.config.compression),
             )
             if precision.dtype != "fp32":

@@ -10,8 +10,10 @@ from torch import nn
 
 from distui.core.backends.base import Part
 from distui.core.backends.plain_items import states_of
-from distui.core.checkpoint.flat import FlatShard
-from distui.core.sharding.optim import FlatRun, ShardedOptimizer
+from distui.core.checkpoint.flat import CellShard, FlatShard
+from distui.core.offload.home import CellSlice
+from distui.core.sharding.optim import ShardedOptimizer
+from distui.core.sharding.runs import FlatRun
 from distui.core.sharding.sharded import ShardedModel
 from distui.core.sharding.unit import Unit
 
@@ -33,19 +35,27 @@ def _replicated(tensor: torch.Tensor, part: Part | None) -> FlatShard:
     return FlatShard(flat[:0] if part is not None and part[0] else flat, 0, tensor.numel())
 
 
+def _range(source: torch.Tensor | CellSlice, at: int, length: int, start: int, numel: int) -> FlatShard:
+    """Return the elements [at, at + length) of `source` as the range from `start` on of a parameter of `numel`."""
+    at = at if length else 0
+    if isinstance(source, CellSlice):
+        return CellShard(source.part(at, at + length), start, numel)
+    return FlatShard(source[at : at + length], start, numel)
+
+
 def model_items(sharded: ShardedModel, part: Part | None) -> dict[str, torch.Tensor]:
     """Return the tensors of a model by key: flat shards of what is in units, plain tensors of the rest."""
     items: dict[str, torch.Tensor] = {}
     in_units: set[int] = set()
     for unit in sharded.units:
-        source = unit.master if unit.trainable else unit.shard
+        cell = unit.master_cell
+        source: torch.Tensor | CellSlice = unit.master if cell is None else CellSlice(cell, 0, cell.numel)
         base, end = unit.layout.shard(unit.rank)
         for index, (name, param) in enumerate(zip(unit.param_names, unit.params, strict=True)):
             in_units.add(id(param))
             low, high = _held(unit, index, base, end, part)
             at = unit.layout.spans[index].offset + low - base
-            local = source[at : at + high - low] if high > low else source[:0]
-            items[name] = FlatShard(local, low, param.numel())
+            items[name] = _range(source, at, high - low, low, unit.layout.spans[index].numel)
     for name, param in nn.Module.named_parameters(sharded.model):
         if id(param) not in in_units:
             items[name] = _replicated(param, part)
@@ -61,7 +71,7 @@ def optimizer_items(optimizer: ShardedOptimizer, part: Part | None) -> dict[str,
         for run in runs:
             state = optimizer.state_of(run)
             for key, value in state.items():
-                if not isinstance(value, torch.Tensor):
+                if not isinstance(value, torch.Tensor | CellSlice):
                     continue
                 for name, index in _params_of(run):
                     items[f"{name}.{key}"] = _state_item(run, index, value, part)
@@ -72,17 +82,18 @@ def _params_of(run: FlatRun) -> list[tuple[str, int]]:
     return [(run.unit.param_names[index], index) for index in run.indices]
 
 
-def _state_item(run: FlatRun, index: int, value: torch.Tensor, part: Part | None) -> torch.Tensor:
-    if value.shape != run.shape:
-        return value  # a number, or what an optimizer keeps of rows and columns: whole, with its own shape
-    flat = value.reshape(-1)
+def _state_item(run: FlatRun, index: int, value: torch.Tensor | CellSlice, part: Part | None) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        if value.shape != run.shape:
+            return value  # a number, or what an optimizer keeps of rows and columns: whole, with its own shape
+        value = value.reshape(-1)
     span = run.unit.layout.spans[index]
     if run.is_owned:
-        return FlatShard(flat, 0, span.numel)
+        return _range(value, 0, span.numel, 0, span.numel)
     base = run.unit.layout.shard(run.unit.rank)[0] + run.start
     low, high = _held(run.unit, index, base, base + run.end - run.start, part)
     at = span.offset + low - base
-    return FlatShard(flat[at : at + high - low] if high > low else flat[:0], low, span.numel)
+    return _range(value, at, high - low, low, span.numel)
 
 
 def allocate_states(optimizer: ShardedOptimizer, saved: Mapping[str, Any]) -> None:
@@ -94,12 +105,8 @@ def allocate_states(optimizer: ShardedOptimizer, saved: Mapping[str, Any]) -> No
             for name, index in _params_of(run):
                 flattened = torch.Size([run.unit.layout.spans[index].numel])
                 for key, meta in states_of(name, saved):
-                    state = optimizer.inner.state[run.param]
-                    if key not in state:
-                        shape = run.shape if meta.size == flattened else meta.size
-                        # A number is on the CPU, where torch's optimizers keep it unless told otherwise.
-                        device = run.param.device if shape else None
-                        state[key] = torch.zeros(shape, dtype=meta.properties.dtype, device=device)
+                    shape = torch.Size(run.shape) if meta.size == flattened else meta.size
+                    optimizer.make_state(run, key, shape, meta.properties.dtype)
 
 
 def loaded(sharded: ShardedModel) -> None:

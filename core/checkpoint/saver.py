@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from distui.core.checkpoint import state
+from distui.core.checkpoint.flat import CellShard
 from distui.core.checkpoint.folder import PREFIX
 from distui.core.checkpoint.staging import Staging
 from distui.core.checkpoint.writing import Snapshot, write
@@ -88,7 +89,8 @@ class Saver:
             facts=state.facts(engine),
             keep=keep,
         )
-        if not asynchronous:
+        if not asynchronous or any(isinstance(item, CellShard) for item in snapshot.items.values()):
+            # What rests on a disk is there because host memory has no room for a copy of it.
             self._write(snapshot, engine.clock.step, on_done)
             self.wait()
             return str(snapshot.target)

@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 
 from distui.core import ops
 from distui.core.checkpoint import folder as folders
+from distui.core.checkpoint.flat import LoadPlanner
 from distui.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def load(engine: Engine, input_dir: str) -> None:
         engine.backend.allocate_states(optimizer, own)
         items |= _under(prefix, engine.backend.optimizer_items(optimizer, None))
     quieten_dcp()
-    dcp.load(items, checkpoint_id=source, no_dist=engine.num_processes == 1)
+    dcp.load(items, checkpoint_id=source, planner=LoadPlanner(), no_dist=engine.num_processes == 1)
     for model in engine._models:
         engine.backend.loaded(model)
     common = torch.load(source / "state.pt", weights_only=True)

@@ -40,8 +40,9 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Bytes that this rank writes, about."""
-        tensors = [item.local if isinstance(item, FlatShard) else item for item in self.items.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + len(self.random) + len(self.common)
+        items = self.items.values()
+        tensors = sum(item.local_bytes if isinstance(item, FlatShard) else item.nbytes for item in items)
+        return tensors + len(self.random) + len(self.common)
 
 
 class _Failed(Exception):

@@ -101,6 +101,19 @@ def _with_params(
     return probe
 
 
+def probe_states(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, torch.dtype]:
+    """Return names and formats of the states that a first step keeps for each element; empty where it cannot tell."""
+    param = torch.nn.Parameter(torch.ones(7))
+    param.grad = torch.ones(7)
+    probe = _with_params(optimizer, group, [param])
+    try:
+        probe.step()
+    except Exception:  # noqa: BLE001 - foreign code on a vector of its own: the first real step tells
+        return {}
+    state = probe.state.get(param, {})
+    return {key: value.dtype for key, value in state.items() if isinstance(value, torch.Tensor) and value.shape == (7,)}
+
+
 def _stepped(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], starts: list[torch.Tensor], grads: list[list[torch.Tensor]]
 ) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ from distui.kernels import fused_adamw as fused
 from distui.kernels.adamw8bit import Moments, adamw8bit, dequantize_moments, quantize_moments, zero_moments
 
 if TYPE_CHECKING:
-    from distui.core.sharding.optim import FlatRun
+    from distui.core.sharding.runs import FlatRun
 
 _CODES = ("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales")
 _OTHER_OPTIONS = ("amsgrad", "maximize", "differentiable", "capturable")

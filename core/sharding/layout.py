@@ -97,12 +97,15 @@ class FlatLayout:
         return runs
 
 
-def plan_layout(named_shapes: Sequence[tuple[str, Sequence[int]]], num_shards: int) -> FlatLayout:
-    """Lay parameters out in the given order for `num_shards` ranks."""
+def plan_layout(
+    named_shapes: Sequence[tuple[str, Sequence[int]]], num_shards: int, shard_multiple: int = ALIGNMENT
+) -> FlatLayout:
+    """Lay parameters out in the given order for `num_shards` ranks; a shard is a multiple of `shard_multiple`."""
     spans = []
     offset = 0
     for name, shape in named_shapes:
         span = ParamSpan(name, tuple(shape), offset)
         spans.append(span)
         offset = round_up(span.end, ALIGNMENT)
-    return FlatLayout(tuple(spans), max(round_up(offset, ALIGNMENT * num_shards), ALIGNMENT * num_shards), num_shards)
+    multiple = shard_multiple * num_shards
+    return FlatLayout(tuple(spans), max(round_up(offset, multiple), multiple), num_shards)

@@ -30,7 +30,7 @@ from distui.core.sharding.transport import Pending, Transport
 from distui.kernels.onebit import compress_onebit, unpack_signs
 
 if TYPE_CHECKING:
-    from distui.core.sharding.optim import FlatRun
+    from distui.core.sharding.runs import FlatRun
     from distui.core.sharding.unit import Unit
 
 BLOCK = 1024

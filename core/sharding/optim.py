@@ -9,42 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from distui.core.backends.optimizer import PreparedOptimizer, prefer_fused
 from distui.core.errors import UserError
+from distui.core.offload.homes import Homes
+from distui.core.offload.step import UnitStream
 from distui.core.sharding.elementwise import Sight, sight_of
 from distui.core.sharding.flat_adam import FlatAdam, why_not_flat
 from distui.core.sharding.matrices import WholeMatrices
 from distui.core.sharding.onebit_adam import OneBitAdam
+from distui.core.sharding.runs import FlatRun, flat_runs, whole_run
 from distui.core.sharding.schedule import Schedule
 from distui.core.sharding.transport import Transport
 from distui.core.sharding.unit import Unit
 from distui.kernels.l2_norm import l2_norm
-
-
-@dataclass(slots=True)
-class FlatRun:
-    """A contiguous range of one unit's shard, stepped as one parameter; or a whole matrix that this rank owns."""
-
-    unit: Unit
-    indices: tuple[int, ...]
-    """The unit's parameters that lie in it."""
-    start: int
-    end: int
-    param: nn.Parameter
-    is_owned: bool = False
-    """Whether it is a matrix that only this rank steps (see `matrices`); start and end then count in the matrix."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of what the optimizer steps."""
-        return self.unit.layout.spans[self.indices[0]].shape if self.is_owned else tuple(self.param.shape)
 
 
 class ShardedOptimizer(PreparedOptimizer):
@@ -58,6 +40,7 @@ class ShardedOptimizer(PreparedOptimizer):
         transport: Transport | None,
         siblings: list[PreparedOptimizer],
         state_bits: int = 32,
+        homes: Homes | None = None,
     ) -> None:
         """`siblings` are the optimizers of the same model; this one joins them."""
         super().__init__(inner)
@@ -66,11 +49,14 @@ class ShardedOptimizer(PreparedOptimizer):
         """Steps in the place of the inner optimizer once its variance is frozen (compression.gradients=onebit)."""
         self.runs: list[list[FlatRun]] = []
         self._place = {id(param): (unit, index) for unit in units for index, param in enumerate(unit.params)}
+        self._homes = homes
         self._own: dict[int, set[int]] = {}
         """Which parameters of which units are in this optimizer."""
         self._matrices: WholeMatrices | None = None
         self._rebind()
-        self.flat = self._flat(state_bits)
+        self.stream = UnitStream(inner, self.runs, homes) if homes is not None else None
+        """Steps unit by unit, where states have other homes than the device."""
+        self.flat = self._flat(state_bits) if homes is None else None
         """Steps in the place of the inner optimizer, where a kernel does."""
         siblings.append(self)
         self.siblings = siblings
@@ -89,7 +75,9 @@ class ShardedOptimizer(PreparedOptimizer):
         """Step the shards, then start to bring the weights to all ranks. Collective: all ranks."""
         # What is still being gathered reads the shards that the step writes.
         self._schedule.finish_gathers()
-        if self.onebit is not None and self.onebit.frozen:
+        if self.stream is not None:
+            self.stream.step(factor)
+        elif self.onebit is not None and self.onebit.frozen:
             self._set_gradients(factor)
             self.onebit.step()
         elif self.flat is not None:
@@ -102,13 +90,20 @@ class ShardedOptimizer(PreparedOptimizer):
             if self._matrices is not None:
                 self._matrices.hand_back()
             self._drop_gradients()
-        self._schedule.publish(self._own)
+        self._schedule.publish(self._own, refresh=self.stream is None)
         if self.onebit is not None:
             self.onebit.follow()
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of the states, for the same number of ranks; `save_state` writes what reshards."""
-        return self.inner.state_dict() if self.flat is None else self.flat.state_dict()
+        if self.flat is not None:
+            return self.flat.state_dict()
+        if self.stream is None:
+            return self.inner.state_dict()
+        with self.stream.states_in_memory():
+            found = self.inner.state_dict()
+            # The optimizer's own dicts are in it, which lose again what is in memory only here.
+            return {**found, "state": {key: dict(state) for key, state in found["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` of this rank returned."""
@@ -117,6 +112,27 @@ class ShardedOptimizer(PreparedOptimizer):
             self.flat.narrow()
         if self.onebit is not None:
             self.onebit.load_state_dict(None)
+        if self.stream is not None:
+            self.stream.stash()
+
+    def state_of(self, run: FlatRun) -> dict[str, Any]:
+        """Return a run's state as torch's optimizer has it, to be saved or, if it is not in 8 bits, loaded into.
+
+        What is not in memory is there as the range of the cell in which it rests.
+        """
+        if self.flat is not None:
+            return self.flat.full_state(run)
+        state: dict[str, Any] = self.inner.state.get(run.param, {})
+        return state | self.stream.states_of(run) if self.stream is not None else state
+
+    def make_state(self, run: FlatRun, key: str, size: torch.Size, dtype: torch.dtype) -> None:
+        """Make room for a state that a checkpoint has and the optimizer, not having stepped, lacks."""
+        state = self.inner.state[run.param]
+        if key in state or (self.stream is not None and key in self.stream.states_of(run)):
+            return
+        if self.stream is None or size != run.shape or not self.stream.make_state(run, key, dtype):
+            # A number is on the CPU, where torch's optimizers keep it unless told otherwise.
+            state[key] = torch.zeros(size, dtype=dtype, device=run.param.device if size else None)
 
     # ---- shards --------------------------------------------------------------------------------------------------
 
@@ -134,11 +150,11 @@ class ShardedOptimizer(PreparedOptimizer):
         ):
             prefer_fused(group)
             if sight.flat:
-                runs = self._flat_runs(places)
+                runs = flat_runs(places, self._homes)
             elif sharded:
                 runs = [owned[id(unit), index] for unit, index in places if (id(unit), index) in owned]
             else:  # replicated states: whole matrices can be given as they are
-                runs = [self._whole(unit, index) for unit, index in places]
+                runs = [whole_run(unit, index, self._homes) for unit, index in places]
             self.runs.append(runs)
             group["params"] = [run.param for run in runs]
             self._carry_states(states, params, runs)
@@ -179,6 +195,12 @@ class ShardedOptimizer(PreparedOptimizer):
         ]
         if not wanted:
             return {}
+        if self._homes is not None:
+            raise UserError(
+                f"the optimizer {type(self.inner).__name__} with offload on several ranks",
+                f"{len(wanted)} parameters are stepped as whole matrices, which are collected on the device",
+                "set offload.optimizer and offload.params to none, or use an element-wise optimizer such as AdamW",
+            )
         assert self._transport is not None
         self._matrices = WholeMatrices(wanted, self._transport)
         return {
@@ -188,28 +210,12 @@ class ShardedOptimizer(PreparedOptimizer):
                 0,
                 matrix.unit.layout.spans[matrix.index].numel,
                 matrix.param,
+                matrix.unit.layout.spans[matrix.index].shape,
                 is_owned=True,
             )
             for matrix in self._matrices.matrices
             if matrix.owner == self._transport.rank
         }
-
-    @staticmethod
-    def _flat_runs(places: list[tuple[Unit, int]]) -> list[FlatRun]:
-        by_unit: dict[int, tuple[Unit, list[int]]] = {}
-        for unit, index in places:
-            by_unit.setdefault(id(unit), (unit, []))[1].append(index)
-        runs = []
-        for unit, indices in by_unit.values():
-            base = unit.layout.shard(unit.rank)[0]
-            for start, end in unit.layout.runs(indices, unit.rank):
-                inside = tuple(
-                    index
-                    for index in indices
-                    if unit.layout.spans[index].end > base + start and unit.layout.spans[index].offset < base + end
-                )
-                runs.append(FlatRun(unit, inside, start, end, nn.Parameter(unit.master[start:end])))
-        return runs
 
     def _flat(self, state_bits: int) -> FlatAdam | None:
         if state_bits == 8:
@@ -229,19 +235,6 @@ class ShardedOptimizer(PreparedOptimizer):
             return FlatAdam(self.inner, self.runs, 8)
         return FlatAdam(self.inner, self.runs, 32) if FlatAdam.serves(self.inner, self.runs) else None
 
-    def state_of(self, run: FlatRun) -> dict[str, Any]:
-        """Return a run's state as torch's optimizer has it, to be saved or, if it is not in 8 bits, loaded into."""
-        if self.flat is not None:
-            return self.flat.full_state(run)
-        state: dict[str, Any] = self.inner.state.get(run.param, {})
-        return state
-
-    @staticmethod
-    def _whole(unit: Unit, index: int) -> FlatRun:
-        span = unit.layout.spans[index]
-        param = nn.Parameter(unit.master[span.offset : span.end].view(span.shape))
-        return FlatRun(unit, (index,), span.offset, span.end, param)
-
     def _carry_states(self, states: dict[Any, Any], params: list[Any], runs: list[FlatRun]) -> None:
         """Take over states that the optimizer had already (a resumed script)."""
         if not states:
@@ -253,7 +246,7 @@ class ShardedOptimizer(PreparedOptimizer):
                 continue
             flat_state: dict[str, Any] = {}
             base = run.unit.layout.shard(run.unit.rank)[0]
-            is_whole = run.is_owned or run.param.dim() != 1
+            is_whole = run.is_owned or len(run.shape) != 1
             for key, value in (present[0] or {}).items():
                 if not (isinstance(value, torch.Tensor) and value.dim()) or is_whole:
                     flat_state[key] = value
@@ -267,7 +260,7 @@ class ShardedOptimizer(PreparedOptimizer):
                     if source and low < high:
                         part = source[key].reshape(-1)[low - span.offset : high - span.offset]
                         flat[low - base - run.start : high - base - run.start].copy_(part)
-                flat_state[key] = flat.view(run.param.shape)
+                flat_state[key] = flat.view(run.shape)
             self.inner.state[run.param] = flat_state
 
     def _indices(self, params: list[Any], unit: Unit) -> Iterable[tuple[Any, int]]:
@@ -277,15 +270,16 @@ class ShardedOptimizer(PreparedOptimizer):
                 yield param, place[1]
 
     def _gradients(self) -> Iterator[torch.Tensor]:
-        """Yield this rank's shards of the gradients that the optimizer steps."""
+        """Yield this rank's shards of the gradients that the optimizer steps; what is written to them stays."""
         for unit in self._units:
             own = self._own.get(id(unit))
-            if not own or unit.grad_shard is None or not unit.has_gradient:
+            if not own or not unit.has_gradient:
                 continue
-            if len(self.siblings) == 1:
-                yield unit.grad_shard
-            else:
-                yield from (unit.grad_shard[start:end] for start, end in unit.layout.runs(own, unit.rank))
+            with unit.gradient(writes=True) as shard:
+                if len(self.siblings) == 1:
+                    yield shard
+                else:
+                    yield from (shard[start:end] for start, end in unit.layout.runs(own, unit.rank))
 
     def _set_gradients(self, factor: float) -> None:
         if factor != 1.0:
@@ -313,17 +307,22 @@ class ShardedOptimizer(PreparedOptimizer):
         self._schedule.finish_gradients()
         parts = []
         for unit in self._units:
-            if not unit.trainable or unit.grad_shard is None or not unit.has_gradient:
+            if not unit.trainable or not unit.has_gradient:
                 continue
-            if units_and_indices is None:
-                pieces = [unit.grad_shard]
-            else:
-                wanted = units_and_indices.get(id(unit), set())
-                pieces = [unit.grad_shard[start:end] for start, end in unit.layout.runs(wanted, unit.rank)]
-            if norm_type == 2.0:
-                parts += [l2_norm(piece) for piece in pieces]
-            else:
-                parts += [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float32) for piece in pieces]
+            if units_and_indices is None and norm_type == 2.0 and unit.stored_norm is not None:
+                parts.append(unit.stored_norm)
+                continue
+            ranges = [(0, unit.layout.shard_numel)]
+            if units_and_indices is not None:
+                ranges = unit.layout.runs(units_and_indices.get(id(unit), ()), unit.rank)
+            if not ranges:
+                continue
+            with unit.gradient() as grad:
+                pieces = [grad[start:end] for start, end in ranges]
+                if norm_type == 2.0:
+                    parts += [l2_norm(piece) for piece in pieces]
+                else:
+                    parts += [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float32) for piece in pieces]
         device = self._units[0].device if self._units else torch.device("cpu")
         norms = torch.stack(parts) if parts else torch.zeros(1, device=device)
         if math.isinf(norm_type):
@@ -347,9 +346,11 @@ class ShardedOptimizer(PreparedOptimizer):
             self.grad_factor *= factor
             return
         for unit in self._units:
-            if unit.grad_shard is not None:
-                for start, end in unit.layout.runs(units_and_indices.get(id(unit), ()), unit.rank):
-                    unit.grad_shard[start:end].mul_(factor)
+            runs = unit.layout.runs(units_and_indices.get(id(unit), ()), unit.rank) if unit.trainable else []
+            if runs:
+                with unit.gradient(writes=True) as grad:
+                    for start, end in runs:
+                        grad[start:end].mul_(factor)
 
     def clamp_gradients(self, limit: float) -> None:
         """Clamp every gradient element to [-limit, limit]."""

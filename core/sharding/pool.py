@@ -1,4 +1,7 @@
-"""Flat buffers that are handed out and given back: allocated once, because fresh pages cost more than a copy."""
+"""Flat buffers that are handed out and given back: allocated once, because fresh pages cost more than a copy.
+
+Where states are offloaded they are page-aligned, so that a disk reads and writes them without a copy.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+
+from distui.core.offload.home import flat_buffer
 
 
 class BufferPool:
@@ -15,7 +20,8 @@ class BufferPool:
     that was ever in use at once. A new buffer is zero; one that was used before holds whatever it held.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, aligned: bool = False) -> None:
+        self._aligned = aligned
         self._free: dict[tuple[Any, torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
         self.allocated_bytes = 0
 
@@ -27,7 +33,7 @@ class BufferPool:
         free = self._free[((numel, kind), dtype, device)]
         if free:
             return free.pop()
-        buffer = torch.zeros(numel, dtype=dtype, device=device)
+        buffer = flat_buffer(numel, dtype, device, self._aligned)
         self.allocated_bytes += buffer.numel() * buffer.element_size()
         return buffer
 

@@ -52,7 +52,7 @@ class Schedule:
         self._calls: dict[int, int] = defaultdict(int)
         """Forward calls of each unit's modules since the last step; a unit called twice is complete only at the end."""
         self._late: set[int] = set()
-        self.slots = SlotRing(units) if stage >= 3 and num_ranks > 1 else None
+        self.slots = SlotRing(units) if stage >= 3 else None
         self._handles: list[Any] = []
         self._root_units = [unit for unit in units if unit.is_root]
         self._gather_lazily = stage in (1, 2) and num_ranks > 1
@@ -285,14 +285,15 @@ class Schedule:
 
     # ---- parameters ----------------------------------------------------------------------------------------------
 
-    def publish(self, stepped: Container[int] | None = None) -> None:
+    def publish(self, stepped: Container[int] | None = None, refresh: bool = True) -> None:
         """After the optimizer: new weights to where forward reads them. Collective: all ranks.
 
-        `stepped` are the identities of the units that it stepped; None are all.
+        `stepped` are the identities of the units that it stepped; None are all. Without `refresh` the shards in the
+        compute format are new already.
         """
         for unit in self.units:
             if unit.trainable and (stepped is None or id(unit) in stepped):
-                unit.publish()
+                unit.publish(refresh)
         if self.slots is not None:
             self.slots.invalidate()
 

@@ -12,15 +12,17 @@ from torch import nn
 
 from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.errors import UserError
+from distui.core.offload.homes import Homes, Offload, agreed, open_homes
 from distui.core.sharding.alike import start_alike
 from distui.core.sharding.compression import Compression, make_transport, start_onebit
 from distui.core.sharding.hooks import ClearingGradients, Hook, WaitingParameters
 from distui.core.sharding.optim import ShardedOptimizer
 from distui.core.sharding.partition import partition, split_by_kind
+from distui.core.sharding.placement import Placement
 from distui.core.sharding.pool import BufferPool
 from distui.core.sharding.schedule import Schedule
 from distui.core.sharding.transport import Transport
-from distui.core.sharding.unit import Placement, Unit
+from distui.core.sharding.unit import Unit
 
 
 class ShardedModel:
@@ -34,9 +36,13 @@ class ShardedModel:
         group: dist.ProcessGroup | None,
         compute_dtype: torch.dtype | None = None,
         reduce_in_fp32: bool = True,
+        offload: Offload | None = None,
         compression: Compression | None = None,
     ) -> None:
-        """Prepare `model` in place. Collective: all ranks of `group` (None: one rank)."""
+        """Prepare `model` in place. Collective: all ranks of `group` (None: one rank).
+
+        Raises: UserError, on all ranks, where a home has no room or cannot be written.
+        """
         if any(isinstance(param, nn.parameter.UninitializedParameter) for param in model.parameters()):
             raise UserError(
                 "the model has lazy parameters that are not initialised",
@@ -46,11 +52,23 @@ class ShardedModel:
         num_ranks = dist.get_world_size(group) if group is not None else 1
         rank = dist.get_rank(group) if group is not None else 0
         self.model = model
-        self.placement = Placement(stage, rank, num_ranks, compute_dtype, reduce_in_fp32)
         self.compression = compression
-        self.pool = BufferPool()
+        self.pool = BufferPool(aligned=offload is not None and offload.active)
         self.transport: Transport | None = None
         self.gathers: Transport | None = None
+        self._group = group if num_ranks > 1 else None
+        self.homes: Homes | None = None
+        if offload is not None and offload.active:
+            self.homes = agreed(lambda: open_homes(model, offload, stage, compute_dtype, num_ranks), self._group)
+        self.placement = Placement(
+            stage,
+            rank,
+            num_ranks,
+            compute_dtype,
+            reduce_in_fp32,
+            moves_gradients=self.homes is not None and self.homes.gradients is not None,
+            moves_parameters=self.homes is not None and self.homes.params is not None,
+        )
         if group is not None and num_ranks > 1:
             self.transport = make_transport(group, "data_parallel", self.pool, compression)
             self.gathers = self.transport
@@ -60,8 +78,8 @@ class ShardedModel:
                 assert second is not None
                 self.gathers = make_transport(second, "data_parallel_gather", self.pool, compression, gradients=False)
             start_alike(model, group)
-        self.units = self._build_units()
-        self.schedule = Schedule(model, self.units, stage if num_ranks > 1 else 0, num_ranks)
+        self.units = self._build_units() if self.homes is None else agreed(self._build_units, self._group)
+        self.schedule = Schedule(model, self.units, self.placement.effective_stage, num_ranks)
         self.optimizers: list[ShardedOptimizer] = []
         self._whole = False
         """Stage 3: whether every parameter is whole just now."""
@@ -93,6 +111,7 @@ class ShardedModel:
                         self.pool,
                         self.transport,
                         self.gathers,
+                        self.homes,
                     )
                 )
         return units
@@ -129,7 +148,19 @@ class ShardedModel:
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, state_bits: int = 32) -> ShardedOptimizer:
         """Rebind `optimizer` to this model's flat shards."""
         siblings = cast("list[PreparedOptimizer]", self.optimizers)
-        prepared = ShardedOptimizer(optimizer, self.schedule, self.units, self.transport, siblings, state_bits)
+        if self.homes is not None and state_bits != 32:
+            raise UserError(
+                f"optimizer.state_bits={state_bits} with offload",
+                "offloaded states are stepped in 32 bits",
+                "set optimizer.state_bits to 32, or offload.optimizer and offload.params to none",
+            )
+
+        def rebind() -> ShardedOptimizer:
+            return ShardedOptimizer(
+                optimizer, self.schedule, self.units, self.transport, siblings, state_bits, self.homes
+            )
+
+        prepared = rebind() if self.homes is None else agreed(rebind, self._group)
         if self.compression is not None and self.compression.gradients == "onebit" and self.transport is not None:
             prepared.onebit = start_onebit(prepared, self.units, self.transport, self.pool, self.compression)
         return prepared
@@ -173,10 +204,10 @@ class ShardedModel:
             return
         slots = []
         for unit in self.units:
-            assert unit.full is not None and unit.transport is not None and unit.gathers is not None
+            assert unit.full is not None
             slots.append(unit.full)
             whole = torch.zeros_like(unit.full)
-            unit.gathers.all_gather(whole, unit.shard).wait()
+            unit.gather_into(whole, unit.read_shard())
             unit.bind(whole)
         self._whole = True
         try:
@@ -186,7 +217,7 @@ class ShardedModel:
             for unit, slot in zip(self.units, slots, strict=True):
                 if writeback and unit.full is not None:
                     start, end = unit.layout.shard(unit.rank)
-                    unit.shard.copy_(unit.full[start:end])
+                    unit.write_shard(unit.full[start:end])
                 unit.bind(slot)
             if writeback:
                 self.refresh_masters()
@@ -209,7 +240,7 @@ class ShardedModel:
         whole: dict[int, torch.Tensor] = {}
         self.schedule.finish_gathers()
         for unit in self.units:
-            source = unit.master if unit.trainable else unit.shard
+            source = unit.read_master()
             if unit.layout.num_shards == 1 or unit.gathers is None:
                 flat = source
             else:
@@ -246,14 +277,14 @@ class ShardedModel:
             for unit in self.units:
                 assert unit.full is not None
                 start, end = unit.layout.shard(unit.rank)
-                unit.shard.copy_(unit.full[start:end])
-                if not unit.trainable or unit.master is unit.shard:
+                unit.write_shard(unit.full[start:end])
+                if not unit.has_master:
                     continue
                 for index, param in enumerate(unit.params):
                     low, high = unit.layout.owned(index, unit.rank)
                     if low < high and id(param) in named:
                         at = unit.layout.spans[index].offset + low - start
-                        unit.master[at : at + high - low].copy_(named[id(param)].reshape(-1)[low:high])
+                        unit.write_master(at, named[id(param)].reshape(-1)[low:high])
         if self.schedule.slots is not None:
             self.schedule.slots.invalidate()
         return missing_and_unexpected
@@ -272,7 +303,10 @@ class ShardedModel:
         return sum(transport.sent_bytes for transport in self.transports)
 
     def memory_by_category(self) -> dict[str, int]:
-        """Return this rank's bytes: parameters, gradients, optimizer_states, buffers (transient and the model's)."""
+        """Return this rank's bytes: parameters, gradients, optimizer_states, buffers (transient and the model's).
+
+        Where states are offloaded also host and nvme: what rests there and is in none of the others.
+        """
         seen: set[int] = set()
 
         def count(tensors: list[torch.Tensor | None]) -> int:
@@ -285,21 +319,27 @@ class ShardedModel:
             return total
 
         sharded = self.placement.shards_parameters
-        parameters = count([unit.shard if sharded else unit.full for unit in self.units])
+        in_memory = [unit for unit in self.units if unit.shard_cell is None]
+        parameters = count([unit.shard if sharded else unit.full for unit in in_memory])
         parameters += count([] if sharded else [param.data for param in self.model.parameters()])
         gradients = count(
             [unit.grad_shard if self.placement.shards_gradients else unit.grad_full for unit in self.units]
         )
-        states = count([unit.master for unit in self.units if unit.trainable])
+        states = count([unit.master for unit in self.units if unit.trainable and unit.master_cell is None])
         for optimizer in self.optimizers:
             for state in optimizer.inner.state.values():
                 states += count([value for value in state.values() if isinstance(value, torch.Tensor)])
             states += optimizer.onebit.allocated_bytes if optimizer.onebit is not None else 0
         slots = self.schedule.slots.allocated_bytes if self.schedule.slots is not None else 0
         buffers = slots + self.pool.allocated_bytes + count([buffer.data for buffer in self.model.buffers()])
-        return {
+        report = {
             "parameters": parameters,
             "gradients": gradients,
             "optimizer_states": states,
             "buffers": buffers,
         }
+        if self.homes is not None:
+            streams = [optimizer.stream for optimizer in self.optimizers if optimizer.stream is not None]
+            report["buffers"] += self.homes.buffer_bytes + sum(stream.frame_bytes for stream in streams)
+            self.homes.account(report)
+        return report

@@ -7,8 +7,7 @@ of the first forward: the next unit's gather starts before the current one compu
 
 from __future__ import annotations
 
-import torch
-
+from distui.core.offload.home import flat_buffer
 from distui.core.sharding.unit import Unit
 
 NUM_SLOTS = 2
@@ -34,11 +33,14 @@ class SlotRing:
         for kind in {(unit.dtype, unit.device, unit.trainable) for unit in self._units}:
             of_kind = [unit for unit in self._units if (unit.dtype, unit.device, unit.trainable) == kind]
             numel = max(unit.layout.padded_numel for unit in of_kind)
-            ring = [torch.zeros(numel, dtype=kind[0], device=kind[1]) for _ in range(min(NUM_SLOTS, len(of_kind)))]
+            ring = [
+                flat_buffer(numel, kind[0], kind[1], of_kind[0].homes is not None)
+                for _ in range(min(NUM_SLOTS, len(of_kind)))
+            ]
             for index, unit in enumerate(of_kind):
                 unit.bind(ring[index % len(ring)][: unit.layout.padded_numel])
         for unit in self._roots:
-            unit.bind(torch.zeros(unit.layout.padded_numel, dtype=unit.dtype, device=unit.device))
+            unit.bind(flat_buffer(unit.layout.padded_numel, unit.dtype, unit.device, unit.homes is not None))
 
     @property
     def allocated_bytes(self) -> int:
@@ -53,7 +55,7 @@ class SlotRing:
     def _start(self, unit: Unit) -> None:
         if id(unit) in self._valid:
             return
-        assert unit.full is not None and unit.gathers is not None
+        assert unit.full is not None
         slot = unit.full.data_ptr()
         previous = self._owner.get(slot)
         if previous is not None and previous is not unit:
@@ -61,12 +63,13 @@ class SlotRing:
             self._valid.discard(id(previous))
         self._owner[slot] = unit
         self._valid.add(id(unit))
-        unit.gathering = unit.gathers.gather_weights(unit.full, unit.shard)
+        unit.start_gather()
 
     def invalidate(self) -> None:
         """The shards have changed: everything must be gathered again."""
         for unit in self._units + self._roots:
             unit.finish_gather()
+            unit.drop_prefetch()
         self._valid.clear()
 
     # ---- a pass over the model -----------------------------------------------------------------------------------
@@ -126,6 +129,12 @@ class SlotRing:
             following = self._recorded[here + step]
             if not self._shares_slot(units, following):
                 self._gather_all(following)
+            # From a home behind a disk or a bus the shard must set out one step before its gather.
+            beyond = here + (1 if self._shares_slot(units, following) else 2) * step
+            if 0 <= beyond < len(self._recorded):
+                for unit in self._recorded[beyond]:
+                    if id(unit) not in self._valid:
+                        unit.prefetch()
 
     def _shares_slot(self, units: list[Unit], others: list[Unit]) -> bool:
         slots = {unit.full.data_ptr() for unit in units if unit.full is not None}

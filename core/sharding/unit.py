@@ -9,19 +9,26 @@ Buffers of a unit of P elements (padded) on one of N ranks, by what the stage sh
 
 `param.data` is a view set once. `param.grad` is None during backward: autograd hands its fresh gradient over, and one
 pass scales it and writes or adds it to the flat gradient, so nothing is ever zeroed first.
+
+What has another home than the device (`core/offload`) rests in a cell instead: then `shard`, `master` or `grad_shard`
+is not there, and `read_*`, `write_*` and `gradient` reach it wherever it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 import torch
 from torch import nn
 
-from distui.core.sharding.layout import FlatLayout, plan_layout
+from distui.core.offload.home import Cell, Transfer, Waitable
+from distui.core.offload.homes import Homes
+from distui.core.sharding.placement import Placement
 from distui.core.sharding.pool import BufferPool
-from distui.core.sharding.transport import Pending, Transport
+from distui.core.sharding.transport import Transport
+from distui.core.sharding.unit_parameters import UnitParameters
 
 _SMALL_NUMEL = 1 << 12
 """Gradients up to this size are written together: for one alone the call costs more than the copy."""
@@ -36,31 +43,7 @@ class GradState(Enum):
     REDUCED = "reduced"
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """What of a model's states is sharded, over how many ranks, and in which formats."""
-
-    stage: int
-    rank: int
-    num_ranks: int
-    compute_dtype: torch.dtype | None
-    """Format of the parameters; None leaves each as it is."""
-    reduce_in_fp32: bool
-
-    @property
-    def shards_optimizer(self) -> bool:
-        return self.stage >= 1 and self.num_ranks > 1
-
-    @property
-    def shards_gradients(self) -> bool:
-        return self.stage >= 2 and self.num_ranks > 1
-
-    @property
-    def shards_parameters(self) -> bool:
-        return self.stage >= 3 and self.num_ranks > 1
-
-
-class Unit:
+class Unit(UnitParameters):
     """One flat group of parameters of one dtype, all trainable or all frozen."""
 
     def __init__(
@@ -73,43 +56,27 @@ class Unit:
         pool: BufferPool,
         transport: Transport | None,
         gathers: Transport | None,
+        homes: Homes | None = None,
     ) -> None:
-        self.name, self.modules, self.is_root = name, modules, is_root
-        self.placement, self.pool = placement, pool
-        self.transport, self.gathers = transport, gathers
-        self.param_names = [param_name for param_name, _ in named_params]
-        self.params = [param for _, param in named_params]
-        first = self.params[0]
-        self.trainable = first.requires_grad
-        self.dtype = placement.compute_dtype or first.dtype
-        self.device = first.device
+        super().__init__(name, named_params, modules, is_root, placement, gathers, homes)
+        self.pool, self.transport = pool, transport
         low_precision = self.dtype.itemsize < 4
         self.grad_dtype = torch.float32 if low_precision and placement.reduce_in_fp32 else self.dtype
-        num_shards = placement.num_ranks if placement.shards_optimizer else 1
-        self.layout: FlatLayout = plan_layout([(n, p.shape) for n, p in named_params], num_shards)
-        self.rank = placement.rank if num_shards > 1 else 0
         self._gaps = self.layout.gaps
         self.inverse_ranks = 1.0 / placement.num_ranks
 
-        full = self._flatten(low_precision)
-        start, end = self.layout.shard(self.rank)
-        self.full: torch.Tensor | None = None
-        if placement.shards_parameters:
-            self.shard = full[start:end].clone()
-        else:
-            self.full = full
-            self.shard = full[start:end]
-            self.bind(full)
-        if not (low_precision and self.trainable):
-            self.master = self.shard
-
         # Gradients.
         self.state = GradState.FILLING
-        self.pending: Pending | None = None
+        self.pending: Waitable | None = None
         self.sends_gradient = True
         """False (stage 0) where the optimizer exchanges something else in its step: the gradient then stays local."""
         self.grad_full: torch.Tensor | None = None
         self.grad_shard: torch.Tensor | None = None
+        self.grad_cell: Cell | None = None
+        self.stored_norm: torch.Tensor | None = None
+        """2-norm of the gradient in `grad_cell`, taken on its way there; None where it is not known."""
+        self._reduced: torch.Tensor | None = None
+        """Where the sum arrives that goes to `grad_cell`."""
         self.holds_gradient = False
         """The reduced (stage 0, 1: or local) gradient of an earlier backward is in the buffer: add to it."""
         self.arrived = [False] * len(self.params)
@@ -120,38 +87,15 @@ class Unit:
         self._small: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Small gradients that arrived and are not written yet, each with its place."""
         self._views: dict[int, list[torch.Tensor]] = {}
-        self.shard_is_current = False
-        """The step wrote the parameters beside their fp32 master: publishing them needs no conversion."""
         if self.trainable:
             self._allocate_gradients()
-
-        # Parameters in flight: the all-gather after a step (stage 1, 2) or before the unit runs (stage 3).
-        self.gathering: Pending | None = None
-
-    def _flatten(self, low_precision: bool) -> torch.Tensor:
-        full = torch.zeros(self.layout.padded_numel, dtype=self.dtype, device=self.device)
-        for param, span in zip(self.params, self.layout.spans, strict=True):
-            full[span.offset : span.end].copy_(param.detach().reshape(-1))
-        if low_precision and self.trainable:
-            # The master keeps the precision that the script's own weights had.
-            start, end = self.layout.shard(self.rank)
-            self.master = torch.zeros(end - start, dtype=torch.float32, device=self.device)
-            for index, (param, span) in enumerate(zip(self.params, self.layout.spans, strict=True)):
-                low, high = self.layout.owned(index, self.rank)
-                if low < high:
-                    at = span.offset + low - start
-                    self.master[at : at + high - low].copy_(param.detach().reshape(-1)[low:high])
-        return full
-
-    def bind(self, full: torch.Tensor) -> None:
-        """Make every parameter a view of `full`; done once, so saved tensors stay right."""
-        self.full = full
-        for param, span in zip(self.params, self.layout.spans, strict=True):
-            param.data = full[span.offset : span.end].view(span.shape)
 
     def _allocate_gradients(self) -> None:
         placement = self.placement
         if placement.shards_gradients:
+            if self.homes is not None and self.homes.gradients is not None:
+                self.grad_cell = self.homes.gradients.cell(self.layout.shard_numel, self.grad_dtype)
+                return
             self.grad_shard = torch.zeros(self.layout.shard_numel, dtype=self.grad_dtype, device=self.device)
             return
         self.grad_full = torch.zeros(self.layout.padded_numel, dtype=self.grad_dtype, device=self.device)
@@ -254,37 +198,79 @@ class Unit:
 
     def reduce(self) -> None:
         """Start summing the gradient over the ranks. Collective: all ranks, in the schedule's order."""
-        assert self.grad_full is not None and self.grad_shard is not None
+        assert self.grad_full is not None
         self._forgotten.clear()
         if self.transport is None or not self.sends_gradient:
             self.state = GradState.REDUCED
+            if self.placement.shards_gradients:
+                self._keep_local(self.grad_full)
             return
         self.state = GradState.REDUCING
-        if self.placement.shards_gradients:
-            self.pending = self.transport.reduce_scatter(
-                self.grad_full, self.grad_shard, accumulate=self.shard_holds_gradient
-            )
-            self.shard_holds_gradient = True
-        elif self.placement.shards_optimizer:
-            self.pending = self.transport.reduce_scatter(self.grad_full, self.grad_shard)
-        else:
+        if not self.placement.shards_optimizer:
             self.pending = self.transport.sum_gradient(self.grad_full)
+            return
+        accumulate = self.placement.shards_gradients and self.shard_holds_gradient
+        into = self.grad_shard
+        if self.grad_cell is not None:
+            assert self.homes is not None
+            into = self._reduced = self.homes.take(self.grad_cell.numel, self.grad_dtype)
+            if accumulate:
+                self.grad_cell.fetch(into).wait()
+        assert into is not None
+        self.pending = self.transport.reduce_scatter(self.grad_full, into, accumulate=accumulate)
+        self.shard_holds_gradient = self.placement.shards_gradients
+
+    def _keep_local(self, gradient: torch.Tensor) -> None:
+        """One rank alone: bring the gradient to its home, added to what is there."""
+        if self.grad_cell is not None:
+            if self.shard_holds_gradient:
+                with self.gradient() as before:
+                    gradient.add_(before)
+            self.pending = self._store_gradient(gradient)
+        else:
+            assert self.grad_shard is not None
+            self.grad_shard.add_(gradient) if self.shard_holds_gradient else self.grad_shard.copy_(gradient)
+        self.shard_holds_gradient = True
+
+    def _store_gradient(self, gradient: torch.Tensor) -> Transfer:
+        assert self.grad_cell is not None
+        self.stored_norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        return self.grad_cell.store(gradient)
+
+    @contextmanager
+    def gradient(self, writes: bool = False) -> Iterator[torch.Tensor]:
+        """Give this rank's shard of the reduced gradient, from wherever it is; with `writes` changes are kept."""
+        if self.grad_cell is None:
+            assert self.grad_shard is not None
+            yield self.grad_shard
+            return
+        assert self.homes is not None
+        buffer = self.homes.take(self.grad_cell.numel, self.grad_dtype)
+        self.grad_cell.fetch(buffer).wait()
+        yield buffer
+        if writes:
+            self._store_gradient(buffer).wait()
+        self.homes.give(buffer)
 
     def _wait_for_sum(self) -> None:
         if self.pending is None:
             return
         self.pending.wait()
         self.pending = None
-        assert self.transport is not None and self.grad_shard is not None
-        if self.transport.shares_scales:
+        summed = self.grad_shard if self._reduced is None else self._reduced
+        if summed is not None and self.transport is not None and self.transport.shares_scales:
             # One NaN makes its whole block NaN, and padding must stay zero.
             start, end = self.layout.shard(self.rank)
             for low, high in self._gaps:
-                self.grad_shard[min(max(low, start), end) - start : min(max(high, start), end) - start].zero_()
+                summed[min(max(low, start), end) - start : min(max(high, start), end) - start].zero_()
 
     def finish_reduce(self) -> None:
         """Wait for the sum; the pooled gradient buffer goes back."""
         self._wait_for_sum()
+        if self._reduced is not None:
+            assert self.homes is not None
+            reduced, self._reduced = self._reduced, None
+            self.homes.give_after(self._store_gradient(reduced), reduced)
         if self.state is GradState.REDUCING:
             self.state = GradState.REDUCED
         if self.state is GradState.REDUCED:
@@ -300,6 +286,10 @@ class Unit:
     def discard_gradient(self) -> None:
         """Forget all gradients; what is in flight is waited for first, since peers count on it."""
         self._wait_for_sum()
+        if self._reduced is not None:
+            assert self.homes is not None
+            self.homes.give(self._reduced)
+            self._reduced = None
         if self.placement.shards_gradients and self.grad_full is not None:
             self.pool.give(self.grad_full, self._gaps)
             self.grad_full = None
@@ -315,36 +305,12 @@ class Unit:
         self._forgotten |= indices
         if len(self._forgotten) == len(self.params):
             self.discard_gradient()
-        elif self.grad_shard is not None:
-            for start, end in self.layout.runs(indices, self.rank):
-                self.grad_shard[start:end].zero_()
+        else:
+            with self.gradient(writes=True) as grad:
+                for start, end in self.layout.runs(indices, self.rank):
+                    grad[start:end].zero_()
 
     @property
     def has_gradient(self) -> bool:
         """Whether `grad_shard` holds a sum over the ranks; the same on all ranks."""
         return self.shard_holds_gradient if self.placement.shards_gradients else self.holds_gradient
-
-    # ---- parameters ----------------------------------------------------------------------------------------------
-
-    def publish(self) -> None:
-        """Bring weights that the optimizer stepped into the compute format and, in stage 1 and 2, to all ranks.
-
-        Collective: all ranks. The gather is waited for by `finish_gather`.
-        """
-        if self.master is not self.shard and not self.shard_is_current:
-            self.shard.copy_(self.master)
-        self.shard_is_current = False
-        if self.placement.shards_optimizer and not self.placement.shards_parameters and self.gathers is not None:
-            assert self.full is not None
-            self.gathering = self.gathers.all_gather(self.full, self.shard)
-
-    def refresh_master(self) -> None:
-        """Take the parameters, which somebody wrote, into the optimizer's copy."""
-        if self.master is not self.shard:
-            self.master.copy_(self.shard)
-
-    def finish_gather(self) -> None:
-        """Wait until the parameters are all here."""
-        if self.gathering is not None:
-            self.gathering.wait()
-            self.gathering = None

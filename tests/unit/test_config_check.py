@@ -76,8 +76,6 @@ def test_sizes_that_do_not_fit_come_with_the_nearest_that_do(
         ("strategy.pipeline_parallel", "2"),
         ("strategy.context_parallel", "2"),
         ("strategy.expert_parallel", "4"),
-        ("offload.optimizer", "cpu"),
-        ("offload.params", "cpu"),
         ("cluster.max_restarts", "1"),
     ],
 )

@@ -1,0 +1,39 @@
+"""What of a model's states is sharded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What of a model's states is sharded, over how many ranks, and in which formats."""
+
+    stage: int
+    rank: int
+    num_ranks: int
+    compute_dtype: torch.dtype | None
+    """Format of the parameters; None leaves each as it is."""
+    reduce_in_fp32: bool
+    moves_gradients: bool = False
+    """Whether reduced gradients have another home than the device: then one rank alone does as several do."""
+    moves_parameters: bool = False
+
+    @property
+    def shards_optimizer(self) -> bool:
+        return self.stage >= 1 and self.num_ranks > 1
+
+    @property
+    def shards_gradients(self) -> bool:
+        return self.stage >= 2 and (self.num_ranks > 1 or self.moves_gradients or self.moves_parameters)
+
+    @property
+    def shards_parameters(self) -> bool:
+        return self.stage >= 3 and (self.num_ranks > 1 or self.moves_parameters)
+
+    @property
+    def effective_stage(self) -> int:
+        """The stage that the schedule runs: one rank with everything on its device has nothing to shard."""
+        return 3 if self.shards_parameters else 2 if self.shards_gradients else 1 if self.shards_optimizer else 0
