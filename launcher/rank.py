@@ -6,6 +6,7 @@ Sends stdout and stderr to the rank's log, opens its telemetry, and runs the scr
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import runpy
@@ -15,9 +16,10 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from distui.core.errors import UserError
 from distui.core.imports import when_imported
@@ -53,7 +55,21 @@ def main() -> None:
         _leave_group()
     if source is not None:
         source.close(status, error)
-    sys.exit(status)
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process as the interpreter would, but for tearing itself down.
+
+    Threads of gloo that come for the GIL during the teardown are unwound through C++ that forbids it: SIGABRT,
+    "terminate called without an active exception", after a script that has done all of its work.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # joins the script's own threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed by the script: nothing is left in it
+            stream.flush()
+    os._exit(status)
 
 
 def _record_collectives() -> None:
