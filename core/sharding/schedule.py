@@ -8,6 +8,7 @@ Reductions and gathers have a process group each, so that neither order depends 
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Container
 from typing import Any
@@ -172,10 +173,14 @@ class Schedule:
             self._launch_ready()
 
     def _grad_hook(self, unit: Unit, index: int) -> Callable[[torch.Tensor], None]:
+        # Weakly: the garbage collector does not see what a parameter's hook holds, and would never free the engine.
+        schedule_of, unit_of = weakref.ref(self), weakref.ref(unit)
+
         def hook(param: torch.Tensor) -> None:
             grad = param.grad
             param.grad = None
-            if grad is None:
+            self, unit = schedule_of(), unit_of()
+            if grad is None or self is None or unit is None:
                 return
             self._open = True
             if self._shown and unit.grad_full is not None and grad is unit.views(unit.grad_full)[index]:
