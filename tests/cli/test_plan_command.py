@@ -53,7 +53,7 @@ def test_an_unmeasured_cpu_gives_null_and_never_a_number(capsys: pytest.CaptureF
 
 
 def test_the_table_ranks_and_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([*LLAMA_ON_EIGHT, "--available"]) == 0
+    assert run([*LLAMA_ON_EIGHT, "--available", "--all"]) == 0
     out = capsys.readouterr().out
     assert "39.4 GiB a rank" in out
     table, _, misfits = out.partition("what does not fit:")
