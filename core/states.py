@@ -35,7 +35,12 @@ class States(Tracking):
         return cast("Engine", self)
 
     def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True) -> nn.Module:
-        """Return the model as it was given: preparing does not wrap it."""
+        """Return the model as it was given, for preparing does not wrap it, with the weights of the last step.
+
+        At stages 1 and 2 weights travel while the next forward begins: read them through this, `parameters()` or
+        `state_dict()`, which wait, not through a module's attribute right after `optimizer.step()`.
+        """
+        self.backend.settle(model)
         return getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
 
     def get_state_dict(self, model: nn.Module, only_rank_0: bool = False) -> dict[str, Any]:
