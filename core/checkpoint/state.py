@@ -109,8 +109,11 @@ def common_state(engine: Engine) -> dict[str, Any]:
     }
 
 
-def load(engine: Engine, input_dir: str) -> None:
-    """Bring the engine to the state in `input_dir`. Collective; any earlier stage and number of ranks will do."""
+def load(engine: Engine, input_dir: str, *, optimizers: bool = True) -> None:
+    """Bring the engine to the state in `input_dir`. Collective; any earlier stage and number of ranks will do.
+
+    Without `optimizers` their states and groups stay as they are.
+    """
     source = folders.find(Path(input_dir).absolute())
     # Checked by one rank: a failed check must stop all of them, or the others would wait in the next collective.
     outcome: list[Any] = [None]
@@ -134,7 +137,7 @@ def load(engine: Engine, input_dir: str) -> None:
             f"it has nothing for {len(missing)} of {len(items)} tensors, such as {missing[0]}",
             "build the same model that was saved",
         )
-    for index, optimizer in enumerate(engine._optimizers):
+    for index, optimizer in enumerate(engine._optimizers if optimizers else []):
         prefix = f"optimizer{index}"
         own = {key.removeprefix(f"{prefix}."): meta for key, meta in saved.items() if key.startswith(f"{prefix}.")}
         engine.backend.allocate_states(optimizer, own)
@@ -144,12 +147,13 @@ def load(engine: Engine, input_dir: str) -> None:
     for model in engine._models:
         engine.backend.loaded(model)
     common = torch.load(source / "state.pt", weights_only=True)
-    _load_common(engine, common)
+    _load_common(engine, common, optimizers)
     own_file = source / f"rank{engine.process_index}.pt"
     kept = torch.load(own_file if own_file.exists() else source / "rank0.pt", weights_only=True, map_location="cpu")
     if own_file.exists():
         _set_random_states(kept["random"])
-    _load_onebit(engine, kept.get("onebit", []))
+    if optimizers:
+        _load_onebit(engine, kept.get("onebit", []))
     if dist.is_initialized():
         engine.wait_for_everyone()
 
@@ -167,7 +171,7 @@ def _load_onebit(engine: Engine, saved: list[dict[str, Any] | None]) -> None:
             onebit.load_state_dict(saved[index] if index < len(saved) else None)
 
 
-def _load_common(engine: Engine, common: dict[str, Any]) -> None:
+def _load_common(engine: Engine, common: dict[str, Any], optimizers: bool) -> None:
     engine.clock.step = common["step"]
     pairs: list[tuple[str, list[Any], list[Any]]] = [
         ("schedulers", engine._schedulers, common["schedulers"]),
@@ -183,6 +187,8 @@ def _load_common(engine: Engine, common: dict[str, Any]) -> None:
             )
         for value, state in zip(mine, saved, strict=True):
             value.load_state_dict(state)
+    if not optimizers:
+        return
     if engine.scaler is not None and common["scaler"] is not None:
         engine.scaler.load_state_dict(common["scaler"])
     for optimizer, groups in zip(engine._optimizers, common["groups"], strict=True):

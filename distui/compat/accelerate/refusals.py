@@ -4,35 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from distui.core.errors import UserError
+from distui.compat.not_offered import NotOffered, refuse_modules, refused_name
 
 PAGE = "docs/coming-from-accelerate.md"
-
-
-class NotOffered(UserError, NotImplementedError):
-    """A part of Accelerate's API that distui does not offer; the fix is the way around."""
-
-    def __str__(self) -> str:
-        """Return also the way around: a script's traceback shows nothing else."""
-        return f"{self.what}: {self.why}; instead, {self.fix}"
-
-
-class _Refused(type):
-    """The metaclass of a refused name: importing it is fine, using it is not."""
-
-    what: str
-    way: str
-
-    def _refuse(cls) -> NotOffered:
-        return NotOffered(f"accelerate's {cls.what} is not offered by distui", "it would do nothing here", cls.way)
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise cls._refuse()
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise cls._refuse()
 
 
 def refused(name: str, way: str) -> Any:
@@ -40,7 +14,7 @@ def refused(name: str, way: str) -> Any:
 
     So a script that only mentions it in a branch of its own runs, and one that needs it stops with the reason.
     """
-    return _Refused(name, (), {"what": name, "way": way})
+    return refused_name("accelerate", name, way)
 
 
 def refuse_argument(function: str, argument: str, value: Any, way: str) -> NotOffered:
@@ -151,25 +125,6 @@ def offered(module: str, table: dict[str, str], name: str) -> Any:
     raise AttributeError(f"distui's {module} has no {name!r}; {PAGE} lists what is offered")
 
 
-class _RefusedModules:
-    """The last of the finders: names the way around for a module of Accelerate that is not offered."""
-
-    _prefix = "distui.compat.accelerate."
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        """Find nothing; raise for a module of ours that no other finder has."""
-        if not name.startswith(self._prefix):
-            return
-        module = name.removeprefix(self._prefix)
-        parts = module.split(".")
-        ways = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
-        way = next((MODULES[key] for key in ways if key in MODULES), f"see {PAGE}")
-        raise ModuleNotFoundError(f"distui does not offer accelerate.{module}: {way}", name=name)
-
-
 def install_module_refusals() -> None:
     """Make imports of modules that are not offered say so."""
-    import sys
-
-    if not any(isinstance(finder, _RefusedModules) for finder in sys.meta_path):
-        sys.meta_path.append(_RefusedModules())
+    refuse_modules("distui.compat.accelerate", "accelerate", MODULES, PAGE)

@@ -1,0 +1,250 @@
+"""DeepSpeed's JSON, as `initialize` reads it: settings of ours, what the script's side is built from, and its arithmetic."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distui.compat.not_offered import NotOffered
+from distui.core.config import Config
+from distui.core.config_check import check
+from distui.core.config_import import deepspeed as reader
+from distui.core.config_import.carried import Carried, flatten, truth
+from distui.core.config_import.files import read_json
+from distui.core.errors import ConfigError, Problem, UserError
+from distui.core.job import job_config
+
+DEFAULT_CLIPPING = 1.0
+"""DeepSpeed 0.19 clips at this norm where `gradient_clipping` is absent."""
+DEFAULT_SCALE_WINDOW = 1000
+
+_HANDLED = (
+    "optimizer",
+    "scheduler",
+    "tensorboard",
+    "wandb",
+    "comet",
+    "csv_monitor",
+    "activation_checkpointing",
+    "fp16.loss_scale",
+    "fp16.hysteresis",
+    "fp16.consecutive_hysteresis",
+    "fp16.min_loss_scale",
+    "dataloader_drop_last",
+    "gradient_clipping",
+    "train_batch_size",
+    "steps_per_print",
+    "dump_state",
+)
+"""Keys that this face does what the import of a file alone cannot do."""
+
+_REFUSED_IF_ENABLED = {
+    "amp": "set bf16.enabled or fp16.enabled",
+    "torch_autocast": "set bf16.enabled, or wrap the forward in torch.autocast",
+    "hybrid_engine": "train and generate with the same engine: `with deepspeed.zero.GatheredParameters(...)`",
+    "progressive_layer_drop": "drop layers in the model itself",
+    "curriculum_learning": "order the data in the script's own sampler",
+    "data_efficiency": "order the data in the script's own sampler",
+    "eigenvalue": "take it out",
+    "quantize_training": "take it out",
+    "compression_training": "take it out; DeepSpeed 0.19.8 removed it too",
+    "elasticity": "start with as many ranks as there are; checkpoints load at any number",
+    "autotuning": "ask `distui plan` which stage and micro-batch fit",
+    "nebula": "take it out; checkpoints can be written while training goes on",
+    "zero_optimization.zenflow": "use offload_optimizer.device = cpu alone",
+}
+"""Section -> the way around, for what would change the training and is not offered."""
+
+
+@dataclass(slots=True)
+class DeepSpeedConfig:
+    """A DeepSpeed configuration after all checks, for a job of `world_size` ranks."""
+
+    raw: dict[str, Any]
+    sections: dict[str, dict[str, Any]]
+    """For `distui.Engine`."""
+    config: Config
+    train_batch_size: int
+    micro_size: int
+    accumulation: int
+    flat: dict[str, Any] = field(repr=False)
+    """The JSON by dotted keys."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a dotted key; `auto` and null count as absent."""
+        value = self.flat.get(key)
+        return default if value is None or value == reader.AUTO else value
+
+    def enabled(self, section: str) -> bool:
+        """Return whether a section says `enabled: true`."""
+        return bool(truth(self.flat.get(f"{section}.enabled", False)))
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Return a table of the JSON, empty where it is absent."""
+        table = self.raw.get(name)
+        return dict(table) if isinstance(table, Mapping) else {}
+
+
+def load_config(config: Any) -> dict[str, Any]:
+    """Return the table in `config`: a dict, or the path of a JSON file."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    if isinstance(config, (str, Path)):
+        path = Path(config)
+        return dict(read_json(path))
+    raise UserError(
+        f"deepspeed.initialize got config={type(config).__name__}",
+        "it takes a dict or the path of a JSON file",
+        'give config="ds_config.json"',
+    )
+
+
+def settle(config: Any, world_size: int, *, main_process: bool = True) -> DeepSpeedConfig:
+    """Check a DeepSpeed configuration and return what it means for this job.
+
+    What the job's own settings (`distui launch --zero 3`, distui.toml) set other than their default wins over the JSON.
+    What the JSON asks for and is not carried over is told once, by a warning on the main process.
+
+    Raises:
+        ConfigError: every mistyped key, wrong value or batch size that does not fit, at once.
+        NotOffered: a feature that would change the training and is not there.
+    """
+    raw = load_config(config)
+    flat = flatten(raw)
+    _refuse_features(flat)
+    carried = check_keys(raw)
+    plan = _batch(flat, world_size)
+    values = dict(carried.values)
+    values.setdefault("optimizer.max_grad_norm", DEFAULT_CLIPPING)
+    if values.get("precision.dtype") == "fp16":
+        values.setdefault("precision.loss_scale_window", DEFAULT_SCALE_WINDOW)
+    sections = _under_the_jobs_own(values)
+    sections["batch"] = {"global_size": None, "micro_size": plan[1], "accumulation": plan[2]}
+    merged = job_config(sections)
+    if problems := check(merged, world_size=world_size):
+        raise ConfigError(problems)
+    if main_process:
+        _tell_lost(carried)
+    total, micro, accumulation = plan
+    return DeepSpeedConfig(raw, sections, merged, total, micro, accumulation, flat)
+
+
+def check_keys(raw: Mapping[str, Any]) -> Carried:
+    """Read a DeepSpeed configuration, refusing what DeepSpeed would silently ignore.
+
+    Raises:
+        ConfigError: every mistyped key and every wrong value, at once.
+    """
+    sizes = (_TOTAL, _MICRO, _STEPS)
+    carried = reader.read({key: value for key, value in raw.items() if key not in sizes})
+    problems = []
+    for note in carried.notes:
+        if note.kind == "unknown":
+            near = note.why.partition("did you mean ")[2].rstrip("?")
+            section = note.key.rpartition(".")[0]
+            fix = f"write {f'{section}.' if section else ''}{near}" if near else "take it out"
+            problems.append(Problem(note.key, "unknown key", "DeepSpeed would ignore it silently", fix))
+    if problems:
+        raise ConfigError(problems)
+    return carried
+
+
+def _under_the_jobs_own(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return `values` by section, without those that the job's own settings say otherwise than by default."""
+    job, default = job_config({}), Config()
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        if getattr(getattr(job, section), name) == getattr(getattr(default, section), name):
+            sections.setdefault(section, {})[name] = value
+    return sections
+
+
+def _refuse_features(flat: Mapping[str, Any]) -> None:
+    for section, way in _REFUSED_IF_ENABLED.items():
+        if truth(flat.get(f"{section}.enabled", False)):
+            raise NotOffered(
+                f"DeepSpeed's {section} is not offered by distui", "the training would not be what the file asks", way
+            )
+    if truth(flat.get("sparse_gradients", False)):
+        raise NotOffered(
+            "DeepSpeed's sparse_gradients is not offered by distui",
+            "gradients lie in flat dense buffers",
+            "build embeddings with sparse=False",
+        )
+
+
+def _tell_lost(carried: Carried) -> None:
+    lost = [n for n in carried.notes if n.kind == "lost" and not n.key.startswith(_HANDLED)]
+    lost = [note for note in lost if not note.key.endswith((".enabled", ".autotp_size"))]
+    if lost:
+        lines = "".join(f"\n  {note.key}: {note.why}" for note in lost)
+        warnings.warn(f"not carried over from the DeepSpeed configuration:{lines}", stacklevel=4)
+
+
+# ---- batch sizes ---------------------------------------------------------------------------------------------------
+
+_TOTAL, _MICRO, _STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+_EQUATION = f"{_TOTAL} = {_MICRO} x {_STEPS} x ranks"
+
+
+def _number(flat: Mapping[str, Any], key: str, problems: list[Problem]) -> int | None:
+    value = flat.get(key)
+    if value is None or value == reader.AUTO:
+        return None
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(whole, int) and not isinstance(whole, bool) and whole > 0:
+        return whole
+    problems.append(Problem(key, f"{value!r} is not a whole number above 0", _EQUATION, f"set {key} to a whole number"))
+    return None
+
+
+def _batch(flat: Mapping[str, Any], ranks: int) -> tuple[int, int, int]:
+    """Return the three sizes, of which one may be absent.
+
+    Raises: ConfigError with the equation in numbers and what fits.
+    """
+    problems: list[Problem] = []
+    total, micro, steps = (_number(flat, key, problems) for key in (_TOTAL, _MICRO, _STEPS))
+    if problems:
+        raise ConfigError(problems)
+    if total is None and micro is None:
+        auto = reader.AUTO in (flat.get(_TOTAL), flat.get(_MICRO))
+        why = "auto is filled in by Transformers' Trainer only" if auto else _EQUATION
+        raise _wrong(f"neither it nor {_MICRO} is given", why, f"set {_MICRO}, the samples in one forward of one rank")
+    if total is None:
+        assert micro is not None
+        return micro * (steps or 1) * ranks, micro, steps or 1
+    if micro is not None and steps is not None:
+        product = micro * steps * ranks
+        if product != total:
+            fixes = [f"{_TOTAL} to {product}"]
+            if total % (micro * ranks) == 0:
+                fixes.append(f"{_STEPS} to {total // (micro * ranks)}")
+            if total % (steps * ranks) == 0:
+                fixes.append(f"{_MICRO} to {total // (steps * ranks)}")
+            if total % (micro * steps) == 0:
+                fixes.append(f"the number of ranks to {total // (micro * steps)}")
+            raise _wrong(
+                f"{total} is not what the other sizes give",
+                f"{_MICRO} x {_STEPS} x ranks = {micro} x {steps} x {ranks} = {product}, not {total}",
+                f"leave one of the three out, or set {', or '.join(fixes)}",
+            )
+        return total, micro, steps
+    given, name = (micro, _MICRO) if micro is not None else (steps or 1, _STEPS)
+    rest, remainder = divmod(total, given * ranks)
+    if remainder:
+        near = [str(size) for size in (total - remainder, total - remainder + given * ranks) if size]
+        raise _wrong(
+            f"{total} cannot be divided among the ranks",
+            f"{name} x ranks = {given} x {ranks} = {given * ranks} does not divide {total}",
+            f"set {_TOTAL} to {' or '.join(near)}",
+        )
+    return (total, micro, rest) if micro is not None else (total, rest, given)
+
+
+def _wrong(what: str, why: str, fix: str) -> ConfigError:
+    return ConfigError([Problem(_TOTAL, what, why, fix)])
