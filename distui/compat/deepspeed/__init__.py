@@ -1,0 +1,56 @@
+"""The face of DeepSpeed 0.19: `from distui.compat import deepspeed`, then `deepspeed.initialize(...)`.
+
+`distui launch --as deepspeed train.py` gives it to a script that imports `deepspeed`. Names load on first use. What is
+not offered can be imported and raises where it is used, with the way around (`refusals.py`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from distui.compat.deepspeed.refusals import install_module_refusals, offered
+
+if TYPE_CHECKING:
+    from distui.compat.deepspeed import checkpointing as checkpointing
+    from distui.compat.deepspeed import comm as comm
+    from distui.compat.deepspeed import zero as zero
+    from distui.compat.deepspeed.accelerator import get_accelerator as get_accelerator
+    from distui.compat.deepspeed.comm import init_distributed as init_distributed
+    from distui.compat.deepspeed.engine import DeepSpeedEngine as DeepSpeedEngine
+    from distui.compat.deepspeed.initialize import add_config_arguments as add_config_arguments
+    from distui.compat.deepspeed.initialize import initialize as initialize
+
+__version__ = "0.19.8"
+"""Of the DeepSpeed whose API this is: scripts compare it."""
+__version_major__, __version_minor__, __version_patch__ = 0, 19, 8
+__git_hash__ = __git_branch__ = None
+version = __version__
+
+install_module_refusals()
+
+_LAZY: dict[str, str] = {
+    "initialize": "initialize:initialize",
+    "add_config_arguments": "initialize:add_config_arguments",
+    "init_distributed": "comm:init_distributed",
+    "get_accelerator": "accelerator:get_accelerator",
+    "DeepSpeedEngine": "engine:DeepSpeedEngine",
+    "DeepSpeedConfig": "configuration:DeepSpeedConfig",
+    "DeepSpeedConfigError": "configuration:ConfigError",
+    "DeepSpeedDataLoader": "loading:DeepSpeedDataLoader",
+    "OnDevice": "utils:OnDevice",
+    "log_dist": "utils:log_dist",
+    "logger": "utils:logger",
+    **{
+        name: name
+        for name in ("accelerator", "checkpointing", "comm", "ops", "runtime", "utils", "zero")
+    },
+    "dist": "comm",
+}
+
+__all__ = ["__version__", *sorted(_LAZY)]
+
+
+def __getattr__(name: str) -> Any:
+    value = offered(_LAZY, name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,120 @@
+"""`deepspeed.initialize`: a model, its optimizer, its schedule and its loader from DeepSpeed's JSON."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from distui.compat.deepspeed import checkpointing, comm
+from distui.compat.deepspeed.configuration import settle
+from distui.compat.deepspeed.engine import DeepSpeedEngine
+from distui.compat.deepspeed.loading import DeepSpeedDataLoader
+from distui.compat.deepspeed.lr_schedules import build_schedule
+from distui.compat.deepspeed.optimizers import build_optimizer
+from distui.compat.deepspeed.precision import OwnOutputs, scaler_of
+from distui.compat.not_offered import NotOffered
+from distui.core.engine import Engine
+from distui.core.errors import UserError
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add DeepSpeed's arguments to a parser: `--deepspeed` and `--deepspeed_config FILE`."""
+    group = parser.add_argument_group("DeepSpeed", "DeepSpeed configurations")
+    group.add_argument("--deepspeed", default=False, action="store_true", help="Enable DeepSpeed (a flag for the script)")
+    group.add_argument("--deepspeed_config", default=None, type=str, help="DeepSpeed JSON configuration file")
+    group.add_argument("--deepscale", default=False, action="store_true", help=argparse.SUPPRESS)
+    group.add_argument("--deepscale_config", default=None, type=str, help=argparse.SUPPRESS)
+    return parser
+
+
+def _config_of(args: Any, config: Any, config_params: Any) -> Any:
+    given = [value for value in (config, config_params) if value is not None]
+    for name in ("deepspeed_config", "deepscale_config"):
+        if getattr(args, name, None) is not None:
+            given.append(getattr(args, name))
+    if len(given) == 1 or (len(given) == 2 and config is not None and config_params is not None):
+        return given[0]
+    if given:
+        raise UserError(
+            "two DeepSpeed configurations were given",
+            f"one in the arguments (--deepspeed_config {given[-1]}) and one to deepspeed.initialize",
+            "give one of them",
+        )
+    raise UserError(
+        "deepspeed.initialize got no configuration",
+        "neither config= nor --deepspeed_config names one",
+        'pass config="ds_config.json", or start the script with --deepspeed_config ds_config.json',
+    )
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[..., Any] | None = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[DeepSpeedEngine, Any, DeepSpeedDataLoader | None, Any]:
+    """Return (engine, optimizer, loader, schedule), as DeepSpeed does. Collective: all ranks.
+
+    What is given wins over what the JSON describes. See `configuration.settle` for what the JSON may say.
+
+    Raises: ConfigError with every problem of the JSON; NotOffered for what distui does not do.
+    """
+    if model is None:
+        raise AssertionError("deepspeed.initialize requires a model")
+    if mpu is not None or mesh_param is not None:
+        raise NotOffered(
+            f"deepspeed.initialize({'mpu' if mpu is not None else 'mesh_param'}=...) is not offered by distui",
+            "all ranks are data-parallel here",
+            "leave it out; model parallelism is chosen in distui's settings (strategy.*)",
+        )
+    comm.init_distributed(dist_init_required=dist_init_required, distributed_port=distributed_port)
+    settings = settle(
+        _config_of(args, config, config_params), comm.get_world_size(), main_process=comm.get_rank() == 0
+    )
+    engine = Engine(**settings.sections)
+    engine.scaler = scaler_of(settings)
+    if "activation_checkpointing" in settings.raw:
+        checkpointing.configure(deepspeed_config=settings.raw)
+    if model_parameters is None:
+        model_parameters = [param for param in model.parameters() if param.requires_grad]
+    elif not isinstance(model_parameters, (list, tuple)):
+        model_parameters = list(model_parameters)
+    if optimizer is None:
+        optimizer = build_optimizer(settings.section("optimizer"), model_parameters)
+    elif not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = optimizer(model_parameters)
+    if isinstance(optimizer, torch.optim.Optimizer) and getattr(optimizer, "inner", None) is not None:
+        raise UserError(
+            "the optimizer belongs to another engine", "initialize was called with it before", "build one an engine"
+        )
+    outputs = OwnOutputs()
+    keeps_format = engine.config.precision.dtype != "fp32"
+    if keeps_format:
+        outputs.keep(model)
+    prepared_model = engine.prepare_model(model)
+    if keeps_format:
+        outputs.restore(prepared_model)
+    prepared = engine.prepare_optimizer(optimizer) if optimizer is not None else None
+    if prepared is not None:
+        if lr_scheduler is None:
+            lr_scheduler = build_schedule(settings.section("scheduler"), prepared)
+        elif not hasattr(lr_scheduler, "step"):
+            lr_scheduler = lr_scheduler(prepared)
+    engine._report_memory()
+    wrapped = DeepSpeedEngine(settings, engine, prepared_model, prepared, lr_scheduler, collate_fn)
+    if training_data is not None:
+        wrapped.training_dataloader = wrapped.deepspeed_io(training_data)
+    return wrapped, prepared, wrapped.training_dataloader, lr_scheduler

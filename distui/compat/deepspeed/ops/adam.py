@@ -1,0 +1,7 @@
+"""`deepspeed.ops.adam`."""
+
+from __future__ import annotations
+
+from distui.compat.deepspeed.optimizers import DeepSpeedCPUAdam, FusedAdam
+
+__all__ = ["DeepSpeedCPUAdam", "FusedAdam"]

@@ -1,0 +1,85 @@
+"""What of DeepSpeed's API is not offered: each name raises where it is used, and says the way around."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from distui.compat.not_offered import refuse_modules, refused_name
+
+PAGE = "docs/coming-from-deepspeed.md"
+FACE = "distui.compat.deepspeed"
+
+_INFERENCE = "distui trains; serve with vLLM or transformers' generate, from `distui checkpoint consolidate`'s weights"
+_PIPELINE = "keep the model an nn.Module and choose strategy.pipeline_parallel in distui's settings where it is available"
+_MOE = "write the experts as plain modules; strategy.expert_parallel in distui's settings where it is available"
+_KERNELS = "engine.engine.use_kernels(engine.module) puts kernels into the modules that it knows (docs/kernels.md)"
+_TP = "choose strategy.tensor_parallel in distui's settings where it is available"
+_FLOPS = "`distui launch --profile-flops` prints FLOPs and time of every module; flops_profiler.enabled does so too"
+_TUNING = "ask `distui plan` which stage and micro-batch fit"
+_COMPRESSION = "quantize with torchao; gradients on the wire with compression.gradients in distui's settings"
+
+NAMES: dict[str, str] = {
+    **dict.fromkeys(("init_inference", "InferenceEngine", "DeepSpeedInferenceConfig"), _INFERENCE),
+    **dict.fromkeys(("default_inference_config", "DeepSpeedHybridEngine"), _INFERENCE),
+    **dict.fromkeys(("PipelineModule", "PipelineEngine", "DualPipeVEngine", "DualPipeVModule"), _PIPELINE),
+    **dict.fromkeys(("DeepSpeedTransformerLayer", "DeepSpeedTransformerConfig", "replace_transformer_layer"), _KERNELS),
+    **dict.fromkeys(("revert_transformer_layer", "module_inject", "HAS_TRITON"), _KERNELS),
+    **dict.fromkeys(("tp_model_init", "set_autotp_mode"), _TP),
+    "set_optimizer_flags": "pass parameter groups to the optimizer",
+    "DeepSpeedOptimizer": "the optimizer that initialize returns is a torch.optim.Optimizer",
+}
+"""Name -> the way around, for every public name of `deepspeed` 0.19 that is not offered."""
+
+MODULES: dict[str, str] = {
+    "inference": _INFERENCE,
+    "pipe": _PIPELINE,
+    "runtime.pipe": _PIPELINE,
+    "moe": _MOE,
+    "sequence": "choose strategy.context_parallel in distui's settings where it is available",
+    "runtime.sequence_parallel": "choose strategy.context_parallel in distui's settings where it is available",
+    "module_inject": _TP,
+    "autotuning": _TUNING,
+    "profiling": _FLOPS,
+    "compression": _COMPRESSION,
+    "linear": "use peft's LoRA layers",
+    "monitor": "the JSON's tensorboard, wandb and csv_monitor sections; engine.monitor.write_events(...)",
+    "launcher": "`distui launch --as deepspeed` reads the launcher's flags and the hostfile",
+    "elasticity": "checkpoints load at any number of ranks",
+    "checkpoint": "engine.load_checkpoint reads DeepSpeed's folders; `distui checkpoint consolidate` writes safetensors",
+    "nvme": "`distui doctor` measures the disk",
+    "io": "`distui doctor` measures the disk",
+    "model_implementations": _INFERENCE,
+    "ops.lamb": "LAMB needs whole layers: use AdamW",
+    "ops.transformer": _KERNELS,
+    "ops.sparse_attention": "use torch.nn.attention.flex_attention",
+    "ops.op_builder": "nothing is compiled: distui has no op to build",
+    "ops.aio": "`distui doctor` measures the disk",
+    "runtime.data_pipeline": "order and sample the data in the script's own sampler",
+    "runtime.compression": _COMPRESSION,
+    "runtime.fp16": "fp16.enabled in the JSON; the loss scale is engine.loss_scale()",
+    "runtime.hybrid_engine": _INFERENCE,
+    "runtime.config": "distui.compat.deepspeed.configuration.settle checks a JSON",
+}
+"""Module of deepspeed, without that name -> the way around."""
+
+
+def offered(table: dict[str, str], name: str) -> Any:
+    """Return `deepspeed.NAME`: from the module that `table` names, a submodule, or what refuses.
+
+    Raises: AttributeError where DeepSpeed has no such name either.
+    """
+    if name in table:
+        module, _, attribute = table[name].partition(":")
+        found = import_module(f"{FACE}.{module}")
+        return getattr(found, attribute) if attribute else found
+    if name in NAMES:
+        return refused_name("deepspeed", name, NAMES[name])
+    if name in MODULES:
+        return refused_name("deepspeed", name, MODULES[name])
+    raise AttributeError(f"distui's deepspeed has no {name!r}; {PAGE} lists what is offered")
+
+
+def install_module_refusals() -> None:
+    """Make imports of modules that are not offered say so."""
+    refuse_modules(FACE, "deepspeed", MODULES, PAGE)
