@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import click
@@ -24,7 +23,7 @@ def inspect_checkpoint(folder: Path, as_json: bool) -> None:
     from distui.core.checkpoint.folder import find, verify
     from distui.tui.format import count, num_bytes
 
-    source = find(folder.absolute())
+    source = find(with_latest(folder.absolute()))
     manifest = verify(source)
     if as_json:
         click.echo(json.dumps(manifest, indent=1))
@@ -53,35 +52,40 @@ def inspect_checkpoint(folder: Path, as_json: bool) -> None:
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--max-shard-size", default="10GB", show_default=True, help="Largest file.")
 def consolidate(folder: Path, output: Path, max_shard_size: str) -> None:
-    """Write the weights in FOLDER to OUTPUT as safetensors, which Hugging Face loaders read."""
-    import torch
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    """Write the weights in FOLDER to OUTPUT as safetensors, which Hugging Face loaders read.
 
+    FOLDER is a checkpoint of distui's or of DeepSpeed's (ZeRO 0 to 3; the folder with `latest`, or one tag's).
+    """
+    from distui.core.checkpoint import deepspeed_files
     from distui.core.checkpoint.export import parse_size, write_safetensors
     from distui.core.checkpoint.folder import find, verify
+    from distui.core.checkpoint.weights import read_weights
 
     limit = parse_size(max_shard_size)
-    source = find(folder.absolute())
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already", "nothing is overwritten", "name a new or an empty folder")
-    manifest = verify(source)
-    shapes: dict[str, list[int]] = {**manifest["shapes"], **manifest["buffer_shapes"]}  # type: ignore[dict-item]
-    models: dict[str, dict[str, torch.Tensor]] = {}
-    for key, found in dcp.FileSystemReader(source).read_metadata().state_dict_metadata.items():
-        model, _, name = key.partition(".")
-        if model.startswith("model") and isinstance(found, TensorStorageMetadata):
-            models.setdefault(model, {})[name] = torch.empty(found.size, dtype=found.properties.dtype)
-    wanted = {f"{model}.{name}": tensor for model, tensors in models.items() for name, tensor in tensors.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
-        dcp.load(wanted, checkpoint_id=source, no_dist=True)
+    folder = with_latest(folder.absolute())
+    if deepspeed_files.is_deepspeed(folder):
+        saved = deepspeed_files.read(folder, optimizer_states=False)
+        models = {"": {name: value for name, value in saved.weights.items() if name not in saved.tied}}
+        click.echo(
+            f"{saved.folder}: DeepSpeed {saved.version}, ZeRO-{saved.stage} on {saved.world_size} rank(s), "
+            f"step {saved.global_steps}"
+        )
+    else:
+        source = find(folder)
+        models = read_weights(source, verify(source))
     for model, tensors in models.items():
-        whole = {name: tensor.view(shapes[f"{model}.{name}"]) for name, tensor in tensors.items()}
         place = output if len(models) == 1 else output / model
         place.mkdir(parents=True, exist_ok=True)
-        names = write_safetensors(whole, place, limit)
-        click.echo(f"{place}: {len(whole)} tensors in {len(names)} file{'s' if len(names) > 1 else ''}")
+        names = write_safetensors(tensors, place, limit)
+        click.echo(f"{place}: {len(tensors)} tensors in {len(names)} file{'s' if len(names) > 1 else ''}")
+
+
+def with_latest(folder: Path) -> Path:
+    """Return the folder that `latest` in it names, as `save_checkpoint` of `--as deepspeed` writes it, or itself."""
+    latest = folder / "latest"
+    return folder / latest.read_text(encoding="utf-8").strip() if latest.is_file() else folder
 
 
 @command.command("reshard")

@@ -5,8 +5,8 @@
 <dir>/<tag>/zero_pp_rank_R_mp_rank_00_model_states.pt   stage 3
 <dir>/<tag>/*zero_pp_rank_R_mp_rank_00_optim_states.pt  fp32 weights and optimizer states of rank R, flat
 
-Stages 1 and 2 cut each parameter group's flat vector into one piece a rank. Stage 3 cuts each parameter, padded, into one
-piece a rank, and lays a rank's pieces one after another over all its groups (deepspeed/utils/zero_to_fp32.py).
+Stages 1 and 2 cut each parameter group's flat vector into one piece a rank. Stage 3 cuts each parameter, padded, into
+one piece a rank, and lays a rank's pieces one after another over all its groups (deepspeed/utils/zero_to_fp32.py).
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ import torch
 from distui.core.errors import UserError
 
 _SAFE_MODULES = ("torch", "collections", "numpy", "_codecs")
-_SAFE_NAMES = frozenset(
-    "_rebuild_tensor_v2 _rebuild_tensor _rebuild_from_type_v2 _rebuild_parameter _rebuild_parameter_with_state "
-    "Tensor Parameter OrderedDict defaultdict Size device dtype float32 float16 bfloat16 float64 int64 int32 int8 "
-    "uint8 bool scalar _reconstruct ndarray encode".split()
-)
-_OWN_KEYS = frozenset(
-    "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
-    "data_sampler random_ltd skipped_steps global_steps global_samples dp_world_size mp_world_size ds_config ds_version "
-    "checkpoint_parallel_dimensions sparse_tensor_module_names csr_tensor_module_names autoep_layers "
-    "ds_autoep_layers tp_world_size pp_world_size ep_world_size sp_world_size".split()
-)
+_SAFE_NAMES = {"_rebuild_tensor_v2", "_rebuild_tensor", "_rebuild_from_type_v2", "_rebuild_parameter"}
+_SAFE_NAMES |= {"_rebuild_parameter_with_state"}
+_SAFE_NAMES |= {"Tensor", "Parameter", "OrderedDict", "defaultdict", "Size", "device", "dtype", "scalar", "ndarray"}
+_SAFE_NAMES |= {"float32", "float16", "bfloat16", "float64", "int64", "int32", "int8", "uint8", "bool"}
+_SAFE_NAMES |= {"_reconstruct", "encode"}
+_OWN_KEYS = {"module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params"}
+_OWN_KEYS |= {"frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "skipped_steps", "global_steps"}
+_OWN_KEYS |= {"global_samples", "dp_world_size", "mp_world_size", "ds_config", "ds_version", "autoep_layers"}
+_OWN_KEYS |= {"checkpoint_parallel_dimensions", "sparse_tensor_module_names", "csr_tensor_module_names"}
+_OWN_KEYS |= {"ds_autoep_layers", "tp_world_size", "pp_world_size", "ep_world_size", "sp_world_size"}
 
 
 class Foreign:
@@ -271,7 +270,7 @@ def _find_ties(found: DeepSpeedCheckpoint) -> None:
     first: dict[tuple[int, int, Any], str] = {}
     for name, value in found.weights.items():
         if value.numel():
-            place = (value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape))
+            place = (value.untyped_storage().data_ptr(), int(value.storage_offset()), tuple(value.shape))
             if place in first:
                 found.tied[name] = first[place]
             first.setdefault(place, name)

@@ -40,10 +40,7 @@ _LAZY: dict[str, str] = {
     "OnDevice": "utils:OnDevice",
     "log_dist": "utils:log_dist",
     "logger": "utils:logger",
-    **{
-        name: name
-        for name in ("accelerator", "checkpointing", "comm", "ops", "runtime", "utils", "zero")
-    },
+    **{name: name for name in ("accelerator", "checkpointing", "comm", "ops", "runtime", "utils", "zero")},
     "dist": "comm",
 }
 

@@ -60,7 +60,9 @@ def non_reentrant_checkpoint(function: Any, *args: Any) -> Any:
 
 
 get_cuda_rng_tracker = refused_name(
-    "deepspeed", "checkpointing.get_cuda_rng_tracker", "torch's checkpoint restores the random state of each recomputation"
+    "deepspeed",
+    "checkpointing.get_cuda_rng_tracker",
+    "torch's checkpoint restores the random state itself",
 )
 model_parallel_cuda_manual_seed = refused_name(
     "deepspeed", "checkpointing.model_parallel_cuda_manual_seed", "call torch.manual_seed(seed)"

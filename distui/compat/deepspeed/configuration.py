@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON, as `initialize` reads it: settings of ours, what the script's side is built from, and its arithmetic."""
+"""DeepSpeed's JSON, as `initialize` reads it: checked, its arithmetic done, as settings of ours."""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ from distui.core.errors import UserError
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add DeepSpeed's arguments to a parser: `--deepspeed` and `--deepspeed_config FILE`."""
     group = parser.add_argument_group("DeepSpeed", "DeepSpeed configurations")
-    group.add_argument("--deepspeed", default=False, action="store_true", help="Enable DeepSpeed (a flag for the script)")
+    group.add_argument(
+        "--deepspeed", default=False, action="store_true", help="Enable DeepSpeed (a flag for the script)"
+    )
     group.add_argument("--deepspeed_config", default=None, type=str, help="DeepSpeed JSON configuration file")
     group.add_argument("--deepscale", default=False, action="store_true", help=argparse.SUPPRESS)
     group.add_argument("--deepscale_config", default=None, type=str, help=argparse.SUPPRESS)
@@ -81,9 +83,7 @@ def initialize(
             "leave it out; model parallelism is chosen in distui's settings (strategy.*)",
         )
     comm.init_distributed(dist_init_required=dist_init_required, distributed_port=distributed_port)
-    settings = settle(
-        _config_of(args, config, config_params), comm.get_world_size(), main_process=comm.get_rank() == 0
-    )
+    settings = settle(_config_of(args, config, config_params), comm.get_world_size(), main_process=comm.get_rank() == 0)
     engine = Engine(**settings.sections)
     engine.scaler = scaler_of(settings)
     if "activation_checkpointing" in settings.raw:

@@ -23,7 +23,7 @@ _NEED_MATRICES = {
 }
 
 
-def FusedAdam(  # noqa: N802  the name of DeepSpeed's class
+def FusedAdam(
     params: Any,
     lr: float = 1e-3,
     bias_correction: bool = True,
@@ -48,7 +48,7 @@ def FusedAdam(  # noqa: N802  the name of DeepSpeed's class
     return kind(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
 
 
-def DeepSpeedCPUAdam(  # noqa: N802
+def DeepSpeedCPUAdam(
     model_params: Any,
     lr: float = 1e-3,
     bias_correction: bool = True,
@@ -72,7 +72,7 @@ class FusedLion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient."""
         loss = None
         if closure is not None:

@@ -53,7 +53,7 @@ def scaler_of(config: DeepSpeedConfig) -> LossScaler | None:
 
 
 class OwnOutputs:
-    """Gives a model's outputs as its forward returned them: the engine's own cast to fp32 is DeepSpeed's scripts' business.
+    """Gives a model's outputs as its forward returned them, without the engine's cast to fp32, as DeepSpeed does.
 
     A loss that the model computes in fp32 stays fp32, logits in bf16 stay bf16.
     """

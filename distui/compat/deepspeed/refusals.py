@@ -11,7 +11,9 @@ PAGE = "docs/coming-from-deepspeed.md"
 FACE = "distui.compat.deepspeed"
 
 _INFERENCE = "distui trains; serve with vLLM or transformers' generate, from `distui checkpoint consolidate`'s weights"
-_PIPELINE = "keep the model an nn.Module and choose strategy.pipeline_parallel in distui's settings where it is available"
+_PIPELINE = (
+    "keep the model an nn.Module and choose strategy.pipeline_parallel in distui's settings where it is available"
+)
 _MOE = "write the experts as plain modules; strategy.expert_parallel in distui's settings where it is available"
 _KERNELS = "engine.engine.use_kernels(engine.module) puts kernels into the modules that it knows (docs/kernels.md)"
 _TP = "choose strategy.tensor_parallel in distui's settings where it is available"
@@ -46,7 +48,7 @@ MODULES: dict[str, str] = {
     "monitor": "the JSON's tensorboard, wandb and csv_monitor sections; engine.monitor.write_events(...)",
     "launcher": "`distui launch --as deepspeed` reads the launcher's flags and the hostfile",
     "elasticity": "checkpoints load at any number of ranks",
-    "checkpoint": "engine.load_checkpoint reads DeepSpeed's folders; `distui checkpoint consolidate` writes safetensors",
+    "checkpoint": "engine.load_checkpoint reads DeepSpeed's folders, `distui checkpoint consolidate` too",
     "nvme": "`distui doctor` measures the disk",
     "io": "`distui doctor` measures the disk",
     "model_implementations": _INFERENCE,

@@ -1,4 +1,4 @@
-"""Checkpoints of a DeepSpeed engine: distui's own, which load at any stage and number of ranks; DeepSpeed's are read."""
+"""Checkpoints of a DeepSpeed engine: distui's own, for any stage and number of ranks; DeepSpeed's are read."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ class Saving:
     ) -> tuple[str | None, Any]:
         """Load `load_dir/tag`, or what `load_dir/latest` names; returns its path and the client's state. Collective.
 
-        DeepSpeed's own checkpoints are read too, ZeRO stages 0 to 3 of any number of ranks. (None, None) where no tag is given and
-        there is no `latest`.
+        DeepSpeed's own checkpoints are read too, ZeRO stages 0 to 3 of any number of ranks. (None, None) where no tag
+        is given and there is no `latest`.
         """
         if custom_load_fn is not None:
             custom_load_fn(src=load_dir, dst=self.module)

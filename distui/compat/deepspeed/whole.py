@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from distui.core.backends.optimizer import PreparedOptimizer
-from distui.core.checkpoint.flat import FlatShard
+from distui.core.checkpoint.flat import CellShard, FlatShard
 from distui.core.engine import Engine
 
 
@@ -71,7 +71,7 @@ class Whole:
 
     def _gathered(self, item: torch.Tensor | None) -> torch.Tensor | None:
         """Return the whole of what ranks hold in parts, or all alike; None where none holds any."""
-        local = item.local if isinstance(item, FlatShard) else item.detach().reshape(-1) if item is not None else None
+        local = local_part(item)
         start = item.start if isinstance(item, FlatShard) else 0
         numel = item.numel() if item is not None else 0
         if self._engine.num_processes == 1:
@@ -93,10 +93,28 @@ class Whole:
         return whole
 
 
-@torch.no_grad()
-def _put(item: torch.Tensor, value: torch.Tensor) -> None:
+def local_part(item: torch.Tensor | None) -> torch.Tensor | None:
+    """Return this rank's flat range of an item; of a home outside of memory it is a copy."""
     if isinstance(item, FlatShard):
-        if item.local.numel():
-            item.local.copy_(value.reshape(-1)[item.start : item.start + item.local.numel()])
+        return item.__get_tensor_shard__(MetadataIndex(""))
+    return item.detach().reshape(-1) if item is not None else None
+
+
+@torch.no_grad()
+def put_local(item: torch.Tensor, flat: torch.Tensor) -> None:
+    """Write this rank's flat range of an item."""
+    if isinstance(item, CellShard):
+        item.cell.write(0, flat.to(item.dtype))
+    elif isinstance(item, FlatShard):
+        item.local.copy_(flat)
     else:
-        item.copy_(value.view(item.shape))
+        item.copy_(flat.view(item.shape))
+
+
+def _put(item: torch.Tensor, value: torch.Tensor) -> None:
+    flat = value.detach().reshape(-1)
+    if isinstance(item, FlatShard):
+        if item.length:
+            put_local(item, flat[item.start : item.start + item.length])
+    else:
+        put_local(item, flat)

@@ -1,4 +1,4 @@
-"""`deepspeed.comm`: torch.distributed, whose collectives distui's ledger records; names that it lacks are DeepSpeed's."""
+"""`deepspeed.comm`: torch.distributed, whose collectives distui's ledger records, and DeepSpeed's own names."""
 
 from __future__ import annotations
 

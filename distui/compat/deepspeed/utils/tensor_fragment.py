@@ -1,16 +1,14 @@
-"""`safe_get_*` and `safe_set_*`: fp32 masters, optimizer states and gradients by the parameter, at every stage and home.
+"""`safe_get_*` and `safe_set_*`: fp32 masters, optimizer states and gradients by the parameter, at every stage.
 
 All are Collective: every rank calls them, for the same parameter.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from distui.compat.deepspeed.engine import DeepSpeedEngine
-from distui.compat.deepspeed.whole import Whole
+from distui.compat.deepspeed.whole import Whole, local_part, put_local
 from distui.compat.deepspeed.zero import _engine_of
 from distui.compat.not_offered import NotOffered
 from distui.core.backends.native import NativeBackend
@@ -104,14 +102,10 @@ def safe_set_full_grad(param: torch.Tensor, value: torch.Tensor) -> None:
 # ---- this rank's part ------------------------------------------------------------------------------------------------
 
 
-def _local(item: Any) -> torch.Tensor | None:
-    return item.local if isinstance(item, FlatShard) else item
-
-
 def safe_get_local_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
     """Return this rank's flat range of the fp32 master; unlike DeepSpeed's it is not padded."""
     place = _place(param)
-    return _local(place[1]._items()[place[2]]) if place is not None else None
+    return local_part(place[1]._items()[place[2]]) if place is not None else None
 
 
 def safe_get_local_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
@@ -120,33 +114,34 @@ def safe_get_local_optimizer_state(param: torch.Tensor, optim_state_key: str) ->
     if place is None or place[0].optimizer is None:
         return None
     items = place[0].engine.backend.optimizer_items(place[0].optimizer, None)
-    return _local(items.get(f"{place[2]}.{optim_state_key}"))
+    return local_part(items.get(f"{place[2]}.{optim_state_key}"))
 
 
 def safe_get_local_grad(param: torch.Tensor) -> torch.Tensor | None:
     """Return this rank's flat range of the gradient."""
     place = _place(param)
-    return _local(_gradient(place[0], param)) if place is not None else None
-
-
-def _write(target: torch.Tensor | None, value: torch.Tensor) -> None:
-    if target is not None:
-        target.copy_(value.reshape(-1))
+    return local_part(_gradient(place[0], param)) if place is not None else None
 
 
 def safe_set_local_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
     """Give this rank's range of the master a value; all ranks call it."""
     place = _place(param)
     if place is not None:
-        _write(safe_get_local_fp32_param(param), value)
+        put_local(place[1]._items()[place[2]], value.reshape(-1))
         place[0].engine.backend.loaded(place[0].module)
 
 
 def safe_set_local_optimizer_state(param: torch.Tensor, value: torch.Tensor, optim_state_key: str) -> None:
     """Give this rank's range of an optimizer state a value."""
-    _write(safe_get_local_optimizer_state(param, optim_state_key), value)
+    place = _place(param)
+    if place is not None and place[0].optimizer is not None:
+        item = place[0].engine.backend.optimizer_items(place[0].optimizer, None).get(f"{place[2]}.{optim_state_key}")
+        if item is not None:
+            put_local(item, value.reshape(-1))
 
 
 def safe_set_local_grad(param: torch.Tensor, value: torch.Tensor) -> None:
     """Give this rank's range of the gradient a value."""
-    _write(safe_get_local_grad(param), value)
+    local = safe_get_local_grad(param)
+    if local is not None:
+        local.copy_(value.reshape(-1))

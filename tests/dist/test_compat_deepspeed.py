@@ -1,0 +1,160 @@
+"""Training scripts in DeepSpeed's style on real ranks: what plain torch computes in one process, at every stage."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+if TYPE_CHECKING:
+    from tests.dist.ranks import RunRanks
+
+MICRO, STEPS, NUM_STEPS, LR, CLIP = 2, 2, 3, 0.02, 0.3
+
+
+class Words(nn.Module):
+    """A model with a repeated block, a tied weight and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(13, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, 13, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_BTD = self.embedding(ids_BT)
+        for block in self.blocks:
+            hidden_BTD = hidden_BTD + torch.tanh(block(hidden_BTD))
+        return self.head(hidden_BTD), hidden_BTD
+
+
+def _losses(model: Any, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, hidden = model(ids_BT)
+    return F.cross_entropy(logits.flatten(0, 1), ids_BT.flatten()), hidden.pow(2).mean()
+
+
+def _batches(world: int) -> list[torch.Tensor]:
+    ids = torch.randint(0, 13, (NUM_STEPS * STEPS * MICRO * world, 5), generator=torch.Generator().manual_seed(3))
+    return list(ids.split(MICRO * world))
+
+
+def _rate(step: int) -> float:
+    """WarmupLR over 4 steps, by its logarithm; DeepSpeed steps it after the optimizer."""
+    return 0.0 if step == 0 else LR * math.log(step) / math.log(4)
+
+
+def _one_process(world: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+    torch.manual_seed(0)
+    model, norms = Words(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
+    batches = iter(_batches(world))
+    for step in range(NUM_STEPS):
+        for _ in range(STEPS):
+            first, second = _losses(model, next(batches))
+            ((first + second) / STEPS).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict(), norms
+
+
+def _json(stage: int, **more: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": MICRO,
+        "gradient_accumulation_steps": STEPS,
+        "gradient_clipping": CLIP,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.01}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": LR, "warmup_num_steps": 4}},
+        **more,
+    }
+
+
+def _make(stage: int, **more: Any) -> Any:
+    from distui.compat import deepspeed
+
+    torch.manual_seed(0)
+    with deepspeed.zero.Init():
+        model = Words()
+    return deepspeed.initialize(model=model, config=_json(stage, **more))
+
+
+def _train(engine: Any, batches: list[torch.Tensor], style: str) -> list[float]:
+    norms = []
+    for number, whole in enumerate(batches):
+        ids = whole[engine.global_rank * MICRO :][:MICRO]
+        first, second = _losses(engine, ids)
+        if style == "several":
+            engine.backward(first, retain_graph=True)
+            engine.backward(second)
+        elif style == "torch":
+            (first + second).backward()
+        else:
+            engine.backward(loss=first + second)
+        assert engine.is_gradient_accumulation_boundary() == bool(number % STEPS)
+        engine.step()
+        if number % STEPS:
+            norms.append(engine.get_global_grad_norm())
+    return norms
+
+
+def _script(stage: int, style: str, folder: str) -> tuple[dict[str, torch.Tensor], list[float]]:
+    from distui.compat import deepspeed
+    from distui.compat.deepspeed import utils
+
+    engine, optimizer, loader, schedule = _make(stage)
+    assert loader is None and optimizer is engine.optimizer and schedule is engine.lr_scheduler
+    assert engine.zero_optimization_stage() == stage and engine.train_batch_size() == MICRO * STEPS * engine.world_size
+    batches = _batches(engine.world_size)
+    norms = _train(engine, batches[: 2 * STEPS], style)
+    assert (engine.global_steps, engine.micro_steps, engine.skipped_steps) == (2, 2 * STEPS, 0)
+    weight = engine.module.blocks[1].weight
+    master = utils.safe_get_full_fp32_param(weight)
+    moment = utils.safe_get_full_optimizer_state(weight, "exp_avg")
+    assert master is not None and master.shape == (8, 8) and moment is not None and moment.abs().sum() > 0
+    engine.save_checkpoint(save_dir=folder, client_state={"epoch": 7, "place": Path("here")})
+    # Going on from the checkpoint gives what going on without it would give, also on a new engine.
+    with deepspeed.zero.GatheredParameters(weight, modifier_rank=0):
+        if engine.global_rank == 0:
+            with torch.no_grad():
+                weight.fill_(3.0)
+    assert torch.equal(utils.safe_get_full_fp32_param(weight), torch.full((8, 8), 3.0))
+    with deepspeed.zero.GatheredParameters([weight]):
+        assert torch.equal(weight.detach(), torch.full((8, 8), 3.0))
+    engine.destroy()
+    engine, _, _, schedule = _make(stage)
+    path, client = engine.load_checkpoint(folder)
+    assert path == str(Path(folder) / "global_step2") and client == {"epoch": 7, "place": Path("here")}
+    assert engine.global_steps == 2 and schedule.last_batch_iteration == 1
+    weight = engine.module.blocks[1].weight
+    assert torch.equal(utils.safe_get_full_fp32_param(weight), master)
+    assert torch.equal(utils.safe_get_full_optimizer_state(weight, "exp_avg"), moment)
+    norms += _train(engine, batches[2 * STEPS :], style)
+    assert engine.get_lr() == pytest.approx([_rate(3)])
+    state = engine.module_state_dict()
+    assert engine.save_16bit_model(folder, "weights.bin")
+    saved = torch.load(f"{folder}/weights.bin")
+    assert all(torch.equal(saved[name], state[name]) for name in state)
+    engine.destroy()
+    return state, norms
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "style"), [(1, 0, "sum"), (2, 0, "torch"), (2, 1, "sum"), (2, 2, "several"), (2, 3, "several")]
+)
+def test_a_script_trains_as_plain_torch_does(
+    run_ranks: RunRanks, tmp_path: Path, world: int, stage: int, style: str
+) -> None:
+    expected, norms = _one_process(world)
+    for state, own_norms in run_ranks(_script, world, stage, style, str(tmp_path)):
+        assert own_norms == pytest.approx(norms, rel=1e-4)
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
