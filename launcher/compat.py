@@ -22,9 +22,11 @@ from distui.core.errors import UserError
 
 FACES: dict[str, dict[str, str]] = {
     "accelerate": {"accelerate": "distui.compat.accelerate"},
+    "deepspeed": {"deepspeed": "distui.compat.deepspeed"},
 }
 """Name of `--as` -> package that scripts import -> distui's face of it."""
 
+_READS_LOCAL_RANK = (b"--local_rank", b"HfArgumentParser")
 _LIBRARY_FOLDERS = frozenset({"site-packages", "dist-packages"})
 
 
@@ -160,6 +162,22 @@ def wear(name: str, target: Sequence[str]) -> dict[str, str]:
         roots.insert(0, Path(target[0]).resolve().parent)
     sys.meta_path.insert(0, Face(renamed, roots))
     return renamed
+
+
+def with_local_rank(target: Sequence[str], local_rank: str) -> list[str]:
+    """Return the target with `--local_rank=N` before its own arguments, if its source speaks of that argument.
+
+    DeepSpeed's launcher gives it to every script; one that does not know it would stop there.
+    """
+    at = 2 if target[0] == "-m" else 1
+    if target[0] == "-m":
+        spec = importlib.util.find_spec(target[1])
+        source = Path(spec.origin) if spec is not None and spec.origin is not None else None
+    else:
+        source = Path(target[0])
+    if source is None or not any(word in source.read_bytes() for word in _READS_LOCAL_RANK):
+        return list(target)
+    return [*target[:at], f"--local_rank={local_rank}", *target[at:]]
 
 
 def run_path(path: str, renamed: dict[str, str]) -> None:

@@ -38,6 +38,8 @@ class LaunchRequest:
     no_tui: bool = False
     face: str | None = None
     """What the script's imports are resolved as: see `distui.launcher.compat`."""
+    passes_local_rank: bool = False
+    """Whether a script that reads `--local_rank` is given it, as DeepSpeed's launcher does."""
 
 
 def launch(request: LaunchRequest) -> int:
@@ -126,6 +128,7 @@ def create_run(request: LaunchRequest, config: Config) -> RunFolder:
         "name": name,
         "command": list(request.target),
         "face": request.face,
+        "passes_local_rank": request.passes_local_rank,
         "strategy": config.summary(),
         "world_size": cluster.nproc * cluster.nodes,
         "num_nodes": cluster.nodes,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import click
 
 from distui.core.errors import UserError
+from distui.launcher.deepspeed_flags import Placement, check_config, deepspeed_options, given_flags, place
 
 
 def overrides_of(assignments: tuple[str, ...], flags: dict[str, str | None]) -> dict[str, str]:
@@ -27,6 +30,24 @@ def overrides_of(assignments: tuple[str, ...], flags: dict[str, str | None]) -> 
     return found
 
 
+def deepspeed_placement(face: str | None, flags: dict[str, Any], target: tuple[str, ...]) -> Placement:
+    """Return what DeepSpeed's flags and the JSON that the script names come to.
+
+    Raises:
+        UserError: DeepSpeed's flags without `--as deepspeed`; see `distui.launcher.deepspeed_flags`.
+    """
+    if face != "deepspeed":
+        if foreign := given_flags(flags):
+            raise UserError(
+                f"{', '.join(foreign.values())} without --as deepspeed",
+                "these are flags of DeepSpeed's launcher",
+                "add --as deepspeed, or see `distui launch --help` for ours",
+            )
+        return Placement(passes_local_rank=False)
+    check_config(target[2 if target[0] == "-m" else 1 :])
+    return place(flags, target)
+
+
 @click.command(
     "launch",
     context_settings={"allow_interspersed_args": False, "help_option_names": ["-h", "--help"]},
@@ -45,7 +66,8 @@ def overrides_of(assignments: tuple[str, ...], flags: dict[str, str | None]) -> 
 @click.option(
     "--config", "config_path", metavar="FILE", type=click.Path(path_type=Path), help="Settings; else ./distui.toml."
 )
-@click.option("--as", "face", metavar="NAME", help="Run a script written for accelerate, unchanged.")
+@click.option("--as", "face", metavar="NAME", help="Run a script written for accelerate or deepspeed, unchanged.")
+@deepspeed_options
 @click.option("--profile-flops", is_flag=True, help="At the end, show FLOPs and forward time of every module.")
 @click.option("--no-tui", is_flag=True, help="Plain lines even in a terminal (also DISTUI_NO_TUI=1).")
 @click.option("-m", "--module", is_flag=True, help="The target is a module, as with python -m.")
@@ -69,11 +91,13 @@ def command(
     module: bool,
     script: str,
     args: tuple[str, ...],
+    **deepspeed: Any,
 ) -> int:
     """Start SCRIPT on every rank, with ARGS passed through untouched.
 
     In a terminal the dashboard shows the job; otherwise rank 0's output comes as it is, with a line of progress every
-    few seconds. The exit status is the job's: 0 done, 3 a rank failed, 130 stopped by Ctrl-C, 2 a mistake found first.
+    few seconds. With --as deepspeed the flags of DeepSpeed's launcher are taken too (--num_gpus,
+    --hostfile, --include, ...). The exit status is the job's: 0 done, 3 a rank failed, 130 stopped by Ctrl-C, 2 a mistake found first.
     """
     from distui.launcher.launch import LaunchRequest, launch
 
@@ -90,4 +114,7 @@ def command(
         "telemetry.profile_flops": "true" if profile_flops else None,
     }
     target = ("-m", script, *args) if module else (script, *args)
-    return launch(LaunchRequest(target, overrides_of(assignments, flags), config_path, no_tui, face))
+    placement = deepspeed_placement(face, deepspeed, target)
+    os.environ.update(placement.environment)
+    overrides = {**placement.overrides, **overrides_of(assignments, flags)}
+    return launch(LaunchRequest(target, overrides, config_path, no_tui, face, placement.passes_local_rank))

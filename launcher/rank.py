@@ -131,18 +131,21 @@ def _stop_job(run: RunFolder) -> str:
     return "the job is being stopped"
 
 
-def _face(run: RunFolder) -> str | None:
-    """Return the name of `--as` that the job was started with."""
+def _face(run: RunFolder, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Return the name of `--as` that the job was started with, and the target with the arguments that it then gets."""
     if not run.spec.exists():
-        return None
-    name = json.loads(run.spec.read_text(encoding="utf-8")).get("face")
-    return str(name) if name else None
+        return None, arguments
+    spec = json.loads(run.spec.read_text(encoding="utf-8"))
+    name = spec.get("face")
+    if spec.get("passes_local_rank"):
+        arguments = compat.with_local_rank(arguments, os.environ["LOCAL_RANK"])
+    return (str(name) if name else None), arguments
 
 
 def _run_script(run: RunFolder, rank: int, arguments: list[str]) -> tuple[int, str]:
     """Run the target and return its exit status, and its error as `Type: message` or an empty text."""
     try:
-        face = _face(run)
+        face, arguments = _face(run, arguments)
         if arguments[0] == "-m":
             if face is not None:
                 compat.wear(face, arguments)

@@ -11,8 +11,10 @@ from typing import Any
 
 from distui.core.config_import.carried import Carried, flatten, truth
 from distui.core.config_import.deepspeed_remarks import REMARKS
+from distui.core.errors import ConfigError, Problem
 
 AUTO = "auto"
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 _OPTIMIZERS = {
     "adam": "adam",
@@ -56,6 +58,25 @@ def read(data: Mapping[str, Any]) -> Carried:
         )
     _batch(carried)
     return carried.finish()
+
+
+def refuse_unknown(data: Mapping[str, Any]) -> Carried:
+    """Return what `read` returns of a configuration to run with, the batch sizes aside, which need the number of ranks.
+
+    Raises:
+        ConfigError: every key that DeepSpeed would silently ignore, with the nearest that it knows; wrong values.
+    """
+    carried = read({key: value for key, value in data.items() if key not in BATCH_KEYS})
+    problems = []
+    for note in carried.notes:
+        if note.kind == "unknown":
+            near = note.why.partition("did you mean ")[2].rstrip("?")
+            section = note.key.rpartition(".")[0]
+            fix = f"write {f'{section}.' if section else ''}{near}" if near else "take it out"
+            problems.append(Problem(note.key, "unknown key", "DeepSpeed would ignore it silently", fix))
+    if problems:
+        raise ConfigError(problems)
+    return carried
 
 
 def _batch(carried: Carried) -> None:

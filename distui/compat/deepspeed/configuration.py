@@ -115,7 +115,7 @@ def settle(config: Any, world_size: int, *, main_process: bool = True) -> DeepSp
     raw = load_config(config)
     flat = flatten(raw)
     _refuse_features(flat)
-    carried = check_keys(raw)
+    carried = reader.refuse_unknown(raw)
     plan = _batch(flat, world_size)
     values = dict(carried.values)
     values.setdefault("optimizer.max_grad_norm", DEFAULT_CLIPPING)
@@ -130,26 +130,6 @@ def settle(config: Any, world_size: int, *, main_process: bool = True) -> DeepSp
         _tell_lost(carried)
     total, micro, accumulation = plan
     return DeepSpeedConfig(raw, sections, merged, total, micro, accumulation, flat)
-
-
-def check_keys(raw: Mapping[str, Any]) -> Carried:
-    """Read a DeepSpeed configuration, refusing what DeepSpeed would silently ignore.
-
-    Raises:
-        ConfigError: every mistyped key and every wrong value, at once.
-    """
-    sizes = (_TOTAL, _MICRO, _STEPS)
-    carried = reader.read({key: value for key, value in raw.items() if key not in sizes})
-    problems = []
-    for note in carried.notes:
-        if note.kind == "unknown":
-            near = note.why.partition("did you mean ")[2].rstrip("?")
-            section = note.key.rpartition(".")[0]
-            fix = f"write {f'{section}.' if section else ''}{near}" if near else "take it out"
-            problems.append(Problem(note.key, "unknown key", "DeepSpeed would ignore it silently", fix))
-    if problems:
-        raise ConfigError(problems)
-    return carried
 
 
 def _under_the_jobs_own(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -187,7 +167,7 @@ def _tell_lost(carried: Carried) -> None:
 
 # ---- batch sizes ---------------------------------------------------------------------------------------------------
 
-_TOTAL, _MICRO, _STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+_TOTAL, _MICRO, _STEPS = reader.BATCH_KEYS
 _EQUATION = f"{_TOTAL} = {_MICRO} x {_STEPS} x ranks"
 
 
