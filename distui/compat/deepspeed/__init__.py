@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from distui.compat.deepspeed import comm as comm
     from distui.compat.deepspeed import zero as zero
     from distui.compat.deepspeed.accelerator import get_accelerator as get_accelerator
+    from distui.compat.deepspeed.building import add_config_arguments as add_config_arguments
+    from distui.compat.deepspeed.building import initialize as initialize
     from distui.compat.deepspeed.comm import init_distributed as init_distributed
     from distui.compat.deepspeed.engine import DeepSpeedEngine as DeepSpeedEngine
-    from distui.compat.deepspeed.initialize import add_config_arguments as add_config_arguments
-    from distui.compat.deepspeed.initialize import initialize as initialize
 
 __version__ = "0.19.8"
 """Of the DeepSpeed whose API this is: scripts compare it."""
@@ -29,8 +29,8 @@ version = __version__
 install_module_refusals()
 
 _LAZY: dict[str, str] = {
-    "initialize": "initialize:initialize",
-    "add_config_arguments": "initialize:add_config_arguments",
+    "initialize": "building:initialize",
+    "add_config_arguments": "building:add_config_arguments",
     "init_distributed": "comm:init_distributed",
     "get_accelerator": "accelerator:get_accelerator",
     "DeepSpeedEngine": "engine:DeepSpeedEngine",

@@ -1,0 +1,157 @@
+"""DeepSpeed's JSON as `initialize` reads it, its schedules, and the names of its API."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from distui.compat import deepspeed
+from distui.compat.deepspeed.configuration import settle
+from distui.compat.deepspeed.lr_schedules import build_schedule
+from distui.compat.deepspeed.optimizers import build_optimizer
+from distui.compat.deepspeed.precision import scaler_of
+from distui.compat.not_offered import NotOffered
+from distui.core.errors import ConfigError
+
+MICRO = "train_micro_batch_size_per_gpu"
+
+
+def _params() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(3))]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({MICRO: 4}, (8, 4, 1)),
+        ({"train_batch_size": 32}, (32, 16, 1)),
+        ({"train_batch_size": 32, MICRO: 4}, (32, 4, 4)),
+        ({"train_batch_size": 32, "gradient_accumulation_steps": 2}, (32, 8, 2)),
+        ({"train_batch_size": 16.0, MICRO: 4, "gradient_accumulation_steps": "auto"}, (16, 4, 2)),
+    ],
+)
+def test_any_two_sizes_give_the_third(sizes: dict[str, Any], expected: tuple[int, int, int]) -> None:
+    config = settle(sizes, 2)
+    assert (config.train_batch_size, config.micro_size, config.accumulation) == expected
+    assert config.config.optimizer.max_grad_norm == 1.0  # as DeepSpeed 0.19 clips where nothing is said
+
+
+def test_sizes_that_do_not_fit_are_told_with_the_equation_and_what_fits() -> None:
+    with pytest.raises(ConfigError) as error:
+        settle({"train_batch_size": 12, MICRO: 2, "gradient_accumulation_steps": 2}, 2)
+    problem = error.value.problems[0]
+    assert "2 x 2 x 2 = 8, not 12" in problem.why
+    for fix in ("train_batch_size to 8", "gradient_accumulation_steps to 3", f"{MICRO} to 3", "ranks to 3"):
+        assert fix in problem.fix
+    for wrong in ({}, {"train_batch_size": 7}, {MICRO: 0}, {MICRO: "auto"}, {"gradient_accumulation_steps": 2}):
+        with pytest.raises(ConfigError):
+            settle(wrong, 2)
+
+
+def test_features_and_keys() -> None:
+    with pytest.raises(ConfigError) as error:
+        settle({MICRO: 1, "zero_optimization": {"stage": 2, "overlap_com": True}}, 1)
+    assert error.value.problems[0].fix == "write zero_optimization.overlap_comm"
+    with pytest.raises(NotOffered, match="curriculum_learning"):
+        settle({MICRO: 1, "curriculum_learning": {"enabled": True}}, 1)
+    with pytest.raises(ConfigError, match="nvme_path"):
+        settle({MICRO: 1, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, 1)
+    with pytest.warns(UserWarning, match="zero_hpz_partition_size"):
+        found = settle({MICRO: 1, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, 1)
+    assert found.config.strategy.zero_stage == 3
+    half = settle({MICRO: 1, "fp16": {"enabled": True, "initial_scale_power": 4, "hysteresis": 2}}, 1)
+    scaler = scaler_of(half)
+    assert scaler is not None and scaler.scale == 16.0 and scaler.window == 1000
+    scaler.update(overflow=True)
+    assert scaler.scale == 16.0  # hysteresis
+    scaler.update(overflow=True)
+    assert scaler.scale == 8.0 and scaler.num_skipped == 2
+    fixed = scaler_of(settle({MICRO: 1, "fp16": {"enabled": True, "loss_scale": 128}}, 1))
+    assert fixed is not None
+    fixed.update(overflow=True)
+    assert fixed.scale == 128.0
+
+
+def test_optimizers() -> None:
+    adam = build_optimizer({"type": "Adam", "params": {"lr": 0.1, "betas": [0.8, 0.9]}}, _params())
+    assert type(adam) is torch.optim.AdamW and adam.param_groups[0]["weight_decay"] == 0.0
+    coupled = build_optimizer({"type": "Adam", "params": {"adam_w_mode": False}}, _params())
+    assert type(coupled) is torch.optim.Adam
+    torch_adam = build_optimizer({"type": "AdamW", "params": {"torch_adam": True}}, _params())
+    assert torch_adam is not None and torch_adam.param_groups[0]["weight_decay"] == 0.01
+    assert type(build_optimizer({"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}, _params())) is torch.optim.SGD
+    assert build_optimizer({}, _params()) is None
+    lion = build_optimizer({"type": "Lion", "params": {"lr": 0.1, "weight_decay": 0.5}}, _params())
+    assert lion is not None
+    param = lion.param_groups[0]["params"][0]
+    param.grad = torch.tensor([2.0, -3.0, 0.0])
+    lion.step()
+    torch.testing.assert_close(param.detach(), torch.tensor([0.85, 1.05, 0.95]))
+    for wrong in ({"type": "AdmaW"}, {"type": "AdamW", "params": {"weight_deacy": 0.1}}):
+        with pytest.raises(ConfigError):
+            build_optimizer(wrong, _params())
+    with pytest.raises(ConfigError, match="max_grad_norm"):
+        build_optimizer({"type": "AdamW", "params": {"max_grad_norm": 1.0}}, _params())
+    with pytest.raises(NotOffered):
+        build_optimizer({"type": "Lamb"}, _params())
+
+
+def _rates(kind: str, steps: int, **params: Any) -> list[float]:
+    optimizer = torch.optim.AdamW(_params(), lr=0.1)
+    schedule = build_schedule({"type": kind, "params": params}, optimizer)
+    rates = [optimizer.param_groups[0]["lr"]]
+    for _ in range(steps):
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+def test_schedules() -> None:
+    """The numbers are those that DeepSpeed 0.19.8 gives."""
+    log = [0.0, 0.0, 0.1 * math.log(2) / math.log(4), 0.1 * math.log(3) / math.log(4), 0.1, 0.1]
+    assert _rates("WarmupLR", 5, warmup_num_steps=4) == pytest.approx(log)
+    linear = [0.0, 0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    decay = {"total_num_steps": 6, "warmup_num_steps": 2, "warmup_max_lr": 1.0, "warmup_type": "linear"}
+    assert _rates("WarmupDecayLR", 8, **decay) == pytest.approx(linear)
+    cosine = _rates("WarmupCosineLR", 6, total_num_steps=4, warmup_num_steps=2, warmup_type="linear")
+    assert cosine == pytest.approx([0.0, 0.0, 0.05, 0.1 * (0.0001 + 0.9999 * 0.5), 1e-5, 1e-5, 1e-5])
+    ranged = _rates("LRRangeTest", 3, lr_range_test_min_lr=0.1, lr_range_test_step_size=2)
+    assert ranged == pytest.approx([0.1, 0.15, 0.2, 0.25])
+    cycle = {"cycle_min_lr": 0.0, "cycle_max_lr": 1.0, "cycle_first_step_size": 2}
+    assert _rates("OneCycle", 4, **cycle) == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
+    optimizer = torch.optim.SGD(_params(), lr=0.1)
+    torch_own = build_schedule({"type": "StepLR", "params": {"step_size": 1}}, optimizer)
+    assert type(torch_own) is torch.optim.lr_scheduler.StepLR
+    with pytest.raises(ConfigError, match="WarmupLr"):
+        build_schedule({"type": "WarmupLr"}, torch.optim.SGD(_params(), lr=0.1))
+
+
+TOP = """
+DeepSpeedConfig DeepSpeedConfigError DeepSpeedDataLoader DeepSpeedEngine DeepSpeedHybridEngine DeepSpeedInferenceConfig
+DeepSpeedOptimizer DeepSpeedTransformerConfig DeepSpeedTransformerLayer InferenceEngine OnDevice PipelineEngine
+PipelineModule __git_branch__ __git_hash__ __version__ add_config_arguments checkpointing comm default_inference_config
+dist get_accelerator init_distributed init_inference initialize log_dist logger moe module_inject ops pipe
+replace_transformer_layer runtime set_autotp_mode tp_model_init utils zero
+"""
+
+
+def test_every_public_name_is_offered_or_refused_with_the_way_around() -> None:
+    for name in TOP.split():
+        getattr(deepspeed, name)
+    with pytest.raises(NotOffered, match="vLLM"):
+        deepspeed.init_inference(torch.nn.Linear(1, 1))
+    with pytest.raises(NotOffered, match="pipeline_parallel"):
+        deepspeed.PipelineModule(layers=[])
+    with pytest.raises(AttributeError, match=r"docs/coming-from-deepspeed\.md"):
+        _ = deepspeed.initialise
+    modules = "accelerator checkpointing comm ops.adam ops.lion runtime.lr_schedules runtime.zero utils.groups"
+    for module in [*modules.split(), "runtime.activation_checkpointing.checkpointing", "utils.zero_to_fp32"]:
+        importlib.import_module(f"distui.compat.deepspeed.{module}")
+    with pytest.raises(ModuleNotFoundError, match=r"strategy\.expert_parallel"):
+        importlib.import_module("distui.compat.deepspeed.moe.layer")
+    members = "allreduce_gradients was_step_applied get_mom set_train_batch_size no_sync module_state_dict scale"
+    assert all(hasattr(deepspeed.DeepSpeedEngine, name) for name in members.split()[1:])
