@@ -25,15 +25,17 @@ def _text(stage: int, **more: object) -> dict[str, object]:
     return {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 2, "zero_optimization": zero, **more}
 
 
+ONE = "text.py --one_backward"
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "images-0": ("images.py", {"train_batch_size": 16, "optimizer": ADAM, "scheduler": WARMUP}),
     "images-2": (
         "images.py",
         {"train_batch_size": 16, "optimizer": ADAM, "scheduler": WARMUP, "zero_optimization": {"stage": 2}},
     ),
-    "text-1": ("text.py", _text(1, gradient_clipping=0.5)),
-    "text-2-bf16": ("text.py", _text(2, bf16={"enabled": True})),
-    "text-3": ("text.py", _text(3, gradient_clipping=0.5)),
+    "text-1": (ONE, _text(1, gradient_clipping=0.5)),
+    "text-2-bf16": (ONE, _text(2, bf16={"enabled": True})),
+    "text-3": (ONE, _text(3, gradient_clipping=0.5)),
+    "two-backwards-1": ("text.py", _text(1, gradient_clipping=0.5)),
 }
 
 
@@ -47,11 +49,12 @@ def _run(words: list[str], folder: Path, out: Path, environ: dict[str, str]) -> 
 
 def compare(case: str, ranks: int, peer: str) -> str:
     """Run one case under both and return a line of the table."""
-    script, config = CASES[case]
+    words, config = CASES[case]
+    script, *options = words.split()
     with tempfile.TemporaryDirectory(prefix="dt", dir="/tmp") as name:
         folder = Path(name)
         (folder / "ds.json").write_text(json.dumps(config))
-        target = [str(HERE / "deepspeed_scripts" / script), "--deepspeed", "--deepspeed_config", "ds.json", "--out"]
+        target = [str(HERE / "deepspeed_scripts" / script), "--deepspeed", "--deepspeed_config", "ds.json", *options, "--out"]
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "DISTUI_STATE_DIR": f"{name}/s", "DISTUI_RUNTIME_DIR": name}
         theirs = {key: value for key, value in environ.items() if key != "PYTHONPATH"} | {"DS_ACCELERATOR": "cpu"}
         torchrun = [peer, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]

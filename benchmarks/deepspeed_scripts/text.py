@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 parser = argparse.ArgumentParser()
 parser.add_argument("--local_rank", type=int, default=-1)
 parser.add_argument("--out", type=str)
+parser.add_argument("--one_backward", action="store_true")
 deepspeed.add_config_arguments(parser)
 args = parser.parse_args()
 
@@ -65,8 +66,11 @@ for epoch in range(2):
     sampler.set_epoch(epoch)
     for (batch,) in loader:
         outputs = engine(input_ids=batch.to(engine.device))
-        engine.backward(outputs["loss"], retain_graph=True)
-        engine.backward(outputs["z_loss"])
+        if args.one_backward:
+            engine.backward(outputs["loss"] + outputs["z_loss"])
+        else:
+            engine.backward(outputs["loss"], retain_graph=True)
+            engine.backward(outputs["z_loss"])
         engine.step()
         losses.append(outputs["loss"].item())
 norm = engine.get_global_grad_norm()

@@ -52,6 +52,15 @@ class Foreign:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Foreign:
+        return Foreign(*args)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Forget an item."""
+
+    def append(self, value: Any) -> None:
+        """Forget an item."""
+
 
 class _Unpickler(pickle.Unpickler):
     """Makes tensors and plain containers; every other class becomes `Foreign`, so nothing of a file is run."""

@@ -35,8 +35,6 @@ if engine.global_rank == 1:
     print("local rank", args.local_rank)
 engine.engine.print(engine.global_steps, "steps at stage", engine.zero_optimization_stage(), engine.get_lr())
 engine.save_checkpoint("ck")
-if args.deepspeed:
-    deepspeed.init_inference(model)
 """
 JSON = {
     "train_batch_size": 8,
@@ -71,14 +69,7 @@ def test_a_script_runs_unchanged_and_its_checkpoint_is_merged(launch: Launch, pr
     assert (project / "out" / "model.safetensors").is_file() and "4 tensors in 1 file" in merged.output
 
 
-def test_what_is_wrong_is_told_before_anything_starts_and_what_is_not_offered_at_its_line(
-    launch: Launch, project: Path
-) -> None:
-    done = launch(
-        "--as", "deepspeed", "--num_gpus", "1", "train.py", "--deepspeed", "--deepspeed_config", "ds.json", cwd=project
-    )
-    assert done.returncode == 3 and "train_batch_size: 8 is not what the other sizes give" in done.stderr
-    assert "2 x 2 x 1 = 4, not 8" in done.stderr
+def test_what_is_wrong_is_told_before_anything_starts(launch: Launch, project: Path) -> None:
     (project / "ds.json").write_text(json.dumps(JSON | {"gradient_cliping": 1.0, "zero_optimisation": {"stage": 3}}))
     done = launch("--as", "deepspeed", "--num_gpus", "2", "train.py", "--deepspeed_config", "ds.json", cwd=project)
     assert done.returncode == 2
