@@ -126,7 +126,7 @@ def _script(stage: int, style: str, folder: str) -> tuple[dict[str, torch.Tensor
         if engine.global_rank == 0:
             with torch.no_grad():
                 weight.fill_(3.0)
-    assert torch.equal(utils.safe_get_full_fp32_param(weight), torch.full((8, 8), 3.0))
+    torch.testing.assert_close(utils.safe_get_full_fp32_param(weight), torch.full((8, 8), 3.0), rtol=0, atol=0)
     with deepspeed.zero.GatheredParameters([weight]):
         assert torch.equal(weight.detach(), torch.full((8, 8), 3.0))
     engine.destroy()
@@ -135,8 +135,8 @@ def _script(stage: int, style: str, folder: str) -> tuple[dict[str, torch.Tensor
     assert path == str(Path(folder) / "global_step2") and client == {"epoch": 7, "place": Path("here")}
     assert engine.global_steps == 2 and schedule.last_batch_iteration == 1
     weight = engine.module.blocks[1].weight
-    assert torch.equal(utils.safe_get_full_fp32_param(weight), master)
-    assert torch.equal(utils.safe_get_full_optimizer_state(weight, "exp_avg"), moment)
+    torch.testing.assert_close(utils.safe_get_full_fp32_param(weight), master, rtol=0, atol=0)
+    torch.testing.assert_close(utils.safe_get_full_optimizer_state(weight, "exp_avg"), moment, rtol=0, atol=0)
     norms += _train(engine, batches[2 * STEPS :], style)
     assert engine.get_lr() == pytest.approx([_rate(3)])
     state = engine.module_state_dict()
