@@ -57,7 +57,11 @@ class Whole:
     def write_states(self, optimizer: PreparedOptimizer, states: Mapping[str, torch.Tensor]) -> None:
         """Take whole states by `<parameter>.<state>`, making room for those that the optimizer has not yet."""
         metas = {
-            key: SimpleNamespace(size=value.shape, properties=SimpleNamespace(dtype=value.dtype))
+            # As checkpoints describe them: flattened.
+            key: SimpleNamespace(
+                size=torch.Size([value.numel()] if value.dim() else []),
+                properties=SimpleNamespace(dtype=value.dtype),
+            )
             for key, value in states.items()
         }
         self._engine.backend.allocate_states(optimizer, metas)
