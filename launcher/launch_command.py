@@ -97,7 +97,8 @@ def command(
 
     In a terminal the dashboard shows the job; otherwise rank 0's output comes as it is, with a line of progress every
     few seconds. With --as deepspeed the flags of DeepSpeed's launcher are taken too (--num_gpus,
-    --hostfile, --include, ...). The exit status is the job's: 0 done, 3 a rank failed, 130 stopped by Ctrl-C, 2 a mistake found first.
+    --hostfile, --include, ...). The exit status is the job's: 0 done, 3 a rank failed, 130 stopped by Ctrl-C, 2 a
+    mistake found first.
     """
     from distui.launcher.launch import LaunchRequest, launch
 
