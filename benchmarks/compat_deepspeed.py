@@ -54,7 +54,14 @@ def compare(case: str, ranks: int, peer: str) -> str:
     with tempfile.TemporaryDirectory(prefix="dt", dir="/tmp") as name:
         folder = Path(name)
         (folder / "ds.json").write_text(json.dumps(config))
-        target = [str(HERE / "deepspeed_scripts" / script), "--deepspeed", "--deepspeed_config", "ds.json", *options, "--out"]
+        target = [
+            str(HERE / "deepspeed_scripts" / script),
+            "--deepspeed",
+            "--deepspeed_config",
+            "ds.json",
+            *options,
+            "--out",
+        ]
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "DISTUI_STATE_DIR": f"{name}/s", "DISTUI_RUNTIME_DIR": name}
         theirs = {key: value for key, value in environ.items() if key != "PYTHONPATH"} | {"DS_ACCELERATOR": "cpu"}
         torchrun = [peer, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
