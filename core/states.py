@@ -40,7 +40,7 @@ class States(Tracking):
         At stages 1 and 2 weights travel while the next forward begins: read them through this, `parameters()` or
         `state_dict()`, which wait, not through a module's attribute right after `optimizer.step()`.
         """
-        self.backend.settle(model)
+        next(model.parameters(), None)  # listing them waits
         return getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
 
     def get_state_dict(self, model: nn.Module, only_rank_0: bool = False) -> dict[str, Any]:

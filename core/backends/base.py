@@ -112,9 +112,6 @@ class Backend(ABC):
     def loaded(self, model: nn.Module) -> None:
         """Go on with what was written into the tensors of `model_items`. Collective."""
 
-    def settle(self, model: nn.Module) -> None:  # noqa: B027  most backends have nothing on its way
-        """Wait until weights that are on their way after a step have arrived. One rank may call it alone."""
-
     def param_shapes(self, model: nn.Module) -> dict[str, list[int]]:
         """Return the whole shape of every parameter by name, each once."""
         return {name: list(param.shape) for name, param in nn.Module.named_parameters(model)}

@@ -156,11 +156,6 @@ class NativeBackend(Backend):
         assert isinstance(optimizer, ShardedOptimizer)
         native_items.allocate_states(optimizer, saved)
 
-    def settle(self, model: nn.Module) -> None:
-        """Wait until weights that are on their way after a step (stages 1 and 2) have arrived."""
-        if (sharded := self._models.get(id(model))) is not None:
-            sharded.schedule.finish_gathers()
-
     def loaded(self, model: nn.Module) -> None:
         """Bring what was loaded into shards and masters to all ranks. Collective."""
         native_items.loaded(self.sharded(model))
