@@ -79,7 +79,8 @@ class ShardedOptimizer(PreparedOptimizer):
             self.stream.step(factor)
         elif self.onebit is not None and self.onebit.frozen:
             self._set_gradients(factor)
-            self.onebit.step()
+            if next(self._gradients(), None) is not None:
+                self.onebit.step()
         elif self.flat is not None:
             self.flat.step(factor)
         else:

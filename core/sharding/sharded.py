@@ -148,6 +148,12 @@ class ShardedModel:
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, state_bits: int = 32) -> ShardedOptimizer:
         """Rebind `optimizer` to this model's flat shards."""
         siblings = cast("list[PreparedOptimizer]", self.optimizers)
+        if siblings and self.compression is not None and self.compression.gradients == "onebit":
+            raise UserError(
+                "compression.gradients=onebit with several optimizers of one model",
+                "after the warm-up gradients stay on their ranks, and only one of the optimizers exchanges momenta",
+                "give the model one Adam or AdamW, or set compression.gradients to int8 or fp8",
+            )
         if self.homes is not None and state_bits != 32:
             raise UserError(
                 f"optimizer.state_bits={state_bits} with offload",

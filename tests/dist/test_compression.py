@@ -274,6 +274,26 @@ def _refused() -> None:
     sharded = ShardedModel(model, stage=1, group=dist.group.WORLD, compression=Compression("onebit"))
     with pytest.raises(UserError, match="whole momentum"):
         sharded.prepare_optimizer(torch.optim.Adam(model.parameters()))
+    model = Model()
+    sharded = ShardedModel(model, stage=0, group=dist.group.WORLD, compression=Compression("onebit"))
+    first, *others = model.parameters()
+    sharded.prepare_optimizer(torch.optim.Adam([first]))
+    with pytest.raises(UserError, match="several optimizers"):
+        sharded.prepare_optimizer(torch.optim.Adam(others))
+
+
+def _steps_without_a_gradient() -> None:
+    engine, optimizer, _ = _engine("unsaved", 7)
+    assert optimizer.onebit.frozen
+    (model,) = engine._models
+    before = engine.get_state_dict(model)
+    optimizer.step()
+    after = engine.get_state_dict(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_step_without_a_gradient_changes_nothing_after_the_warmup(run_ranks: RunRanks) -> None:
+    run_ranks(_steps_without_a_gradient, 2)
 
 
 def test_what_has_no_variance_to_freeze_is_refused(run_ranks: RunRanks) -> None:
