@@ -8,6 +8,7 @@ from itertools import groupby
 from rich.table import Table
 from rich.text import Text
 
+from distui.core.config_import.carried import KINDS, Carried
 from distui.core.hardware import Gpu, Hardware
 from distui.core.plan.types import ModelSpec, Plan, Term
 from distui.tui.format import NA, count, num_bytes, seconds, si
@@ -25,6 +26,17 @@ def grid(rows: Sequence[Row], label_width: int = 13) -> Table:
     for label, value in rows:
         table.add_row(Text(label, style="dim"), Text(value))
     return table
+
+
+def note_rows(carried: Carried) -> Iterator[tuple[str, list[str]]]:
+    """Yield what became of the keys of an imported file, the gravest first: the outcome, and `keys: reason` lines."""
+    for kind, words in KINDS.items():
+        reasons: dict[str, list[str]] = {}
+        for note in carried.notes:
+            if note.kind == kind:
+                reasons.setdefault(note.why, []).append(note.key)
+        if reasons:
+            yield words, [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in reasons.items()]
 
 
 def hardware_rows(hardware: Hardware) -> list[Row]:
