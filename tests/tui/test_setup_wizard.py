@@ -23,6 +23,7 @@ from distui.core.settings import load
 from distui.tui.setup.app import SetupApp, SetupResult
 from distui.tui.setup.dialogs import HelpScreen, ImportScreen, QuitScreen
 from distui.tui.setup.model import WizardState
+from distui.tui.setup.tune import TuneField
 
 CPU_MACHINE = Hardware(
     name="some CPU, 8 cores",
@@ -227,6 +228,30 @@ async def test_the_effect_of_the_micro_batch_is_shown_as_it_is_typed(folder: Pat
         assert after.partition("activations")[2] != before.partition("activations")[2]
 
 
+async def test_a_strategy_is_changed_by_hand_with_the_effect_of_every_value(folder: Path) -> None:
+    app = SetupApp(WizardState.open(folder / "distui.toml"), hardware=parse_hardware("8xA100-40GB"))
+    async with app.run_test(size=SMALL) as pilot:
+        await pilot.pause()
+        await pilot.press("enter")
+        await type_text(pilot, "gpt2")
+        await pilot.press("enter", "c")
+        fields = {field.key: field for field in app.screen.query(TuneField)}
+        before = str(fields["batch.micro_size"].content)
+        for field in fields.values():
+            words = str(field.content)
+            assert words.count("GiB") == len(field.values()) and "/s" in words
+        await pilot.press("left", "left", "left", "right", "down", "down", "down", "down", "right", "down", "right")
+        assert fields["strategy.zero_stage"].chosen == 1 and str(fields["batch.micro_size"].content) != before
+        micro = fields["batch.micro_size"].chosen
+        await pilot.press("down", "right", "right", "enter")
+        table = app.screen.query_one("#plans", DataTable)
+        assert str(table.get_row_at(table.cursor_row)[1]) == "ZeRO-1, selective checkpointing"
+        await pilot.press("c", "right", "escape", "enter", "enter", "enter")
+    config = load(folder / "distui.toml", {}, environ={}).config
+    assert (config.strategy.zero_stage, config.activation_checkpointing.mode) == (1, "selective")
+    assert (config.batch.micro_size, config.batch.global_size) == (micro, micro * 4 * 8)
+
+
 async def test_a_plan_that_does_not_fit_is_not_launched_by_enter_alone(folder: Path) -> None:
     (folder / "train.py").write_text(TRAINING)
     app = app_in(folder)
@@ -356,6 +381,7 @@ KEYS = {
     "hardware": [],
     "model": ["enter"],
     "strategy": ["enter"] * 2,
+    "change": ["enter", "enter", "c"],
     "cluster": ["enter"] * 3,
     "review": ["enter"] * 4,
     "wrong": ["enter", "x", "enter"],
@@ -365,7 +391,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE], ids=["80x24", "160x50"])
-@pytest.mark.parametrize("step", ["hardware", "model", "strategy", "cluster", "review"])
+@pytest.mark.parametrize("step", ["hardware", "model", "strategy", "change", "cluster", "review"])
 def test_look_with_gpus_a_model_and_a_file(step: str, size: tuple[int, int], snap_compare: Any) -> None:
     app = still_app(parse_hardware("8xA100-40GB"), "gpt-j-6b", EXISTING)
     assert snap_compare(app, press=KEYS[step], terminal_size=size)

@@ -59,7 +59,7 @@ class ImportScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         """Yield the notes in a box."""
         with Vertical(classes="dialog notes"):
-            yield Static(f"{self._name}, a {self._carried.source} file", classes="dialog-title", markup=False)
+            yield Static(f"{self._name}, read as {self._carried.source}'s", classes="dialog-title", markup=False)
             with VerticalScroll(can_focus=False):
                 yield Static(import_text(self._carried), markup=False)
             yield Static("\nReview shows this again. ↑ ↓ scroll, Enter goes on.", classes="sentence")

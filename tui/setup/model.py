@@ -6,7 +6,7 @@ Torch-free and textual-free, so that it is tested without a screen. Nothing here
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from distui.core import config_file
 from distui.core.config import Config, keys
 from distui.core.config_check import check
 from distui.core.config_import.carried import Carried
-from distui.core.errors import Problem, UserError
+from distui.core.errors import ConfigError, Problem, UserError
 from distui.core.hardware import Hardware, parse_hardware
 from distui.core.plan.models import load_model
-from distui.core.plan.types import ModelSpec
+from distui.core.plan.planned import plan_of
+from distui.core.plan.types import ModelSpec, Plan
 from distui.core.settings import accepts, load, parse_text
 from distui.tui.setup.planning import PLANNER_KEYS, Choice, choices_for_model, choices_without_model, kept_choice
 
@@ -262,7 +263,7 @@ class WizardState:
                 None if nproc == "auto" else nproc,
                 micro,
                 size,
-                {key: self.asked(key) for key in PLANNER_KEYS if key in self.stated},
+                {key: self.asked(key) for key in PLANNER_KEYS if key in self.stated or key in self.settings},
             )
         kept = self.kept()
         if kept is not None and not any(choice.is_like(kept) for choice in found):
@@ -273,7 +274,35 @@ class WizardState:
         """Return the strategy that the imported or the existing file has; None where there is neither."""
         if self.existing is None and self.imported is None:
             return None
-        return kept_choice(self.base, self.import_name or self.path.name)
+        kept = kept_choice(self.base, self.import_name or self.path.name)
+        plan = self.predict(self.base)
+        if plan is None:
+            return kept
+        return replace(kept, plan=plan, why=f"as {self.import_name or self.path.name} has it; {plan.why}")
+
+    def predict(self, config: Config) -> Plan | None:
+        """Return what is predicted of a configuration on the chosen machine; None where nothing can be."""
+        shaped, world_size = self.shaped_model, self.world_size
+        if shaped is None or self.hardware is None or world_size is None:
+            return None
+        nodes = int(self.value("cluster.nodes"))
+        try:
+            return plan_of(config, shaped, replace(self.hardware, nodes=nodes), world_size // nodes)
+        except ConfigError:  # the batch does not divide: the check at Review and the fields say so
+            return None
+
+    def changed(self, choice: Choice, changes: Mapping[str, Any]) -> Choice:
+        """Return the strategy that `choice` becomes with some of its `section.key` values changed, predicted anew."""
+        values = {**choice.values, **changes}
+        tables = self.base.model_dump()
+        for key, value in {**self._brought, **values}.items():
+            section, _, name = key.partition(".")
+            tables[section][name] = value
+        config = Config.model_validate(tables)
+        plan = self.predict(config)
+        if plan is None:
+            return Choice(config.summary(), values, "chosen by hand; memory and speed are n/a")
+        return Choice(plan.name, values, plan.why, plan, plan.available)
 
     def choose(self, choice: Choice) -> None:
         """Take a strategy."""
