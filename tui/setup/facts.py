@@ -93,6 +93,11 @@ def _host_rows(hardware: Hardware) -> Iterator[Row]:
         yield "CPU", f"{cpu.model}: {cores}{numa}"
     total, free = hardware.memory_total_bytes, hardware.memory_available_bytes
     yield "Memory", f"{num_bytes(total)}, {num_bytes(free)} available" if total is not None else NA
+    if (limit := hardware.memory_limit_cgroup_bytes) is not None:
+        yield "  limit", f"{num_bytes(limit)} by cgroup, of {num_bytes(hardware.memory_physical_bytes)} physical"
+    if cpu is not None and len(cpu.numa_nodes) > 1:
+        for node in cpu.numa_nodes:
+            yield f"  NUMA {node.index}", f"CPUs {node.cpus or NA}, {num_bytes(node.memory_total_bytes)}"
 
 
 def _disk_rows(hardware: Hardware) -> Iterator[Row]:
