@@ -9,9 +9,20 @@ from __future__ import annotations
 from distui.core.hardware_host import detect_host
 from distui.core.hardware_known import named_hardware
 from distui.core.hardware_nvml import NvmlReport, read_nvml
-from distui.core.hardware_types import GIB, Cpu, Disk, Gpu, Hardware, NetworkInterface
+from distui.core.hardware_types import GIB, Cpu, Disk, Gpu, Hardware, NetworkInterface, NumaNode
 
-__all__ = ["GIB", "Cpu", "Disk", "Gpu", "Hardware", "NetworkInterface", "NvmlReport", "detect", "parse_hardware"]
+__all__ = [
+    "GIB",
+    "Cpu",
+    "Disk",
+    "Gpu",
+    "Hardware",
+    "NetworkInterface",
+    "NumaNode",
+    "NvmlReport",
+    "detect",
+    "parse_hardware",
+]
 
 
 def detect(nodes: int = 1) -> Hardware:

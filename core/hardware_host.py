@@ -19,7 +19,7 @@ import psutil
 
 from distui.core.hardware_measure import identity, load_calibration, load_training
 from distui.core.hardware_nvml import NvmlReport
-from distui.core.hardware_types import Cpu, Disk, Hardware, NetworkInterface, Scheduler
+from distui.core.hardware_types import Cpu, Disk, Hardware, NetworkInterface, NumaNode, Scheduler
 from distui.core.paths import state_dir
 
 ROOT = Path("/")
@@ -44,6 +44,9 @@ def detect_host(nvml: NvmlReport, nodes: int = 1) -> Hardware:
         cpu=cpu,
         memory_total_bytes=min(memory.total, limit) if limit is not None else memory.total,
         memory_available_bytes=min(memory.available, left) if left is not None else memory.available,
+        memory_physical_bytes=memory.total,
+        memory_limit_cgroup_bytes=limit,
+        cpu_limit_cgroup=cgroup_cpu_quota(ROOT),
         disks=read_disks([Path.cwd(), state_dir(), Path(tempfile.gettempdir())], ROOT),
         network=network,
         scheduler=find_scheduler(os.environ),
@@ -138,18 +141,29 @@ def read_cpu(root: Path = ROOT) -> Cpu:
     logical = psutil.cpu_count() or 1
     usable = float(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else float(logical)
     quota = cgroup_cpu_quota(root)
-    nodes = root / "sys/devices/system/node"
+    nodes = read_numa(root)
     cpu = Cpu(
         model=model,
         num_cores_physical=psutil.cpu_count(logical=False),
         num_cores_logical=logical,
         num_cores_usable=max(1, int(min(usable, quota) if quota else usable)),
-        num_numa_nodes=len(list(nodes.glob("node[0-9]*"))) or None if nodes.is_dir() else None,
+        num_numa_nodes=len(nodes) or None,
+        numa_nodes=nodes,
     )
     measured = load_calibration()
     if measured.get("cpu") != identity(cpu):
         return cpu
     return replace(cpu, peak_flops=measured.get("peak_flops"), memory_bandwidth=measured.get("memory_bandwidth"))
+
+
+def read_numa(root: Path = ROOT) -> tuple[NumaNode, ...]:
+    """Return the NUMA nodes with their processors and memory; empty where the kernel shows none."""
+    found = []
+    for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
+        sizes = dict(re.findall(r"(Mem\w+):\s+(\d+) kB", _read(folder / "meminfo") or ""))
+        total, free = (int(sizes[name]) * 1024 if name in sizes else None for name in ("MemTotal", "MemFree"))
+        found.append(NumaNode(int(folder.name[4:]), _read(folder / "cpulist") or "", total, free))
+    return tuple(sorted(found, key=lambda node: node.index))
 
 
 def read_disks(places: Iterable[Path], root: Path = ROOT) -> tuple[Disk, ...]:

@@ -45,6 +45,17 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
+class NumaNode:
+    """Processors and the memory that is near them."""
+
+    index: int
+    cpus: str
+    """As the kernel lists them, such as 0-15,32-47."""
+    memory_total_bytes: int | None = None
+    memory_free_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Cpu:
     """The processors of one node, as far as this process may use them."""
 
@@ -58,6 +69,7 @@ class Cpu:
     """Measured by `measure_cpu_flops` (all usable cores together), None until then."""
     memory_bandwidth: float | None = None
     """Copy rate, read plus written bytes, measured likewise."""
+    numa_nodes: tuple[NumaNode, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +108,12 @@ class Hardware:
     """Host memory of one node; None on a named machine unless it was given."""
     memory_available_bytes: int | None
     """The least of what the kernel calls available and what the cgroup still allows."""
+    memory_physical_bytes: int | None = None
+    """What the kernel has, whatever a cgroup allows."""
+    memory_limit_cgroup_bytes: int | None = None
+    """What the cgroups allow; None where they set no limit."""
+    cpu_limit_cgroup: float | None = None
+    """Cores that the cgroups' quota allows; None where they set none."""
     disks: tuple[Disk, ...] = ()
     network: tuple[NetworkInterface, ...] = ()
     scheduler: Scheduler = "none"

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from distui.daemon.gpu_errors import GpuErrors
 from distui.proto import telemetry_pb2 as pb
 
 _log = logging.getLogger("distui.daemon")
@@ -20,9 +21,11 @@ class HardwareSampler:
         """Begin the first interval of CPU time, and look for GPUs."""
         psutil.cpu_percent()  # the first call only sets the start of the interval
         self._nvml, self._gpus = _open_nvml()
+        self._errors = GpuErrors(self._nvml, self._gpus)
 
     def sample(self) -> pb.HardwareSample:
         """Return what the node does now; takes some milliseconds with GPUs."""
+        self._errors.read_events()
         memory, network = psutil.virtual_memory(), psutil.net_io_counters()
         found = pb.HardwareSample(
             cpu_percent=psutil.cpu_percent(),
@@ -46,6 +49,7 @@ class HardwareSampler:
             found.power_w = power_mw / 1000
         if (celsius := self._ask(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)) is not None:
             found.temperature_c = celsius
+        self._errors.fill(found, handle)
         return found
 
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:

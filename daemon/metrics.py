@@ -12,7 +12,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from socketserver import ThreadingMixIn
-from typing import Any
+from typing import Any, Literal
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import psutil
@@ -132,6 +132,15 @@ _GPU = {
     "temperature_c": ("distui_gpu_temperature_celsius", "Temperature of a GPU."),
 }
 
+_GpuError = Literal["ecc_corrected", "ecc_uncorrected", "nvlink_errors", "pcie_replays", "xid_errors"]
+_GPU_ERRORS: dict[_GpuError, tuple[str, str]] = {
+    "ecc_corrected": ("distui_gpu_ecc_corrected", "Memory errors that were corrected."),
+    "ecc_uncorrected": ("distui_gpu_ecc_uncorrected", "Memory errors that were not corrected."),
+    "nvlink_errors": ("distui_gpu_nvlink_errors", "Replays, recoveries and checksum errors of all NVLinks."),
+    "pcie_replays": ("distui_gpu_pcie_replays", "PCIe packets sent again."),
+    "xid_errors": ("distui_gpu_xid_errors", "XID errors since the daemon began to watch."),
+}
+
 
 def _gpu_metrics(snapshots: list[tuple[RunState, pb.Snapshot]]) -> Iterator[Metric]:
     nodes = {state.node: state for _, snapshot in snapshots for state in snapshot.nodes if state.HasField("hardware")}
@@ -142,6 +151,21 @@ def _gpu_metrics(snapshots: list[tuple[RunState, pb.Snapshot]]) -> Iterator[Metr
                 if gpu.HasField(field):
                     gauge.add_metric([node, str(gpu.index)], getattr(gpu, field))
         yield gauge
+    for field, (name, words) in _GPU_ERRORS.items():
+        counter = CounterMetricFamily(name, words, labels=["node", "gpu"])
+        for node, state in sorted(nodes.items()):
+            for gpu in state.hardware.gpus:
+                if gpu.HasField(field):
+                    counter.add_metric([node, str(gpu.index)], getattr(gpu, field))
+        yield counter
+    throttled = GaugeMetricFamily(
+        "distui_gpu_throttled", "1 while the clocks are held down, by reason.", labels=["node", "gpu", "reason"]
+    )
+    for node, state in sorted(nodes.items()):
+        for gpu in state.hardware.gpus:
+            for reason in gpu.throttle_reasons:
+                throttled.add_metric([node, str(gpu.index), reason], 1.0)
+    yield throttled
 
 
 class _Server(ThreadingMixIn, WSGIServer):

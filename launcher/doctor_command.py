@@ -105,10 +105,23 @@ def machine_rows(hardware: Hardware) -> Iterator[tuple[str, str]]:
         )
         rate = (cpu.peak_flops or {}).get("fp32")
         measured = "" if rate else " (not measured: --measure)"
+        for node in cpu.numa_nodes:
+            memory = f"{num_bytes(node.memory_free_bytes)} free of {num_bytes(node.memory_total_bytes)}"
+            gpus = [str(gpu.index) for gpu in hardware.gpus_per_node if gpu.numa_node == node.index]
+            yield (
+                "",
+                f"NUMA {node.index}: CPUs {node.cpus or NA}, {memory}" + (f", GPUs {', '.join(gpus)}" if gpus else ""),
+            )
         yield "", f"fp32 {si(rate, 'FLOP/s')}, memory {si(cpu.memory_bandwidth, 'B/s')}{measured}"
     yield (
         "memory",
         f"{num_bytes(hardware.memory_available_bytes)} available of {num_bytes(hardware.memory_total_bytes)}",
+    )
+    limit, cores = hardware.memory_limit_cgroup_bytes, hardware.cpu_limit_cgroup
+    yield (
+        "",
+        f"physical {num_bytes(hardware.memory_physical_bytes)}, cgroup limit "
+        f"{'none' if limit is None else num_bytes(limit)}, CPU quota {'none' if cores is None else f'{cores:g} cores'}",
     )
     for disk in hardware.disks:
         kind = {True: "NVMe", False: "no NVMe", None: "NVMe n/a"}[disk.is_nvme]

@@ -12,6 +12,7 @@ from distui.core.errors import EXIT_INTERRUPTED, EXIT_OK, Problem, UserError
 
 if TYPE_CHECKING:
     from distui.tui.setup.model import WizardState
+    from distui.tui.setup.planning import Choice
 
 
 @click.command("setup", short_help="Write a config step by step: hardware, model, strategy, review.")
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     default=Path("distui.toml"),
     help="File to write; ./distui.toml by default.",
 )
-@click.option("--model", metavar="M", help="Preset, path of a config.json, or a size such as 7B.")
+@click.option("--model", metavar="M", help="Preset, path of a config.json, a size such as 7B, or train.py:build_model.")
 @click.option("--hardware", metavar="H", help="Plan for a machine by name, such as 8xA100-40GB.")
 @click.option(
     "--from", "import_file", metavar="FILE", type=click.Path(path_type=Path), help="Start from another tool's config."
@@ -42,26 +43,29 @@ def command(
 ) -> int:
     """Find out what this machine has, choose a strategy, and write distui.toml.
 
+    --model also takes FILE.py:FUNCTION, whose model is built on the meta device. With --from the values of a DeepSpeed
+    JSON or an Accelerate YAML are preselected, and what could not be carried over is said with the reason.
+
     An existing file is resumed: its values are the defaults, its comments and order stay, and what it was before is
     kept as distui.toml.bak. Nothing is written before the last step.
     """
-    if import_file is not None:
-        raise UserError(
-            f"cannot import {import_file}",
-            "importing DeepSpeed and Accelerate files is not available in this version",
-            "run distui setup without --from and answer its questions",
-        )
     if not yes and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UserError(
             "distui setup needs a terminal",
             "standard input or output is none, so its screens cannot be shown",
             "distui setup --yes takes the best strategy without a screen",
         )
+    from distui.launcher.script_model import load_script_model
     from distui.tui.setup.model import WizardState
 
     state = WizardState.open(config_path)
+    state.build_script = load_script_model
+    if import_file is not None:
+        from distui.core.config_import.files import import_file as read
+
+        state.take_import(read(import_file), import_file.name)
     _answer(state, model, hardware, {"cluster.nproc": nproc, "batch.global_size": global_size})
-    return _without_screen(state) if yes else _with_screen(state)
+    return _without_screen(state, model is not None) if yes else _with_screen(state)
 
 
 def _answer(state: WizardState, model: str | None, hardware: str | None, settings: dict[str, str | None]) -> None:
@@ -79,7 +83,7 @@ def _answer(state: WizardState, model: str | None, hardware: str | None, setting
     for key, text in settings.items():
         if text is not None and (problem := state.set_value(key, text)):
             raise _as_error(problem)
-    state.touched = False
+    state.touched = state.imported is not None
 
 
 def _as_error(problem: Problem) -> UserError:
@@ -101,8 +105,8 @@ def _with_screen(state: WizardState) -> int:
     return launch(LaunchRequest((result.script,), {}, result.written))
 
 
-def _without_screen(state: WizardState) -> int:
-    """Choose, write, and say what and why.
+def _without_screen(state: WizardState, is_model_named: bool) -> int:
+    """Choose, write, and say what and why; without a model named here an existing file keeps its strategy.
 
     Raises:
         UserError: no strategy that this version can run fits, or the answers do not go together.
@@ -112,8 +116,15 @@ def _without_screen(state: WizardState) -> int:
 
     if state.hardware is None:
         state.set_hardware(detect())
-    if state.model is None and state.existing is not None:
-        choice = state.kept()
+    choice: Choice | None
+    kept = state.kept()
+    if state.imported is not None and kept is not None:
+        # The imported strategy stays, unless it is known not to fit; its prediction is shown where there is one.
+        choice = next((each for each in state.choices() if each.is_like(kept)), kept)
+        if choice.fits is False:
+            raise _does_not_fit(state, choice)
+    elif (state.model is None or not is_model_named) and kept is not None:
+        choice = kept
     else:
         runs = (choice for choice in state.choices() if choice.available and not choice.is_kept)
         choice = next((choice for choice in runs if choice.fits is not False), None)
@@ -124,6 +135,7 @@ def _without_screen(state: WizardState) -> int:
         raise ConfigError(problems)
     diff = state.diff()
     backup = state.write()
+    _say_notes(state)
     _say_choice(state)
     _say_written(state, state.path, backup)
     if state.existing is not None:
@@ -146,6 +158,24 @@ def _nothing_fits(state: WizardState) -> UserError:
         f"and a rank has {num_bytes(least.memory_limit_bytes)}",
         least.smallest_change or "more ranks, shorter samples, or a smaller model; distui plan lists all strategies",
     )
+
+
+def _does_not_fit(state: WizardState, choice: Choice) -> UserError:
+    assert choice.plan is not None
+    fix = choice.plan.smallest_change or "leave out --from, or choose another strategy on the screens of distui setup"
+    return UserError(f"{choice.name}, as {state.import_name} has it, does not fit", choice.why, fix)
+
+
+def _say_notes(state: WizardState) -> None:
+    """Print what became of the keys of an imported file that are no settings now; the gravest first."""
+    if state.imported is None:
+        return
+    from distui.tui.setup.facts import note_rows
+
+    for words, reasons in note_rows(state.imported):
+        print(f"{words}:", file=sys.stderr)
+        for reason in reasons:
+            print(f"  {reason}", file=sys.stderr)
 
 
 def _say_choice(state: WizardState) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from distui.core.batch import solve_batch
 from distui.core.config import Config
 from distui.core.hardware import Hardware
-from distui.core.plan.memory import Strategy, footprint
-from distui.core.plan.types import ModelSpec
+from distui.core.plan.memory import OPTIMIZER_STATE_BYTES, Strategy, footprint
+from distui.core.plan.rates import rates_of
+from distui.core.plan.request import DEFAULT_MARGIN, Request
+from distui.core.plan.search import BACKENDS, make_plan
+from distui.core.plan.time import step_time
+from distui.core.plan.types import ModelSpec, Plan
 
 
 def strategy_of(config: Config, world_size: int) -> tuple[Strategy, bool]:
@@ -34,6 +38,33 @@ def strategy_of(config: Config, world_size: int) -> tuple[Strategy, bool]:
         backend=axes.backend,
     )
     return strategy, batch.micro_size is not None
+
+
+def plan_of(config: Config, model: ModelSpec, hardware: Hardware, ranks_per_node: int) -> Plan | None:
+    """Return the plan of exactly this configuration, None where its backend or optimizer is not planned.
+
+    An unset micro-batch counts as one sample. Raises: ConfigError where the batch sizes do not go together.
+    """
+    backend, optimizer = config.strategy.backend, config.optimizer.name
+    if backend not in BACKENDS or optimizer not in OPTIMIZER_STATE_BYTES:
+        return None
+    strategy, _ = strategy_of(config, ranks_per_node * hardware.nodes)
+    request = Request(
+        model=model,
+        hardware=hardware,
+        ranks_per_node=ranks_per_node,
+        dtype=strategy.dtype,
+        reduce_dtype=strategy.reduce_dtype,
+        optimizer=optimizer,
+        margin=DEFAULT_MARGIN,
+        global_size=None,
+        micro_size=strategy.micro_size,
+        backends=(backend,),
+        compressions=(strategy.compression,),
+    )
+    rates = rates_of(hardware, strategy.dtype, ranks_per_node)
+    memory = footprint(model, strategy, rates.device_kind, rates.baseline_bytes)
+    return make_plan(request, strategy, memory, step_time(model, strategy, rates))
 
 
 def planned_memory(config: Config, model: ModelSpec, hardware: Hardware, world_size: int) -> dict[str, int]:

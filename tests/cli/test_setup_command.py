@@ -12,6 +12,13 @@ import pytest
 from distui.core.config_check import check
 from distui.core.settings import load
 
+DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 2,
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 2, "zero_quantised_weights": True},
+}
+
 
 def setup(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -57,11 +64,29 @@ def test_yes_merges_into_an_existing_file_and_says_what_changed(tmp_path: Path) 
     assert again.returncode == 0 and "stays as it is" in again.stdout
 
 
+def test_yes_starts_from_a_deepspeed_file_and_says_what_it_left(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(DEEPSPEED))
+    former = "# ours\n[batch]\nglobal_size = 24\n"
+    (tmp_path / "distui.toml").write_text(former)
+    done = setup(tmp_path, "--yes", "--from", "ds.json", "--model", "gpt2", "--hardware", "8xA100-40GB")
+    assert done.returncode == 0, done.stderr
+    config = load(tmp_path / "distui.toml", {}, environ={}).config
+    assert (config.strategy.zero_stage, config.precision.dtype) == (2, "bf16")
+    assert (config.batch.micro_size, config.batch.global_size, config.batch.accumulation) == (4, 64, None)
+    assert (config.run.model, config.run.hardware) == ("gpt2", "8xA100-40GB")
+    assert (tmp_path / "distui.toml").read_text().startswith("# ours\n")
+    assert "not a known key" in done.stderr and "zero_quantised_weights" in done.stderr
+    again = setup(tmp_path, "--yes")
+    assert again.returncode == 0 and "stays as it is" in again.stdout, again.stderr
+    refused = setup(tmp_path, "--yes", "--from", "ds.json", "--model", "llama-2-70b")
+    assert refused.returncode == 2 and "as ds.json has it, does not fit" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ((), "--yes"),
-        (("--yes", "--from", "ds.json"), "not available in this version"),
+        (("--yes", "--from", "ds.json"), "cannot read ds.json"),
         (("--yes", "--config", "absent/distui.toml"), "mkdir -p"),
         (("--yes", "--config", "/proc/distui.toml"), "--config"),
         (("--yes", "--model", "llama-7x"), "llama-7b"),

@@ -13,8 +13,8 @@ import pytest
 
 from distui.core import hardware_host, hardware_measure
 from distui.core.errors import UserError
-from distui.core.hardware import GIB, Cpu, Gpu, Hardware, NvmlReport, detect, parse_hardware
-from distui.core.hardware_host import detect_host, read_disks, read_network
+from distui.core.hardware import GIB, Cpu, Gpu, Hardware, NumaNode, NvmlReport, detect, parse_hardware
+from distui.core.hardware_host import detect_host, read_disks, read_network, read_numa
 from distui.core.hardware_known import KNOWN_GPUS, gpu_facts
 
 
@@ -214,9 +214,21 @@ def test_the_cgroup_limit_wins_over_the_hosts_memory(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(hardware_host, "cgroup_memory_left", lambda root: 2 << 20)
     found = detect_host(NvmlReport())
     assert (found.memory_total_bytes, found.memory_available_bytes) == (3 << 20, 2 << 20)
+    assert found.memory_limit_cgroup_bytes == 3 << 20 and (found.memory_physical_bytes or 0) > 3 << 20
 
 
 # ---- disks, network, scheduler
+
+
+def test_numa_nodes_come_with_their_processors_and_memory(tmp_path: Path) -> None:
+    for index, cpus in ((10, "8-15"), (2, "0-7")):
+        folder = tmp_path / f"sys/devices/system/node/node{index}"
+        folder.mkdir(parents=True)
+        (folder / "cpulist").write_text(cpus + "\n")
+        (folder / "meminfo").write_text(f"Node {index} MemTotal:  2048 kB\nNode {index} MemFree:  {index} kB\n")
+    (tmp_path / "sys/devices/system/node/node10/meminfo").unlink()
+    assert read_numa(tmp_path) == (NumaNode(2, "0-7", 2 << 20, 2 << 10), NumaNode(10, "8-15", None, None))
+    assert read_numa(tmp_path / "absent") == ()
 
 
 def test_a_disk_is_nvme_by_its_block_device(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from textual.widgets import ContentSwitcher, Footer, Static
 from distui.core.errors import Problem, UserError
 from distui.core.hardware import Hardware
 from distui.tui.setup.cluster_step import ClusterStep
-from distui.tui.setup.dialogs import HelpScreen, QuitScreen
+from distui.tui.setup.dialogs import HelpScreen, ImportScreen, QuitScreen
 from distui.tui.setup.hardware_step import HardwareStep
 from distui.tui.setup.model import WizardState
 from distui.tui.setup.model_step import ModelStep
@@ -95,12 +95,17 @@ class SetupApp(App[SetupResult]):
         """Return the wizard's only screen; dialogs stand above it."""
         return WizardScreen(self.steps)
 
+    def on_mount(self) -> None:
+        """Show first what an imported file brought."""
+        if self.state.imported is not None:
+            self.push_screen(ImportScreen(self.state.imported, self.state.import_name))
+
     def show_step(self, index: int) -> None:
         """Turn to a step and give it the focus."""
         self._tell(None)
         self.current = index
-        self.screen.query_one("#steps", ContentSwitcher).current = self.steps[index].id
-        self.screen.query_one(StepBar).current = index
+        self.screen_stack[0].query_one("#steps", ContentSwitcher).current = self.steps[index].id
+        self.screen_stack[0].query_one(StepBar).current = index
         self.steps[index].enter()
 
     def on_step_completed(self) -> None:
@@ -163,8 +168,9 @@ class SetupApp(App[SetupResult]):
             self.exit(SetupResult(None, False))
 
     def _tell(self, trouble: UserError | Problem | None) -> None:
-        message = self.screen.query_one("#message", Static)
-        self.screen.query_one("#message-pane").display = trouble is not None
+        wizard = self.screen_stack[0]
+        message = wizard.query_one("#message", Static)
+        wizard.query_one("#message-pane").display = trouble is not None
         if trouble is None:
             message.update("")
             return
@@ -177,23 +183,3 @@ def run_wizard(state: WizardState) -> SetupResult:
     """Run the wizard on a prepared state in this terminal until it is left, and return what it wrote."""
     result = SetupApp(state).run()
     return result if result is not None else SetupResult(None, False)
-
-
-def run_setup(config_path: Path, *, model: str | None, import_file: Path | None) -> SetupResult:
-    """Run the wizard in this terminal until it is left, and return what it wrote.
-
-    Raises:
-        UserError: the path cannot be written, the existing file is wrong, or there is no such model; before the screen
-            opens.
-    """
-    if import_file is not None:
-        raise UserError(
-            f"cannot import {import_file}",
-            "importing DeepSpeed and Accelerate files is not available in this version",
-            "run distui setup without --from and answer its questions",
-        )
-    state = WizardState.open(config_path)
-    if model:
-        state.set_model(model)
-        state.touched = False
-    return run_wizard(state)

@@ -8,6 +8,7 @@ from itertools import groupby
 from rich.table import Table
 from rich.text import Text
 
+from distui.core.config_import.carried import KINDS, Carried
 from distui.core.hardware import Gpu, Hardware
 from distui.core.plan.types import ModelSpec, Plan, Term
 from distui.tui.format import NA, count, num_bytes, seconds, si
@@ -25,6 +26,17 @@ def grid(rows: Sequence[Row], label_width: int = 13) -> Table:
     for label, value in rows:
         table.add_row(Text(label, style="dim"), Text(value))
     return table
+
+
+def note_rows(carried: Carried) -> Iterator[tuple[str, list[str]]]:
+    """Yield what became of the keys of an imported file, the gravest first: the outcome, and `keys: reason` lines."""
+    for kind, words in KINDS.items():
+        reasons: dict[str, list[str]] = {}
+        for note in carried.notes:
+            if note.kind == kind:
+                reasons.setdefault(note.why, []).append(note.key)
+        if reasons:
+            yield words, [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in reasons.items()]
 
 
 def hardware_rows(hardware: Hardware) -> list[Row]:
@@ -81,6 +93,11 @@ def _host_rows(hardware: Hardware) -> Iterator[Row]:
         yield "CPU", f"{cpu.model}: {cores}{numa}"
     total, free = hardware.memory_total_bytes, hardware.memory_available_bytes
     yield "Memory", f"{num_bytes(total)}, {num_bytes(free)} available" if total is not None else NA
+    if (limit := hardware.memory_limit_cgroup_bytes) is not None:
+        yield "  limit", f"{num_bytes(limit)} by cgroup, of {num_bytes(hardware.memory_physical_bytes)} physical"
+    if cpu is not None and len(cpu.numa_nodes) > 1:
+        for node in cpu.numa_nodes:
+            yield f"  NUMA {node.index}", f"CPUs {node.cpus or NA}, {num_bytes(node.memory_total_bytes)}"
 
 
 def _disk_rows(hardware: Hardware) -> Iterator[Row]:

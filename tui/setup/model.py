@@ -6,6 +6,7 @@ Torch-free and textual-free, so that it is tested without a screen. Nothing here
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from pydantic import ValidationError
 from distui.core import config_file
 from distui.core.config import Config, keys
 from distui.core.config_check import check
-from distui.core.errors import Problem, UserError
-from distui.core.hardware import Hardware
+from distui.core.config_import.carried import Carried
+from distui.core.errors import ConfigError, Problem, UserError
+from distui.core.hardware import Hardware, parse_hardware
 from distui.core.plan.models import load_model
-from distui.core.plan.types import ModelSpec
+from distui.core.plan.planned import plan_of
+from distui.core.plan.types import ModelSpec, Plan
 from distui.core.settings import accepts, load, parse_text
 from distui.tui.setup.planning import PLANNER_KEYS, Choice, choices_for_model, choices_without_model, kept_choice
 
@@ -32,6 +35,14 @@ ALWAYS_WRITTEN = {
     "batch.micro_size",
 }
 """Keys that a new file shows even where they equal the default, because they are the answers to the questions."""
+
+BATCH_KEYS = ("batch.global_size", "batch.micro_size", "batch.accumulation")
+
+
+def is_script(text: str) -> bool:
+    """Return whether `text` names a function of a script, as `train.py:build_model`."""
+    file, separator, function = text.rpartition(":")
+    return bool(separator) and file.endswith(".py") and function.isidentifier()
 
 
 @dataclass
@@ -59,6 +70,13 @@ class WizardState:
     script: str = ""
     touched: bool = False
     """Whether something was chosen that quitting would lose."""
+    imported: Carried | None = None
+    """What another tool's file brought."""
+    import_name: str = ""
+    build_script: Callable[[str], ModelSpec] | None = None
+    """Builds the model of `FILE.py:FUNCTION` in a process of its own; None where nothing can."""
+    _built: dict[str, ModelSpec] = field(default_factory=dict)
+    _brought: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> WizardState:
@@ -74,7 +92,41 @@ class WizardState:
             return cls(path)
         resolved = load(path, {}, environ={})
         stated = {key for key, origin in resolved.origins.items() if origin != "default"}
-        return cls(path, existing, resolved.config, stated)
+        state = cls(path, existing, resolved.config, stated)
+        state._resume()
+        return state
+
+    def _resume(self) -> None:
+        """Take model and machine from the file; what is not there any more stays written, and nothing is planned."""
+        run = self.base.run
+        self.model_text = run.model
+        if run.model and not is_script(run.model):
+            try:
+                self.model = load_model(run.model)
+            except UserError:
+                self.model = None
+        if run.hardware:
+            try:
+                self.set_hardware(parse_hardware(run.hardware), run.hardware)
+            except UserError:
+                self.hardware_text = ""
+        self.touched = False
+
+    def take_import(self, carried: Carried, name: str) -> None:
+        """Start from what another tool's file says: its values stand above those of an existing distui.toml."""
+        self.imported, self.import_name = carried, name
+        brought = dict(carried.values)
+        if any(brought.get(key) is not None for key in BATCH_KEYS):
+            # Three sizes of which two come from different files would contradict each other.
+            brought = dict.fromkeys(BATCH_KEYS) | brought
+        tables = self.base.model_dump()
+        for key, value in brought.items():
+            section, _, setting = key.partition(".")
+            tables[section][setting] = value
+        self.base = Config.model_validate(tables)
+        self.stated |= set(carried.values)
+        self._brought = brought
+        self.touched = True
 
     @property
     def is_this_machine(self) -> bool:
@@ -105,12 +157,32 @@ class WizardState:
         """Plan for the model that `text` names; empty is a model of unknown size.
 
         Raises:
-            UserError: no such preset, file or count; the answer so far stays.
+            UserError: no such preset, file, count or function; the answer so far stays.
         """
-        model = load_model(text) if text else None
+        model = self.load(text) if text else None
         if text != self.model_text:
             self.choice, self.touched = None, True
         self.model, self.model_text = model, text
+
+    def load(self, text: str) -> ModelSpec:
+        """Return the model that `text` names; a script's is built once, which takes seconds.
+
+        Raises:
+            UserError: no such preset, file, count or function.
+        """
+        if not is_script(text):
+            return load_model(text)
+        if text not in self._built:
+            if self.build_script is None:
+                raise UserError(
+                    f"{text} cannot be built here", "nothing was given that runs scripts", "start it by distui setup"
+                )
+            self._built[text] = self.build_script(text)
+        return self._built[text]
+
+    def is_loaded(self, text: str) -> bool:
+        """Return whether `load` answers at once."""
+        return not is_script(text) or text in self._built
 
     def set_sequence_length(self, text: str) -> Problem | None:
         """Take the tokens of one sample, empty for the model's own; return what is wrong instead."""
@@ -178,6 +250,8 @@ class WizardState:
         micro, size = self.asked("batch.micro_size"), self.asked("batch.global_size")
         world_size = self.world_size
         assert world_size is not None
+        if size is None and micro is not None and (accumulation := self.asked("batch.accumulation")):
+            size = micro * accumulation * world_size
         shaped = self.shaped_model
         if shaped is None:
             found = choices_without_model(world_size, self.base)
@@ -189,7 +263,7 @@ class WizardState:
                 None if nproc == "auto" else nproc,
                 micro,
                 size,
-                {key: self.asked(key) for key in PLANNER_KEYS if key in self.stated},
+                {key: self.asked(key) for key in PLANNER_KEYS if key in self.stated or key in self.settings},
             )
         kept = self.kept()
         if kept is not None and not any(choice.is_like(kept) for choice in found):
@@ -197,8 +271,38 @@ class WizardState:
         return found
 
     def kept(self) -> Choice | None:
-        """Return the strategy that the existing file has; None where there is no file."""
-        return kept_choice(self.base, self.path.name) if self.existing is not None else None
+        """Return the strategy that the imported or the existing file has; None where there is neither."""
+        if self.existing is None and self.imported is None:
+            return None
+        kept = kept_choice(self.base, self.import_name or self.path.name)
+        plan = self.predict(self.base)
+        if plan is None:
+            return kept
+        return replace(kept, plan=plan, why=f"as {self.import_name or self.path.name} has it; {plan.why}")
+
+    def predict(self, config: Config) -> Plan | None:
+        """Return what is predicted of a configuration on the chosen machine; None where nothing can be."""
+        shaped, world_size = self.shaped_model, self.world_size
+        if shaped is None or self.hardware is None or world_size is None:
+            return None
+        nodes = int(self.value("cluster.nodes"))
+        try:
+            return plan_of(config, shaped, replace(self.hardware, nodes=nodes), world_size // nodes)
+        except ConfigError:  # the batch does not divide: the check at Review and the fields say so
+            return None
+
+    def changed(self, choice: Choice, changes: Mapping[str, Any]) -> Choice:
+        """Return the strategy that `choice` becomes with some of its `section.key` values changed, predicted anew."""
+        values = {**choice.values, **changes}
+        tables = self.base.model_dump()
+        for key, value in {**self._brought, **values}.items():
+            section, _, name = key.partition(".")
+            tables[section][name] = value
+        config = Config.model_validate(tables)
+        plan = self.predict(config)
+        if plan is None:
+            return Choice(config.summary(), values, "chosen by hand; memory and speed are n/a")
+        return Choice(plan.name, values, plan.why, plan, plan.available)
 
     def choose(self, choice: Choice) -> None:
         """Take a strategy."""
@@ -207,12 +311,14 @@ class WizardState:
 
     def values(self) -> dict[str, Any]:
         """Return every `section.key` that the answers set; None takes a key out of the file."""
-        found = dict(self.choice.values) if self.choice else {}
+        found = self._brought | (dict(self.choice.values) if self.choice else {})
         # A cleared field leaves it to the plan; without a plan it takes the key out of the file.
         found |= {key: value for key, value in self.settings.items() if value is not None or key not in found}
         if found.get("batch.micro_size") and found.get("batch.global_size"):
             # Any two give the third; without accumulation the global batch stays when the number of ranks changes.
             found["batch.accumulation"] = None
+        found["run.model"] = self.model_text
+        found["run.hardware"] = self.hardware_text
         return found
 
     def config(self) -> Config:

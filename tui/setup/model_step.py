@@ -1,15 +1,18 @@
-"""Step 2: which model, as a preset, a config.json or a number of parameters."""
+"""Step 2: which model, as a preset, a config.json, a number of parameters, or a script's own function."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import ClassVar
 
+from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.message import Message
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
+from textual.worker import get_current_worker
 
 from distui.core.errors import Problem, UserError
 from distui.core.plan.models import load_model
@@ -17,6 +20,7 @@ from distui.core.plan.presets import PRESETS
 from distui.core.plan.types import ModelSpec
 from distui.tui.format import si
 from distui.tui.setup.facts import UNKNOWN_MODEL_ROWS, grid, model_rows
+from distui.tui.setup.model import WizardState, is_script
 from distui.tui.setup.step import Field, Step, fill, pass_scroll
 
 UNKNOWN = "my script's model (size n/a)"
@@ -30,7 +34,8 @@ class ModelStep(Step):
     TITLE = "Model"
     HELP = (
         "The model's shapes decide what it needs. Type a part of a preset's name to filter the list, a number of "
-        "parameters such as 350M or 7B (typical shapes are assumed then), or the path of a Hugging Face config.json. "
+        "parameters such as 350M or 7B (typical shapes are assumed then), the path of a Hugging Face config.json, or "
+        "train.py:build_model, a function that returns your model: it is built on the meta device, without memory. "
         "Up and Down move in the list. The sequence length decides the memory of activations, not of model states. "
         "With the first entry nothing is predicted, and the safe strategy is offered."
     )
@@ -43,11 +48,45 @@ class ModelStep(Step):
         Binding("shift+down", "scroll(1)", show=False),
     ]
 
+    class Built(Message):
+        """The model of a script has been built, or not."""
+
+        def __init__(self, text: str, error: UserError | None) -> None:
+            super().__init__()
+            self.text, self.error = text, error
+
+    def __init__(self, state: WizardState) -> None:
+        super().__init__(state)
+        self._building = ""
+        """The script's function that is being called, in a thread."""
+
+    @work(thread=True, exclusive=True)
+    def _build(self, text: str) -> None:
+        error = None
+        try:
+            self.state.load(text)
+        except UserError as found:
+            error = found
+        if not get_current_worker().is_cancelled:
+            self.post_message(self.Built(text, error))
+
+    def on_model_step_built(self, event: Built) -> None:
+        """Go on with the model, unless something else has been typed meanwhile; tell what went wrong."""
+        event.stop()
+        if self._building != event.text:
+            return
+        self._building = ""
+        self._show_highlighted()
+        if event.error is not None:
+            self.tell(event.error)
+        elif self.display and self._highlighted() == event.text:
+            self.post_message(self.Completed())
+
     def compose(self) -> ComposeResult:
         """Yield the two fields, the list and the facts."""
         with Horizontal(classes="line"):
             yield Static("Model", classes="label")
-            yield Field(placeholder="filter, or 7B, or a path to config.json", id="model-name")
+            yield Field(placeholder="filter, 7B, config.json, train.py:build", id="model-name")
             yield Static("Tokens a sample", classes="label second")
             yield Field(placeholder="the model's", id="sequence-length")
         yield Static("Its shapes decide memory and speed; longer samples need more activations.", classes="sentence")
@@ -72,6 +111,7 @@ class ModelStep(Step):
         """Filter the list, or take the length, at once."""
         event.stop()
         self.state.touched = True
+        self._building = ""
         self.tell(None)
         if event.input.id == "model-name":
             self._list(event.value.strip())
@@ -99,6 +139,8 @@ class ModelStep(Step):
 
     @staticmethod
     def _loads(text: str) -> bool:
+        if is_script(text):
+            return True
         try:
             load_model(text)
         except UserError:
@@ -132,8 +174,11 @@ class ModelStep(Step):
         elif not text:
             title.update("Your script's own model")
             rows.update(grid(UNKNOWN_MODEL_ROWS))
+        elif not self.state.is_loaded(text):
+            title.update(f"building {text} ..." if self._building == text else text)
+            rows.update("Enter builds it on the meta device, without memory, in a process of its own; some seconds.")
         else:
-            model = self._shaped(load_model(text))
+            model = self._shaped(self.state.load(text))
             title.update(f"{model.name}  {si(model.num_parameters)} parameters")
             rows.update(grid(model_rows(model)))
 
@@ -148,6 +193,12 @@ class ModelStep(Step):
             self.tell(trouble)
             return False
         text = self._highlighted()
+        if text and not self.state.is_loaded(text):
+            if self._building != text:
+                self._building = text
+                self._build(text)
+            self._show_highlighted()
+            return False
         try:
             self.state.set_model(typed if text is None else text)
         except UserError as error:

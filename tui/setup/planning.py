@@ -22,6 +22,7 @@ STRATEGY_KEYS = (
     "offload.optimizer",
     "offload.params",
     "activation_checkpointing.mode",
+    "compression.gradients",
 )
 """What tells two strategies apart; batch sizes and the rest do not."""
 

@@ -12,6 +12,7 @@ from textual.message import Message
 from textual.suggester import SuggestFromList
 from textual.widgets import Button, Input, Static, TabbedContent, TabPane, TextArea
 
+from distui.tui.setup.dialogs import import_text
 from distui.tui.setup.model import WizardState
 from distui.tui.setup.step import Field, Step, fill
 
@@ -59,6 +60,9 @@ class ReviewStep(Step):
                 yield TextArea("", read_only=True, id="toml", show_cursor=False)
             with TabPane("Changes", id="tab-changes"), VerticalScroll():
                 yield Static("", id="diff", markup=False)
+            if self.state.imported is not None:
+                with TabPane("Import", id="tab-import"), VerticalScroll():
+                    yield Static(import_text(self.state.imported), id="import-notes", markup=False)
         with VerticalScroll(id="problems-pane"):
             yield Static("", id="problems", markup=False)
         with Horizontal(classes="buttons"):

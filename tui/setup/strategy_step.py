@@ -18,6 +18,7 @@ from distui.tui.setup.facts import grid, plan_rows
 from distui.tui.setup.model import WizardState
 from distui.tui.setup.planning import Choice, terms_of
 from distui.tui.setup.step import Field, Step, fill, pass_scroll
+from distui.tui.setup.tune import TuneScreen
 from distui.tui.setup.widgets import memory_bar
 
 MAX_ROWS = 300
@@ -34,9 +35,11 @@ class StrategyStep(Step):
         "the whole job; n/a is what cannot be predicted. ✓ fits, ✗ does not, ? is not known, ○ is not in this version "
         "yet. Micro is the samples of one forward on one rank: more means faster and more activations. Global is the "
         "samples of one optimizer step: it changes the training itself. Empty leaves them to the planner. "
+        "c changes the highlighted strategy field by field, with bytes and tokens/s of every value. "
         "m and g go to these fields, f and r switch the filters, [ and ] scroll the explanation."
     )
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("c", "change", "Change"),
         Binding("m", "field('micro')", "Micro"),
         Binding("g", "field('global')", "Global"),
         Binding("f", "switch('fits-only')", "Fits"),
@@ -50,6 +53,8 @@ class StrategyStep(Step):
         self._choices: list[Choice] = []
         """All, ranked."""
         self._shown: list[Choice] = []
+        self._own: Choice | None = None
+        """What was changed by hand."""
 
     def compose(self) -> ComposeResult:
         """Yield the fields and filters, the table and the pane that says why."""
@@ -82,14 +87,17 @@ class StrategyStep(Step):
         self._plan()
         self.query_one("#plans", DataTable).focus()
 
-    def _plan(self) -> None:
-        """Rank anew, keeping the highlighted strategy where it is still there."""
-        former = self._highlighted() or self.state.choice
+    def _plan(self, wanted: Choice | None = None) -> None:
+        """Rank anew, keeping the wanted or the highlighted strategy where it is still there."""
+        former = wanted or self._highlighted() or self.state.choice
         try:
             self._choices = self.state.choices()
         except UserError as error:
             self._choices = []
             self.tell(error)
+        own = self._own
+        if own is not None and not any(choice.is_like(own) for choice in self._choices):
+            self._choices.insert(0, own)
         self._filter(former)
 
     def _filter(self, former: Choice | None) -> None:
@@ -199,6 +207,23 @@ class StrategyStep(Step):
     def action_field(self, name: str) -> None:
         """Go to a batch field."""
         self.query_one(f"#{name}", Input).focus()
+
+    def action_change(self) -> None:
+        """Change the highlighted strategy field by field."""
+        if (choice := self._highlighted()) is not None:
+            self.app.push_screen(TuneScreen(self.state, choice), self._take_own)
+
+    def _take_own(self, choice: Choice | None) -> None:
+        """Take what was changed by hand, and plan the others with the same batch and precision."""
+        if choice is None:
+            return
+        self._own = choice
+        for name, key in BATCH_KEYS.items():
+            value = choice.values.get(key)
+            self.state.set_value(key, "" if value is None else str(value))
+            fill(self.query_one(f"#{name}", Input), "" if value is None else str(value))
+        self.state.set_value("precision.dtype", choice.values["precision.dtype"])
+        self._plan(choice)
 
     def action_switch(self, name: str) -> None:
         """Switch a filter."""
