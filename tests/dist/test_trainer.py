@@ -116,7 +116,9 @@ def _rank(folder: str, stage: int, resume: str | None) -> dict[str, Any]:
     warnings.simplefilter("ignore")  # transformers' own
     # The script's own accumulation is 1.
     _install(folder, f"strategy.zero_stage = {stage}\nbatch.accumulation = 2")
-    trainer = _trainer(folder, per_device_train_batch_size=2, per_device_eval_batch_size=2, load_best_model_at_end=False)
+    trainer = _trainer(
+        folder, per_device_train_batch_size=2, per_device_eval_batch_size=2, load_best_model_at_end=False
+    )
     assert trainer.accelerator.engine.config.strategy.zero_stage == stage
     if stage == 1:
         trainer.evaluate()  # before the training: on whole weights
