@@ -1,4 +1,4 @@
-"""Scripts that know nothing of distui, under `distui launch` with telemetry: transformers' Trainer, Lightning Fabric."""
+"""Scripts that know nothing of distui, under `distui launch` with telemetry: Trainer and Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 TRAINER = """\
@@ -44,6 +46,20 @@ print("steps of rank", fabric.global_rank, "of", fabric.world_size)
 """
 
 
+@pytest.fixture
+def seen_home(compat_home: Path) -> Iterator[Path]:
+    """The session's folder; the daemon that a launch starts there is ended."""
+    yield compat_home
+    for process in psutil.process_iter(["cmdline"]):
+        if "distui.daemon" in (process.info["cmdline"] or ()):
+            try:
+                if process.environ().get("DISTUI_RUNTIME_DIR") == str(compat_home / "rt"):
+                    process.terminate()
+                    process.wait(10)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+
+
 def _run(home: Path, script: str, *arguments: str) -> tuple[str, dict[str, Any]]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("DISTUI_")}
     environ |= {"DISTUI_STATE_DIR": str(home / "state"), "DISTUI_RUNTIME_DIR": str(home / "rt")}
@@ -70,8 +86,8 @@ def _run(home: Path, script: str, *arguments: str) -> tuple[str, dict[str, Any]]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="Trainer needs Accelerate installed")
-def test_a_trainer_script_runs_on_the_engine_and_is_seen(compat_home: Path) -> None:
-    out, status = _run(compat_home, TRAINER, "--zero", "2")
+def test_a_trainer_script_runs_on_the_engine_and_is_seen(seen_home: Path) -> None:
+    out, status = _run(seen_home, TRAINER, "--zero", "2")
     assert "by TrainerAccelerator" in out
     assert status["state"] == "finished"
     assert "ZeRO-2" in status["strategy"]
@@ -82,8 +98,8 @@ def test_a_trainer_script_runs_on_the_engine_and_is_seen(compat_home: Path) -> N
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lightning_fabric") is None, reason="needs lightning-fabric")
-def test_a_fabric_script_runs_unchanged_and_its_steps_are_seen(compat_home: Path) -> None:
-    out, status = _run(compat_home, FABRIC)
+def test_a_fabric_script_runs_unchanged_and_its_steps_are_seen(seen_home: Path) -> None:
+    out, status = _run(seen_home, FABRIC)
     assert "steps of rank 0 of 2" in out
     assert status["state"] == "finished"
     assert [rank["step"] for rank in status["ranks"]] == [3, 3]

@@ -259,7 +259,7 @@ def _corners() -> dict[str, Any]:
         {"megatron_lm_plugin": object()},
         {"mixed_precision": "fp8"},
         {"kwargs_handlers": [DistributedDataParallelKwargs(comm_hook="power_sgd")]},  # type: ignore[arg-type]
-        {"log_with": "comet_ml"},
+        {"log_with": "swanlab"},
     ):
         with pytest.raises(NotOffered, match="instead, "):
             Accelerator(**arguments)

@@ -156,8 +156,8 @@ def _twice(folder: str, stage: int) -> list[float]:
     warnings.simplefilter("ignore")  # transformers' own
     _install(
         folder,
-        f"strategy.zero_stage = {stage}\nbatch.global_size = 8\nprecision.dtype = 'bf16'\noptimizer.max_grad_norm = 0.25\n"
-        "checkpoint.every_steps = 1\ncheckpoint.keep = 2",
+        f"strategy.zero_stage = {stage}\nbatch.global_size = 8\nprecision.dtype = 'bf16'\n"
+        "optimizer.max_grad_norm = 0.25\ncheckpoint.every_steps = 1\ncheckpoint.keep = 2",
     )
     trainer = _trainer(
         folder,
