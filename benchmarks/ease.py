@@ -108,9 +108,9 @@ VARIANTS = [
         [
             ("import torch\n", "import distui\nimport torch\n"),
             ("torch.manual", "engine = distui.Engine()\ntorch.manual"),
-        ]
-        + PREPARED
-        + [("    print(", "    engine.print(")],
+            *PREPARED,
+            ("    print(", "    engine.print("),
+        ],
         "distui.core.engine",
         ["-m", "distui", "launch", "--no-tui", "--nproc", "2", "--zero", "1", "train.py"],
         ["--nproc", "--zero"],
