@@ -2,7 +2,7 @@
 
     python benchmarks/ease.py [--peer PYTHON] [--repeats 5] [--without deepspeed]
 
-The task is one script for one process. Each library gets the script that trains it on two ranks with its own sharding of
+The task is one script for one process. Each library gets the script that trains it on two ranks with sharded
 optimizer states (ZeRO-1 where it has that on this machine), started by its own launcher. Lines changed are those a diff
 shows as added or changed. The first step is over when the script itself says so; variants run in turns, the first turn
 warms caches and is dropped, figures are medians. `--peer` is a Python that has Accelerate and DeepSpeed.

@@ -92,8 +92,6 @@ def _plain(folder: str) -> dict[str, Any]:
 
 def _install(folder: str, config: str) -> None:
     """Do what a launched rank does: find the configuration in the run's folder, and drive Trainer."""
-    import accelerate.state
-
     run = Path(folder) / f"run{os.environ['RANK']}"
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text(f"{config}\n[telemetry]\nenabled = false\n")
@@ -102,7 +100,7 @@ def _install(folder: str, config: str) -> None:
     from distui.compat.accelerate import state
     from distui.compat.transformers import install
 
-    for kind in (accelerate.state, state):
+    for kind in (importlib.import_module("accelerate.state"), state):
         kind.GradientState._reset_state()
         kind.AcceleratorState._reset_state(True)
     arguments = importlib.import_module("transformers.training_args")

@@ -22,7 +22,7 @@ def make_callback(module: ModuleType) -> type:
     """Return the callback's class; `module` is `transformers.trainer`."""
     from transformers.trainer_callback import TrainerCallback
 
-    class DistuiCallback(TrainerCallback):  # type: ignore[misc]
+    class DistuiCallback(TrainerCallback):
         """Sends what Trainer logs as metrics, and its saves and evaluations as events."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
