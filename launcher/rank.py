@@ -7,6 +7,7 @@ Sends stdout and stderr to the rank's log, opens its telemetry, and runs the scr
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import os
 import runpy
@@ -50,6 +51,8 @@ def main() -> None:
         source.on_control("stop", lambda command: _stop_job(run))
         _watch_optimizers(source)
         when_imported("torch", _record_collectives)
+    for part in ("training_args", "trainer"):
+        when_imported(f"transformers.{part}", functools.partial(_drive_trainer, part))
     status, error = _run_script(run, rank, sys.argv[1:])
     if status == 0:
         _leave_group()
@@ -77,6 +80,14 @@ def _record_collectives() -> None:
     from distui.core.collectives import install
 
     install()
+
+
+def _drive_trainer(part: str) -> None:
+    """Put distui's engine under the `Trainer` of the script."""
+    from distui.compat.transformers import install
+
+    act = install.install_trainer if part == "trainer" else install.install_arguments
+    act(sys.modules[f"transformers.{part}"])
 
 
 def _leave_group() -> None:

@@ -1,4 +1,4 @@
-"""Training scripts in Accelerate's style on real ranks: what plain torch computes in one process, and Accelerate's ways."""
+"""Training scripts in Accelerate's style on real ranks: what plain torch computes alone, and Accelerate's ways."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _loss(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
 
 
 def _one_process(world: int) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Train in plain torch as `world` ranks of Accelerate do: batches in turn, evened out, the schedule `world` times."""
+    """Train in plain torch as `world` ranks of Accelerate do: batches in turn, evened, the schedule `world` times."""
     torch.manual_seed(0)
     model = Words()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -259,7 +259,7 @@ def _corners() -> dict[str, Any]:
         {"megatron_lm_plugin": object()},
         {"mixed_precision": "fp8"},
         {"kwargs_handlers": [DistributedDataParallelKwargs(comm_hook="power_sgd")]},  # type: ignore[arg-type]
-        {"log_with": "comet_ml"},
+        {"log_with": "swanlab"},
     ):
         with pytest.raises(NotOffered, match="instead, "):
             Accelerator(**arguments)

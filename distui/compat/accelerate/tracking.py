@@ -1,4 +1,4 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, distui's own files, and what a script brings."""
+"""Experiment trackers: TensorBoard, the services that distui knows, its own files, and what a script brings."""
 
 from __future__ import annotations
 
@@ -178,13 +178,47 @@ class WandBTracker(GeneralTracker):
         self.run.finish()
 
 
+class _ServiceTracker(_FileTracker):
+    """A run at a service; the options are those of distui's own tracker of it, `offline=True` among them."""
+
+    requires_logging_directory = False
+
+
+class MLflowTracker(_ServiceTracker):
+    """A run of MLflow."""
+
+    name = "mlflow"
+
+
+class CometMLTracker(_ServiceTracker):
+    """An experiment of Comet."""
+
+    name = "comet_ml"
+
+
+class ClearMLTracker(_ServiceTracker):
+    """A task of ClearML."""
+
+    name = "clearml"
+
+
+class TrackioTracker(_ServiceTracker):
+    """A run of trackio."""
+
+    name = "trackio"
+
+
 LOGGER_TYPE_TO_CLASS: dict[str, type[GeneralTracker]] = {
     "jsonl": JsonlTracker,
     "csv": CsvTracker,
     "tensorboard": TensorBoardTracker,
     "wandb": WandBTracker,
+    "mlflow": MLflowTracker,
+    "comet_ml": CometMLTracker,
+    "clearml": ClearMLTracker,
+    "trackio": TrackioTracker,
 }
-_LIBRARY = {"tensorboard": "tensorboard", "wandb": "wandb"}
+_LIBRARY = {name: name for name in LOGGER_TYPE_TO_CLASS if name not in ("jsonl", "csv")}
 _OTHERS = {str(member) for member in LoggerType} - set(LOGGER_TYPE_TO_CLASS) - {"all"}
 
 

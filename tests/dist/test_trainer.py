@@ -1,0 +1,213 @@
+"""Transformers' Trainer on distui's engine: what plain Trainer computes in one process, at every stage."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from distui.core.paths import JOB_ENV
+
+if TYPE_CHECKING:
+    from tests.dist.ranks import RunRanks
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None, reason="Trainer needs Accelerate installed"
+)
+STEPS = 4
+
+
+class Texts(torch.utils.data.Dataset[Any]):
+    """Token ids whose number of labels differs between samples."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(0, 64, (12,), generator=torch.Generator().manual_seed(index))
+        labels = ids.clone()
+        labels[: index % 5] = -100
+        return {"input_ids": ids, "labels": labels}
+
+
+def _trainer(folder: str, **options: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+    )
+    arguments = TrainingArguments(
+        output_dir=folder,
+        report_to="none",
+        logging_steps=1,
+        use_cpu=True,
+        disable_tqdm=True,
+        learning_rate=1e-2,
+        warmup_steps=2,
+        max_grad_norm=0.5,
+        max_steps=STEPS,
+        save_steps=2,
+        **options,
+    )
+    return Trainer(model=model, args=arguments, train_dataset=Texts(), eval_dataset=Texts())
+
+
+def _outcome(trainer: Any, folder: str) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.save_model(folder)
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    return {
+        "log": [[row["loss"], float(row["grad_norm"]), row["learning_rate"]] for row in log],
+        "evaluated": evaluated,
+        "weights": load_file(Path(folder) / "model.safetensors") if trainer.args.should_save else {},
+    }
+
+
+def _plain(folder: str) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own
+        trainer = _trainer(
+            folder, per_device_train_batch_size=4, per_device_eval_batch_size=4, gradient_accumulation_steps=2
+        )
+        trainer.train()
+        return _outcome(trainer, folder)
+
+
+def _install(folder: str, config: str) -> None:
+    """Do what a launched rank does: find the configuration in the run's folder, and drive Trainer."""
+    run = Path(folder) / f"run{os.environ['RANK']}"
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.toml").write_text(f"{config}\n[telemetry]\nenabled = false\n")
+    os.environ[JOB_ENV] = str(run)
+
+    from distui.compat.accelerate import state
+    from distui.compat.transformers import install
+
+    for kind in (importlib.import_module("accelerate.state"), state):
+        kind.GradientState._reset_state()
+        kind.AcceleratorState._reset_state(True)
+    arguments = importlib.import_module("transformers.training_args")
+    trainer = importlib.import_module("transformers.trainer")
+    if not trainer.Accelerator.__module__.startswith("distui"):
+        install.install_arguments(arguments)
+        install.install_trainer(trainer)
+
+
+def _rank(folder: str, stage: int, resume: str | None) -> dict[str, Any]:
+    warnings.simplefilter("ignore")  # transformers' own
+    # The script's own accumulation is 1.
+    _install(folder, f"strategy.zero_stage = {stage}\nbatch.accumulation = 2")
+    trainer = _trainer(
+        folder, per_device_train_batch_size=2, per_device_eval_batch_size=2, load_best_model_at_end=False
+    )
+    assert trainer.accelerator.engine.config.strategy.zero_stage == stage
+    if stage == 1:
+        trainer.evaluate()  # before the training: on whole weights
+    trainer.train(resume_from_checkpoint=resume)
+    return _outcome(trainer, folder)
+
+
+def _same(found: dict[str, Any], plain: dict[str, Any]) -> None:
+    torch.testing.assert_close(torch.tensor(found["log"]), torch.tensor(plain["log"]), rtol=1e-4, atol=1e-5)
+    assert found["evaluated"] == pytest.approx(plain["evaluated"], rel=1e-4)
+    assert found["weights"].keys() == plain["weights"].keys()
+    for name, weight in found["weights"].items():
+        torch.testing.assert_close(weight, plain["weights"][name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What Trainer with its own Accelerate does with the same global batches."""
+    return _plain(str(tmp_path_factory.mktemp("plain")))
+
+
+def test_every_stage_trains_and_resumes_at_another_as_one_process_does(
+    run_ranks: RunRanks, plain: dict[str, Any], tmp_path: Path
+) -> None:
+    for stage in range(4):
+        found, _ = run_ranks(_rank, 2, str(tmp_path / str(stage)), stage, None)
+        _same(found, plain)
+    for stage, saved_at in ((0, 3), (3, 1)):
+        checkpoint = str(tmp_path / str(saved_at) / "checkpoint-2")
+        found, _ = run_ranks(_rank, 2, str(tmp_path / f"from{saved_at}"), stage, checkpoint)
+        _same(found, plain)
+
+
+def _twice(folder: str, stage: int) -> list[float]:
+    warnings.simplefilter("ignore")  # transformers' own
+    _install(
+        folder,
+        f"strategy.zero_stage = {stage}\nbatch.global_size = 8\nprecision.dtype = 'bf16'\n"
+        "optimizer.max_grad_norm = 0.25\ncheckpoint.every_steps = 1\ncheckpoint.keep = 2",
+    )
+    trainer = _trainer(
+        folder,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    assert trainer.args.gradient_accumulation_steps == 2  # 8 = 2 x 2 ranks x 2
+    assert trainer.args.max_grad_norm == 0.25
+    losses = []
+    for _ in range(2):
+        trainer.train()
+        losses += [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    best = trainer.evaluate()["eval_loss"]
+    assert best == pytest.approx(trainer.state.best_metric, rel=5e-3)
+    assert trainer.model.lm_head.weight.dtype == torch.bfloat16
+    return losses
+
+
+def test_training_goes_on_in_a_second_call_with_what_the_configuration_sets(
+    run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    for stage in (0, 3):
+        losses, others = run_ranks(_twice, 2, str(tmp_path / str(stage)), stage)
+        assert losses == others
+        assert losses[-1] < losses[STEPS - 1] < losses[0]
+        saved = [path.name for path in (tmp_path / str(stage)).glob("checkpoint-*")]
+        assert 2 <= len(saved) <= 3, saved  # the newest two, and the best
+
+
+def _refused(folder: str) -> str:
+    warnings.simplefilter("ignore")
+    _install(folder, "")
+    (Path(folder) / "checkpoint-2").mkdir(parents=True, exist_ok=True)
+    trainer = _trainer(folder)
+    from distui.compat.transformers import install
+    from distui.core.errors import UserError
+
+    (Path(folder) / "checkpoint-2" / "optimizer.pt").touch()
+    with pytest.raises(UserError) as caught:
+        install._load_states(None, trainer, str(Path(folder) / "checkpoint-2"))
+    from distui.compat.accelerate.refusals import NotOffered
+    from distui.compat.transformers.accelerator import TrainerAccelerator
+
+    with pytest.raises(NotOffered) as other:
+        TrainerAccelerator(fsdp_plugin=object())
+    return f"{caught.value.what} {other.value.fix}"
+
+
+def test_what_another_engine_saved_or_chose_is_refused(run_ranks: RunRanks, tmp_path: Path) -> None:
+    text, _ = run_ranks(_refused, 2, str(tmp_path))
+    assert "saved by Trainer without distui" in text
+    assert "--zero 3" in text
