@@ -75,7 +75,7 @@ class StepControl:
         with self._lock:
             asked = [self._argument(verb) for verb in VERBS]
         values = torch.tensor(
-            [*asked, self._engine.saver.failed, round(step_s * 1e6)], dtype=torch.int64, device=ops.object_device()
+            [*asked, self._engine.save_failed, round(step_s * 1e6)], dtype=torch.int64, device=ops.object_device()
         )
         if self._engine.num_processes > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)

@@ -30,7 +30,6 @@ from distui.core.backends.base import Backend
 from distui.core.backends.optimizer import PreparedOptimizer, unscale
 from distui.core.backends.registry import load_backend
 from distui.core.batch import solve_batch
-from distui.core.checkpoint import Saver
 from distui.core.config import Config
 from distui.core.control import StepControl
 from distui.core.data.loader import PreparedLoader, prepare_loader, skip_first_batches
@@ -64,7 +63,6 @@ class Engine(States, ProcessState):
         group = torch.distributed.group.WORLD if self.num_processes > 1 else None
         self.telemetry = job_telemetry(self.process_index, self.local_process_index, self.num_processes)
         self.backend: Backend = load_backend(self.config, group)
-        self.saver = Saver(self.telemetry)
         flops = FlopMeter(
             self.telemetry,
             dtype=self.config.precision.dtype,
@@ -277,7 +275,8 @@ class Engine(States, ProcessState):
             loss_scale=self.scaler.scale if self.scaler is not None else None,
             skipped=skipped,
         )
-        self.saver.after_step(self)
+        if self.config.checkpoint.every_steps:
+            self.saver.after_step(self)
         if self._control is not None:
             self._control.after_step()
         if self.clock.step in (1, 2) or self.clock.step % 50 == 0:

@@ -9,26 +9,41 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from distui.core import checkpoint
 from distui.core.backends.base import Backend
 from distui.core.errors import UserError
-from distui.core.kernel_swap import KINDS, KernelReport, apply_kernels, undo_kernels
 from distui.core.tracking import Tracking
 
+# What reads and writes checkpoints, and what swaps kernels, costs a second to import: it is when it is first used.
 if TYPE_CHECKING:
+    from distui.core.checkpoint import Saver
     from distui.core.engine import Engine
+    from distui.core.kernel_swap import KernelReport
 
 
 class States(Tracking):
-    """Reads, writes and counts what an engine holds; the engine brings the backend and the saver."""
+    """Reads, writes and counts what an engine holds; the engine brings the backend."""
 
     backend: Backend
-    saver: checkpoint.Saver
     device: torch.device
 
     def __init__(self) -> None:
         super().__init__()
         self._registered: list[Any] = []
+        self._saver: Saver | None = None
+
+    @property
+    def saver(self) -> Saver:
+        """What saves this engine, made when it is first asked for."""
+        if self._saver is None:
+            from distui.core.checkpoint import Saver
+
+            self._saver = Saver(self.telemetry)
+        return self._saver
+
+    @property
+    def save_failed(self) -> bool:
+        """Whether a save in the background has failed on this rank."""
+        return self._saver is not None and bool(self._saver.failed)
 
     @property
     def _engine(self) -> Engine:
@@ -56,17 +71,25 @@ class States(Tracking):
         return self.backend.full_parameters(model, writeback)
 
     def use_kernels(
-        self, model: nn.Module, *, undo: bool = False, kinds: Iterable[str] = KINDS, use_triton: bool | None = None
+        self,
+        model: nn.Module,
+        *,
+        undo: bool = False,
+        kinds: Iterable[str] | None = None,
+        use_triton: bool | None = None,
     ) -> KernelReport:
         """Put kernels into the known modules of `model`, or with `undo` take them out; before or after prepare.
 
         Returns what was swapped and what was left, and why; `report.undo()` takes them out as well. In training a model
-        whose loss a kernel computes gives no logits (`output.logits` is None). See docs/kernels.md.
+        whose loss a kernel computes gives no logits (`output.logits` is None). See docs/kernels.md. `kinds` are some of
+        `kernel_swap.KINDS`; without it, all.
         """
+        from distui.core.kernel_swap import KINDS, KernelReport, apply_kernels, undo_kernels
+
         if undo:
             undo_kernels(model)
             return KernelReport(model)
-        report = apply_kernels(model, kinds, use_triton=use_triton)
+        report = apply_kernels(model, KINDS if kinds is None else kinds, use_triton=use_triton)
         self.telemetry.event("info", "kernels", str(report))
         return report
 
@@ -91,6 +114,8 @@ class States(Tracking):
 
     def load_state(self, input_dir: str, **kwargs: Any) -> None:
         """Load what `save_state` wrote. Collective."""
+        from distui.core import checkpoint
+
         self.telemetry.phase("checkpoint")
         self.saver.wait()
         checkpoint.load(self._engine, input_dir)
@@ -99,12 +124,15 @@ class States(Tracking):
 
     def save_model(self, model: nn.Module, save_directory: str, max_shard_size: str | int = "10GB") -> None:
         """Write the weights of `model` as safetensors with an index. Collective."""
+        from distui.core import checkpoint
+
         checkpoint.save_model(self._engine, model, save_directory, max_shard_size)
 
     def end_training(self) -> None:
         """Finish the save in flight and the trackers, and leave the process group. Collective: all ranks, last."""
         try:
-            self.saver.wait()
+            if self._saver is not None:
+                self._saver.wait()
         finally:
             super().end_training()
 

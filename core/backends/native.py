@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distui.core.backends import native_items
 from distui.core.backends.base import Backend, Part
 from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.config import Config
@@ -142,22 +141,30 @@ class NativeBackend(Backend):
 
     def model_items(self, model: nn.Module, part: Part | None) -> dict[str, torch.Tensor]:
         """Return what this rank holds of parameters and buffers. Collective."""
+        from distui.core.backends import native_items
+
         sharded = self.sharded(model)
         sharded.schedule.finish_gathers()
         return native_items.model_items(sharded, part)
 
     def optimizer_items(self, optimizer: PreparedOptimizer, part: Part | None) -> dict[str, torch.Tensor]:
         """Return what this rank holds of the optimizer's states."""
+        from distui.core.backends import native_items
+
         assert isinstance(optimizer, ShardedOptimizer)
         return native_items.optimizer_items(optimizer, part)
 
     def allocate_states(self, optimizer: PreparedOptimizer, saved: Mapping[str, Any]) -> None:
         """Make room for states that the checkpoint has."""
+        from distui.core.backends import native_items
+
         assert isinstance(optimizer, ShardedOptimizer)
         native_items.allocate_states(optimizer, saved)
 
     def loaded(self, model: nn.Module) -> None:
         """Bring what was loaded into shards and masters to all ranks. Collective."""
+        from distui.core.backends import native_items
+
         native_items.loaded(self.sharded(model))
 
     def memory_by_category(self) -> dict[str, int]:
