@@ -59,11 +59,12 @@ def command(
     from distui.tui.setup.model import WizardState
 
     state = WizardState.open(config_path)
-    state.build_script = load_script_model
+    state.models.build_script = load_script_model
     if import_file is not None:
         from distui.core.config_import.files import import_file as read
+        from distui.tui.setup.changes import take_import
 
-        state.take_import(read(import_file), import_file.name)
+        take_import(state, read(import_file), import_file.name)
     _answer(state, model, hardware, {"cluster.nproc": nproc, "batch.global_size": global_size})
     return _without_screen(state, model is not None) if yes else _with_screen(state)
 

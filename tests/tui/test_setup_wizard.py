@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,12 @@ from textual.widgets import Button, Checkbox, DataTable, Input, OptionList, Stat
 
 from distui.core.config import Config
 from distui.core.config_import.files import import_file
-from distui.core.errors import UserError
 from distui.core.hardware import Cpu, Disk, Hardware, NetworkInterface, parse_hardware
-from distui.core.plan.models import load_model
-from distui.core.plan.types import ModelSpec
 from distui.core.settings import load
 from distui.tui.setup.app import SetupApp, SetupResult
+from distui.tui.setup.changes import take_import
 from distui.tui.setup.dialogs import HelpScreen, ImportScreen, QuitScreen
 from distui.tui.setup.model import WizardState
-from distui.tui.setup.tune import TuneField
 
 CPU_MACHINE = Hardware(
     name="some CPU, 8 cores",
@@ -228,30 +224,6 @@ async def test_the_effect_of_the_micro_batch_is_shown_as_it_is_typed(folder: Pat
         assert after.partition("activations")[2] != before.partition("activations")[2]
 
 
-async def test_a_strategy_is_changed_by_hand_with_the_effect_of_every_value(folder: Path) -> None:
-    app = SetupApp(WizardState.open(folder / "distui.toml"), hardware=parse_hardware("8xA100-40GB"))
-    async with app.run_test(size=SMALL) as pilot:
-        await pilot.pause()
-        await pilot.press("enter")
-        await type_text(pilot, "gpt2")
-        await pilot.press("enter", "c")
-        fields = {field.key: field for field in app.screen.query(TuneField)}
-        before = str(fields["batch.micro_size"].content)
-        for field in fields.values():
-            words = str(field.content)
-            assert words.count("GiB") == len(field.values()) and "/s" in words
-        await pilot.press("left", "left", "left", "right", "down", "down", "down", "down", "right", "down", "right")
-        assert fields["strategy.zero_stage"].chosen == 1 and str(fields["batch.micro_size"].content) != before
-        micro = fields["batch.micro_size"].chosen
-        await pilot.press("down", "right", "right", "enter")
-        table = app.screen.query_one("#plans", DataTable)
-        assert str(table.get_row_at(table.cursor_row)[1]) == "ZeRO-1, selective checkpointing"
-        await pilot.press("c", "right", "escape", "enter", "enter", "enter")
-    config = load(folder / "distui.toml", {}, environ={}).config
-    assert (config.strategy.zero_stage, config.activation_checkpointing.mode) == (1, "selective")
-    assert (config.batch.micro_size, config.batch.global_size) == (micro, micro * 4 * 8)
-
-
 async def test_a_plan_that_does_not_fit_is_not_launched_by_enter_alone(folder: Path) -> None:
     (folder / "train.py").write_text(TRAINING)
     app = app_in(folder)
@@ -297,7 +269,7 @@ deepspeed_config: {zero_stage: 3, gradient_accumulation_steps: 2, offload_optimi
 def imported_state(folder: Path) -> WizardState:
     (folder / "accelerate.yaml").write_text(ACCELERATE)
     state = WizardState.open(folder / "distui.toml")
-    state.take_import(import_file(folder / "accelerate.yaml"), "accelerate.yaml")
+    take_import(state, import_file(folder / "accelerate.yaml"), "accelerate.yaml")
     return state
 
 
@@ -320,32 +292,6 @@ async def test_an_imported_file_is_told_of_and_preselected(folder: Path) -> None
     config = load(folder / "distui.toml", {}, environ={}).config
     assert (config.cluster.nproc, config.strategy.zero_stage, config.precision.dtype) == (4, 3, "bf16")
     assert config.batch.accumulation == 2
-
-
-async def test_a_scripts_own_model_is_built_beside_the_screen(folder: Path) -> None:
-    def build(text: str) -> ModelSpec:
-        if text.endswith(":absent"):
-            raise UserError(f"{text} is not there", "no such function", "name another")
-        return replace(load_model("gpt2"), name="mine", source=text)
-
-    app = app_in(folder)
-    app.state.build_script = build
-    async with app.run_test(size=SMALL) as pilot:
-        await pilot.pause()
-        await pilot.press("enter")
-        await type_text(pilot, "train.py:absent")
-        await pilot.press("enter")
-        await app.workers.wait_for_complete()
-        await pilot.pause()
-        assert app.current == 1 and "train.py:absent is not there" in message(app)
-        await type_text(pilot, "train.py:build")
-        await pilot.press("enter")
-        await app.workers.wait_for_complete()
-        await pilot.pause()
-        assert app.current == 2 and app.state.model is not None and app.state.model.name == "mine"
-        await pilot.press("enter", "enter", "enter")
-    run = load(folder / "distui.toml", {}, environ={}).config.run
-    assert (run.model, run.hardware) == ("train.py:build", "")
 
 
 async def test_a_file_that_changed_meanwhile_keeps_the_wizard_open(folder: Path) -> None:

@@ -6,7 +6,6 @@ Torch-free and textual-free, so that it is tested without a screen. Nothing here
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from distui.core.plan.planned import plan_of
 from distui.core.plan.types import ModelSpec, Plan
 from distui.core.settings import accepts, load, parse_text
 from distui.tui.setup.planning import PLANNER_KEYS, Choice, choices_for_model, choices_without_model, kept_choice
+from distui.tui.setup.script_models import Models, is_script
 
 ALWAYS_WRITTEN = {
     "cluster.nproc",
@@ -35,14 +35,6 @@ ALWAYS_WRITTEN = {
     "batch.micro_size",
 }
 """Keys that a new file shows even where they equal the default, because they are the answers to the questions."""
-
-BATCH_KEYS = ("batch.global_size", "batch.micro_size", "batch.accumulation")
-
-
-def is_script(text: str) -> bool:
-    """Return whether `text` names a function of a script, as `train.py:build_model`."""
-    file, separator, function = text.rpartition(":")
-    return bool(separator) and file.endswith(".py") and function.isidentifier()
 
 
 @dataclass
@@ -73,10 +65,9 @@ class WizardState:
     imported: Carried | None = None
     """What another tool's file brought."""
     import_name: str = ""
-    build_script: Callable[[str], ModelSpec] | None = None
-    """Builds the model of `FILE.py:FUNCTION` in a process of its own; None where nothing can."""
-    _built: dict[str, ModelSpec] = field(default_factory=dict)
-    _brought: dict[str, Any] = field(default_factory=dict)
+    models: Models = field(default_factory=Models)
+    brought: dict[str, Any] = field(default_factory=dict)
+    """`section.key` -> value that the other tool's file sets, None where it clears ours."""
 
     @classmethod
     def open(cls, path: Path) -> WizardState:
@@ -112,22 +103,6 @@ class WizardState:
                 self.hardware_text = ""
         self.touched = False
 
-    def take_import(self, carried: Carried, name: str) -> None:
-        """Start from what another tool's file says: its values stand above those of an existing distui.toml."""
-        self.imported, self.import_name = carried, name
-        brought = dict(carried.values)
-        if any(brought.get(key) is not None for key in BATCH_KEYS):
-            # Three sizes of which two come from different files would contradict each other.
-            brought = dict.fromkeys(BATCH_KEYS) | brought
-        tables = self.base.model_dump()
-        for key, value in brought.items():
-            section, _, setting = key.partition(".")
-            tables[section][setting] = value
-        self.base = Config.model_validate(tables)
-        self.stated |= set(carried.values)
-        self._brought = brought
-        self.touched = True
-
     @property
     def is_this_machine(self) -> bool:
         """Whether the plan is for the machine that the wizard runs on."""
@@ -159,30 +134,10 @@ class WizardState:
         Raises:
             UserError: no such preset, file, count or function; the answer so far stays.
         """
-        model = self.load(text) if text else None
+        model = self.models.load(text) if text else None
         if text != self.model_text:
             self.choice, self.touched = None, True
         self.model, self.model_text = model, text
-
-    def load(self, text: str) -> ModelSpec:
-        """Return the model that `text` names; a script's is built once, which takes seconds.
-
-        Raises:
-            UserError: no such preset, file, count or function.
-        """
-        if not is_script(text):
-            return load_model(text)
-        if text not in self._built:
-            if self.build_script is None:
-                raise UserError(
-                    f"{text} cannot be built here", "nothing was given that runs scripts", "start it by distui setup"
-                )
-            self._built[text] = self.build_script(text)
-        return self._built[text]
-
-    def is_loaded(self, text: str) -> bool:
-        """Return whether `load` answers at once."""
-        return not is_script(text) or text in self._built
 
     def set_sequence_length(self, text: str) -> Problem | None:
         """Take the tokens of one sample, empty for the model's own; return what is wrong instead."""
@@ -291,27 +246,14 @@ class WizardState:
         except ConfigError:  # the batch does not divide: the check at Review and the fields say so
             return None
 
-    def changed(self, choice: Choice, changes: Mapping[str, Any]) -> Choice:
-        """Return the strategy that `choice` becomes with some of its `section.key` values changed, predicted anew."""
-        values = {**choice.values, **changes}
-        tables = self.base.model_dump()
-        for key, value in {**self._brought, **values}.items():
-            section, _, name = key.partition(".")
-            tables[section][name] = value
-        config = Config.model_validate(tables)
-        plan = self.predict(config)
-        if plan is None:
-            return Choice(config.summary(), values, "chosen by hand; memory and speed are n/a")
-        return Choice(plan.name, values, plan.why, plan, plan.available)
-
     def choose(self, choice: Choice) -> None:
         """Take a strategy."""
         self.touched = self.touched or choice != self.choice
         self.choice = choice
 
-    def values(self) -> dict[str, Any]:
+    def _values(self) -> dict[str, Any]:
         """Return every `section.key` that the answers set; None takes a key out of the file."""
-        found = self._brought | (dict(self.choice.values) if self.choice else {})
+        found = self.brought | (dict(self.choice.values) if self.choice else {})
         # A cleared field leaves it to the plan; without a plan it takes the key out of the file.
         found |= {key: value for key, value in self.settings.items() if value is not None or key not in found}
         if found.get("batch.micro_size") and found.get("batch.global_size"):
@@ -324,14 +266,14 @@ class WizardState:
     def config(self) -> Config:
         """Return the whole configuration that the file will give."""
         tables = self.base.model_dump()
-        for key, value in self.values().items():
+        for key, value in self._values().items():
             section, _, name = key.partition(".")
             tables[section][name] = value
         return Config.model_validate(tables)
 
     def toml(self) -> str:
         """Return the file's text to be."""
-        values = self.values()
+        values = self._values()
         if self.existing is None:
             defaults = {key: field.get_default() for key, field in keys().items()}
             shown = {key: self.value(key) for key in ALWAYS_WRITTEN}

@@ -20,7 +20,8 @@ from distui.core.plan.presets import PRESETS
 from distui.core.plan.types import ModelSpec
 from distui.tui.format import si
 from distui.tui.setup.facts import UNKNOWN_MODEL_ROWS, grid, model_rows
-from distui.tui.setup.model import WizardState, is_script
+from distui.tui.setup.model import WizardState
+from distui.tui.setup.script_models import is_script
 from distui.tui.setup.step import Field, Step, fill, pass_scroll
 
 UNKNOWN = "my script's model (size n/a)"
@@ -64,7 +65,7 @@ class ModelStep(Step):
     def _build(self, text: str) -> None:
         error = None
         try:
-            self.state.load(text)
+            self.state.models.load(text)
         except UserError as found:
             error = found
         if not get_current_worker().is_cancelled:
@@ -174,11 +175,11 @@ class ModelStep(Step):
         elif not text:
             title.update("Your script's own model")
             rows.update(grid(UNKNOWN_MODEL_ROWS))
-        elif not self.state.is_loaded(text):
+        elif not self.state.models.is_loaded(text):
             title.update(f"building {text} ..." if self._building == text else text)
             rows.update("Enter builds it on the meta device, without memory, in a process of its own; some seconds.")
         else:
-            model = self._shaped(self.state.load(text))
+            model = self._shaped(self.state.models.load(text))
             title.update(f"{model.name}  {si(model.num_parameters)} parameters")
             rows.update(grid(model_rows(model)))
 
@@ -193,7 +194,7 @@ class ModelStep(Step):
             self.tell(trouble)
             return False
         text = self._highlighted()
-        if text and not self.state.is_loaded(text):
+        if text and not self.state.models.is_loaded(text):
             if self._building != text:
                 self._building = text
                 self._build(text)

@@ -15,6 +15,7 @@ from textual.widgets import Static
 from distui.core.config import keys
 from distui.core.plan.types import Plan
 from distui.tui.format import NA, num_bytes, si
+from distui.tui.setup.changes import changed
 from distui.tui.setup.model import WizardState
 from distui.tui.setup.planning import Choice
 
@@ -141,7 +142,7 @@ class TuneScreen(ModalScreen[Choice | None]):
         """Return the strategy as it stands, with `other` values in place of some."""
         values = {field.key: field.chosen for field in self.query(TuneField)} | other
         # Micro-batch and accumulation are given here, so the global batch follows from them.
-        return self._state.changed(self._choice, {**values, "batch.global_size": None})
+        return changed(self._state, self._choice, {**values, "batch.global_size": None})
 
     def _show(self) -> None:
         now = self.chosen()
