@@ -153,16 +153,17 @@ class LiveRun:
             present[key] = found
             if key not in self._told:
                 self._told[key] = now_s - found.since_s
-                attributes = {"ranks": ",".join(map(str, found.ranks))}
+                attributes = _about(key) | {"since_s": f"{found.since_s:.1f}"}
                 if found.collective:
-                    attributes.update(collective=found.collective, group=found.group, seq=str(found.seq))
+                    attributes["collective"] = found.collective
                 event = pb.Event(level=pb.Event.ERROR, kind=found.kind, message=found.message, attributes=attributes)
                 self.say(pb.Record(event=event))
         for key in [key for key in self._told if key not in present]:
             lasted_s = now_s - self._told.pop(key)
             if snapshot.run.state not in FINAL_STATES:
                 message = f"the {key[0]} is over after {lasted_s:.0f} s"
-                self.say(pb.Record(event=pb.Event(level=pb.Event.INFO, kind=f"{key[0]}_over", message=message)))
+                event = pb.Event(level=pb.Event.INFO, kind=f"{key[0]}_over", message=message, attributes=_about(key))
+                self.say(pb.Record(event=event))
 
     def ended(self) -> bool:
         """Tell whether nothing more is to come: it has ended, or nobody is left who could say how."""
@@ -174,6 +175,13 @@ class LiveRun:
             return False
         ranks = self.snapshot().ranks
         return launcher_alive(self.state, time.time()) or any(rank.state not in (DEAD, "finished") for rank in ranks)
+
+
+def _about(key: tuple[str, tuple[int, ...], str, int]) -> dict[str, str]:
+    """Return what tells a verdict from others of its kind, as an event's attributes."""
+    _, ranks, group, seq = key
+    about = {"ranks": ",".join(map(str, ranks)), "group": group, "seq": str(seq) if seq else ""}
+    return {name: value for name, value in about.items() if value or name == "ranks"}
 
 
 def _parents_file() -> Path:

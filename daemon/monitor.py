@@ -112,7 +112,7 @@ class Monitor(rpc.MonitorServicer):
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, f"no rank {request.rank}: ranks are 0 to {last}, -1 is the launcher"
             )
-        return await asyncio.to_thread(_read_log, live.run, request)
+        return await asyncio.to_thread(read_log, live.run, request)
 
     async def GetDaemonInfo(self, request: pb.DaemonInfoRequest, context: grpc.aio.ServicerContext) -> pb.DaemonInfo:
         """Return what the daemon is and what it costs."""
@@ -137,7 +137,8 @@ def own_version() -> str:
         return "unknown"
 
 
-def _read_log(run: RunFolder, request: pb.ReadLogRequest) -> pb.ReadLogResponse:
+def read_log(run: RunFolder, request: pb.ReadLogRequest) -> pb.ReadLogResponse:
+    """Return a piece of a log; nothing where it is not begun yet."""
     path = run.logs / "launcher.log" if request.rank < 0 else run.rank_log(request.rank)
     try:
         with open(path, "rb") as file:

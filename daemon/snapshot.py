@@ -53,7 +53,7 @@ def take_snapshot(state: RunState, now_s: float) -> pb.Snapshot:
     outcome = read_json(state.run.outcome) if state.final else None
     ended = {found.get("rank"): found for found in (outcome or {}).get("ranks") or ()}
     for rank in ranks:
-        snapshot.ranks.append(_rank_state(state.ranks[rank.rank], rank, now_s))
+        snapshot.ranks.append(rank_state(state.ranks[rank.rank], rank, now_s))
         if state.final:
             _end_rank(snapshot.ranks[-1], rank, snapshot.run.state, ended.get(rank.rank))
     return snapshot
@@ -81,7 +81,8 @@ def _run_state(state: RunState, ranks: list[Observed], diagnosis: list[pb.Diagno
     return ("running" if started or any(rank.step for rank in ranks) else "starting"), ""
 
 
-def _rank_state(record: RankRecord, rank: Observed, now_s: float) -> pb.RankState:
+def rank_state(record: RankRecord, rank: Observed, now_s: float) -> pb.RankState:
+    """Return one rank as watchers see it. Units: `now_s` in Unix seconds."""
     found = pb.RankState(
         rank=rank.rank,
         node=rank.node,

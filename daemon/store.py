@@ -130,6 +130,13 @@ class Position:
     offset: int = 0
 
 
+def read_batch(run: RunFolder, position: Position) -> pb.Batch:
+    """Return the batch that lies at a position. Raises: OSError, or EOFError where there is no whole one."""
+    for _, body in _frames(run.telemetry / f"{position.segment:08d}.log", position.offset):
+        return pb.Batch.FromString(zlib.decompress(body))
+    raise EOFError(f"no batch at {position}")
+
+
 class LogTail:
     """Reads a log as it grows, from a position on."""
 

@@ -13,7 +13,7 @@ from distui.launcher.remote import remote_and_run, remote_options
 
 @click.command("monitor", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("names", nargs=-1, metavar="[HOST:PORT] [RUN]")
-@click.option("--replay", is_flag=True, help="Play the run again from its beginning (not available in this version).")
+@click.option("--replay", is_flag=True, help="Play the run again, from its beginning; space, arrows, + and - move.")
 @click.option("--web", is_flag=True, help="Serve the dashboard to a browser (not available in this version).")
 @remote_options
 def command(
@@ -23,7 +23,7 @@ def command(
 
     HOST:PORT watches the daemon of another node, or a head daemon with all nodes' runs.
     """
-    for asked, what in ((replay, "--replay"), (web, "--web")):
+    for asked, what in ((web, "--web"),):
         if asked:
             raise UserError(
                 f"{what} is not available in this version",
@@ -42,6 +42,18 @@ def command(
     from distui.launcher.launch import configured_runs_dir
     from distui.tui.monitor.app import run_dashboard
 
+    if replay:
+        if endpoint is not None:
+            raise UserError(
+                "--replay plays what lies on this machine",
+                "a daemon on another node was named",
+                "run it on the node that has the run's folder, or leave out --replay",
+            )
+        from distui.launcher.replay import Replay
+
+        run = find_run(name, configured_runs_dir())
+        run_dashboard(None, run.run_id, recording=Replay(run))
+        return 0
     if endpoint is not None:
         from distui.launcher.daemon_client import get_snapshot
 

@@ -192,7 +192,7 @@ class Memory(_message.Message):
     def __init__(self, by_category_bytes: _Optional[_Mapping[str, int]] = ..., allocated_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., peak_allocated_bytes: _Optional[int] = ..., rss_bytes: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., device_total_bytes: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("step", "phase", "phase_since_s", "waiting_in", "waiting_since_s", "last_seq")
+    __slots__ = ("step", "phase", "phase_since_s", "waiting_in", "waiting_since_s", "last_seq", "log_bytes")
     class LastSeqEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -206,13 +206,15 @@ class Heartbeat(_message.Message):
     WAITING_IN_FIELD_NUMBER: _ClassVar[int]
     WAITING_SINCE_S_FIELD_NUMBER: _ClassVar[int]
     LAST_SEQ_FIELD_NUMBER: _ClassVar[int]
+    LOG_BYTES_FIELD_NUMBER: _ClassVar[int]
     step: int
     phase: str
     phase_since_s: float
     waiting_in: str
     waiting_since_s: float
     last_seq: _containers.ScalarMap[str, int]
-    def __init__(self, step: _Optional[int] = ..., phase: _Optional[str] = ..., phase_since_s: _Optional[float] = ..., waiting_in: _Optional[str] = ..., waiting_since_s: _Optional[float] = ..., last_seq: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    log_bytes: int
+    def __init__(self, step: _Optional[int] = ..., phase: _Optional[str] = ..., phase_since_s: _Optional[float] = ..., waiting_in: _Optional[str] = ..., waiting_since_s: _Optional[float] = ..., last_seq: _Optional[_Mapping[str, int]] = ..., log_bytes: _Optional[int] = ...) -> None: ...
 
 class Collective(_message.Message):
     __slots__ = ("group", "seq", "op", "dtype", "bytes", "enqueued_s", "started_s", "finished_s", "group_size", "blocked_s")

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Protocol
 
 # Before the first import of grpc: neither a fork in this process nor a daemon that goes may print over the screen.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -34,6 +35,27 @@ _OPTIONS = [
 ]
 _RETRY_S = 0.3
 _SILENCE_S = 3.0
+
+
+class Source(Protocol):
+    """Where a dashboard has its run from: a daemon, or a recording."""
+
+    away_since_s: float | None
+    problem: str
+
+    async def close(self) -> None:
+        """Let go of whatever is open."""
+
+    def watch(self, run_id: str, interval_s: float = 0.5, max_points: int = 2000) -> AsyncIterator[pb.Update]:
+        """Yield what there is to see."""
+
+    async def read_log(self, run_id: str, rank: int, offset: int, max_bytes: int = 65536) -> pb.ReadLogResponse:
+        """Return a piece of a rank's log. Raises: DaemonUnavailable."""
+
+    def execute(
+        self, run_id: str, verb: str, arguments: dict[str, str] | None = None, deadline_s: float = 30.0
+    ) -> AsyncIterator[pb.ControlReply]:
+        """Act on the job and yield the replies. Raises: DaemonUnavailable."""
 
 
 class MonitorClient:

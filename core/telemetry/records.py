@@ -25,9 +25,9 @@ _LEVELS = {"info": pb.Event.INFO, "warning": pb.Event.WARNING, "error": pb.Event
 class Collector:
     """Turns what has happened since the last call into numbered records. One thread uses it."""
 
-    def __init__(self, ring: Ring, ledger: LedgerReader) -> None:
-        """Read from `ring` and `ledger`."""
-        self._ring, self._ledger = ring, ledger
+    def __init__(self, ring: Ring, ledger: LedgerReader, log: Path | None = None) -> None:
+        """Read from `ring` and `ledger`; `log` is where this rank's output goes."""
+        self._ring, self._ledger, self._log = ring, ledger, log
         self._cursor = LedgerCursor(ledger)
         self._process = psutil.Process()
         self._peak_rss_bytes = 0
@@ -63,8 +63,15 @@ class Collector:
             waiting_in=state.waiting_in(),
             waiting_since_s=state.waiting_since_s,
             last_seq=state.last_seq,
+            log_bytes=self._log_bytes(),
         )
         return self._number(pb.Record(time_s=time.time(), heartbeat=beat))
+
+    def _log_bytes(self) -> int:
+        try:
+            return self._log.stat().st_size if self._log is not None else 0
+        except OSError:
+            return 0  # not started by a launcher: its output goes elsewhere
 
     def memory(self) -> pb.Record:
         """Return what the engine said last of its memory, with the process's resident size."""

@@ -79,7 +79,7 @@ class Sender:
         # Imported here: protobuf and psutil must not slow the start of the training thread.
         from distui.core.telemetry.records import Collector
 
-        self._collector = collector = Collector(self._ring, self._ledger)
+        self._collector = collector = Collector(self._ring, self._ledger, self._run.rank_log(self._ledger.rank))
         stack = self._stack_file()
         next_beat = next_memory = 0.0
         next_stack = 0.0 if stack is not None else math.inf

@@ -10,20 +10,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from textual import on
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
-from textual.widgets import ContentSwitcher, Footer
+from textual.widgets import ContentSwitcher, Footer, Input
 
 from distui.core.telemetry.endpoint import Endpoint
 from distui.proto import telemetry_pb2 as pb
-from distui.tui.client import MonitorClient
+from distui.tui.client import MonitorClient, Source
 from distui.tui.monitor.dialogs import HelpScreen, StopScreen
 from distui.tui.monitor.header import RunLine, Tabs, VerdictLine
-from distui.tui.monitor.model import RunModel
+from distui.tui.monitor.model import QUIET_KINDS, RunModel
+from distui.tui.monitor.player import REPLAY_BINDINGS, PlaceScreen, Player, PlayerBar, move, parse_place
 from distui.tui.monitor.rank_screen import RankScreen
 from distui.tui.monitor.verdict import judge
 from distui.tui.monitor.views.base import Frame, View
@@ -53,6 +54,10 @@ VERDICT_S = 1.5
 """How long the last picture stays when the job has ended."""
 
 
+class Recording(Source, Player, Protocol):
+    """A source that can be moved through."""
+
+
 class DashboardApp(App[str]):
     """One run on the screen. Ends with "quit", "stop" or "ended"."""
 
@@ -73,6 +78,7 @@ class DashboardApp(App[str]):
         Binding("q", "leave", "Quit"),
         Binding("ctrl+q", "leave", "Quit", show=False, priority=True),
         Binding("ctrl+c", "interrupt", "Stop", show=False, priority=True),
+        *REPLAY_BINDINGS,
     ]
 
     def __init__(
@@ -80,15 +86,18 @@ class DashboardApp(App[str]):
         run_id: str,
         *,
         socket: Path | Endpoint | None = None,
+        recording: Recording | None = None,
         follow_job: Callable[[], int | None] | None = None,
         on_stop: Callable[[], None] | None = None,
         refresh_hz: float = 2.0,
         theme: str = THEMES[0],
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """Watch a daemon, or play a recording."""
         super().__init__()
         self.model = RunModel(run_id)
-        self.client: MonitorClient | None = None
+        self.client: Source | None = recording
+        self.player: Player | None = recording
         self._run_id, self._socket, self._clock = run_id, socket, clock
         self._follow_job, self._on_stop, self._refresh_s = follow_job, on_stop, 1.0 / refresh_hz
         self._frozen: RunModel | None = None
@@ -103,6 +112,8 @@ class DashboardApp(App[str]):
         """Make the parts."""
         yield RunLine(id="run")
         yield VerdictLine(id="verdict")
+        if self.player is not None:
+            yield PlayerBar(self.player, id="player")
         yield Tabs([view.TITLE for view in VIEWS], id="tabs")
         with ContentSwitcher(initial=_id(VIEWS[0]), id="views"):
             for view in VIEWS:
@@ -113,6 +124,7 @@ class DashboardApp(App[str]):
         """Begin to watch and to draw."""
         if self._socket is not None:
             self.client = MonitorClient(self._socket, self._clock)
+        if self.client is not None:
             self.run_worker(self._fill(self.client), group="watch")
         self.set_interval(self._refresh_s, self.tick)
         self.action_view(0)
@@ -122,9 +134,15 @@ class DashboardApp(App[str]):
         if self.client is not None:
             await self.client.close()
 
-    async def _fill(self, client: MonitorClient) -> None:
+    async def _fill(self, client: Source) -> None:
+        epoch = 0
         async for update in client.watch(self._run_id, self._refresh_s):
+            if self.player is not None and self.player.epoch != epoch:
+                # The cursor went back: what was shown has not happened yet.
+                epoch, self.model = self.player.epoch, RunModel(self._run_id)
             self.model.apply(update, self._clock())
+            if self.player is not None:
+                self._draw()  # a seek is answered at once
 
     def tick(self) -> None:
         """Redraw what is in sight, and see whether the job has ended."""
@@ -139,8 +157,9 @@ class DashboardApp(App[str]):
             self.exit("ended")
 
     def _draw(self, force: bool = False) -> None:
-        now_s = self._clock()
         shown = self._frozen or self.model
+        # In a recording the time is the cursor's.
+        now_s = self._clock() if self.player is None else shown.received_s
         away = self.client.away_since_s if self.client is not None else None
         problem = self.client.problem if self.client is not None else ""
         # Only the base screen has these; a screen above it may be the active one.
@@ -150,6 +169,9 @@ class DashboardApp(App[str]):
         base.query_one(RunLine).show(shown, now_s, None if away is None else now_s - away, self._pause_text())
         verdict = judge(self.model, now_s, problem, daemon_away=away is not None)
         base.query_one(VerdictLine).show(verdict, shown.run.strategy)
+        if self.player is not None:
+            told = [event for event in shown.events if event.event.kind not in QUIET_KINDS]
+            base.query_one(PlayerBar).show([(event.time_s, int(event.event.level)) for event in told])
         top = self.screen
         target = top if isinstance(top, RankScreen) else self._view if top is base else None
         if target is None:
@@ -213,10 +235,29 @@ class DashboardApp(App[str]):
         """Show the keys."""
         if not isinstance(self.screen, HelpScreen):
             view = self._view
-            self.push_screen(HelpScreen(view.TITLE.lower(), view.KEYS))
+            self.push_screen(HelpScreen(view.TITLE.lower(), view.KEYS, self.player is not None))
+
+    def action_replay(self, how: str) -> None:
+        """Move through a recording."""
+        if self.player is None:
+            return
+        if how != "ask":
+            move(self.player, how)
+            self._draw()
+            return
+        player, history = self.player, self.model.history
+        steps = list(zip(history.column("step"), history.column("time_s"), strict=True))
+
+        def go(to_s: float | None) -> None:
+            if to_s is not None:
+                player.seek(to_s)
+
+        self.push_screen(PlaceScreen(lambda text: parse_place(text, player, steps)), go)
 
     def action_pause(self) -> None:
         """Freeze the picture, or go on; data keeps arriving."""
+        if self.player is not None:
+            return self.action_replay("play")
         self._frozen = self.model.freeze() if self._frozen is None else None
         self._end_step = None
         self._draw(True)
@@ -251,8 +292,12 @@ class DashboardApp(App[str]):
         self.call_after_refresh(self._draw, True)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Leave `k` to the tables until there is something to keep."""
-        return self._ended_s is not None if action == "keep" else super().check_action(action, parameters)
+        """Leave `k` to the tables until there is something to keep, and the player's keys to who writes or asks."""
+        if action == "keep":
+            return self._ended_s is not None
+        if action == "replay":
+            return self.player is not None and not isinstance(self.focused, Input) and not self.screen.is_modal
+        return super().check_action(action, parameters)
 
     def action_keep(self) -> None:
         """Stay open when the job has ended."""
@@ -295,21 +340,28 @@ def _id(view: type[View]) -> str:
 
 
 def run_dashboard(
-    socket: Path | Endpoint,
+    socket: Path | Endpoint | None,
     run_id: str,
     *,
+    recording: Recording | None = None,
     follow_job: Callable[[], int | None] | None = None,
     on_stop: Callable[[], None] | None = None,
     refresh_hz: float = 2.0,
     theme: str = THEMES[0],
 ) -> str:
-    """Show the run until the user leaves or the job ends.
+    """Show the run until the user leaves or the job ends; a `recording` is played instead of asking a daemon.
 
     `follow_job` is polled and returns the job's exit status once it has ended; `on_stop` is called when the user asks
     to stop the job. Returns "quit" (the job goes on), "stop" (the user asked to stop it) or "ended". A dashboard that
     breaks (Textual then prints why) is "quit": it must not take the job with it.
     """
     app = DashboardApp(
-        run_id, socket=socket, follow_job=follow_job, on_stop=on_stop, refresh_hz=refresh_hz, theme=theme
+        run_id,
+        socket=socket,
+        recording=recording,
+        follow_job=follow_job,
+        on_stop=on_stop,
+        refresh_hz=refresh_hz,
+        theme=theme,
     )
     return app.run() or "quit"

@@ -24,6 +24,13 @@ GLOBAL_KEYS = (
     Key("q", "quit; the job goes on"),
     Key("ctrl+c", "stop the job, after a question; a mere watcher quits"),
 )
+REPLAY_KEYS = (
+    Key("space", "play or pause"),
+    Key("← →", "back and on by 10 s, at 4x by 40 s"),
+    Key("Home End", "to the start, to the end"),
+    Key("+ -", "faster, slower: 1x to 64x"),
+    Key("% or g", "go to 42%, 1:30, 90s, step 120; or click on the line"),
+)
 
 
 class HelpScreen(ModalScreen[None]):
@@ -33,9 +40,9 @@ class HelpScreen(ModalScreen[None]):
         Binding("escape,question_mark,q,enter", "close", "Close", key_display="esc")
     ]
 
-    def __init__(self, title: str, keys: tuple[Key, ...]) -> None:
+    def __init__(self, title: str, keys: tuple[Key, ...], replay: bool = False) -> None:
         super().__init__()
-        self._title, self._keys = title, keys
+        self._title, self._keys, self._replay = title, keys, replay
 
     def compose(self) -> ComposeResult:
         """Make the parts."""
@@ -44,6 +51,8 @@ class HelpScreen(ModalScreen[None]):
             box.border_subtitle = "esc closes"
             if self._keys:
                 yield Static(f"{self._title}\n{_table(self._keys)}\n", markup=False)
+            if self._replay:
+                yield Static(f"recording\n{_table(REPLAY_KEYS)}\n", markup=False)
             yield Static(f"everywhere\n{_table(GLOBAL_KEYS)}\n", markup=False)
             yield Static("tables\n" + _table(TABLE_KEYS), markup=False)
 
