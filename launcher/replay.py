@@ -73,7 +73,9 @@ class Replay:
     async def close(self) -> None:
         """Nothing is open between two reads."""
 
-    async def watch(self, run_id: str, interval_s: float = 0.5, max_points: int = 2000) -> AsyncGenerator[pb.Update, None]:
+    async def watch(
+        self, run_id: str, interval_s: float = 0.5, max_points: int = 2000
+    ) -> AsyncGenerator[pb.Update, None]:
         """Yield what there was to see as the cursor moves; without end."""
         await self._work("reading", self.recording.read_more())
         if not self.recording.num_records:

@@ -69,7 +69,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["config", "import", "ds.json"], "cannot read ds.json", "JSON or YAML"),
         (["monitor", "--web"], "--web is not available in this version", "distui monitor RUN"),
-        (["monitor", "--replay"], "--replay is not available in this version", "distui monitor RUN"),
         (["monitor", "host1", "host2"], "2 runs were named", "name one"),
     ],
 )

@@ -263,7 +263,7 @@ def test_a_torchrun_script_runs_unchanged_and_is_seen(home: Home) -> None:
 
 
 def test_a_profile_opens_as_a_chrome_trace_and_a_job_stops_when_told(home: Home) -> None:
-    process = home.start("launch", "--no-tui", "--nproc", "2", str(EXAMPLE), "--steps", "3000", *SMALL)
+    process = home.start("launch", "--no-tui", "--nproc", "2", str(EXAMPLE), "--steps", "100000", *SMALL)
     try:
         run = home.wait_until(lambda found: found["state"] == "running" and (found["ranks"][0]["step"] or 0) > 3)["run"]
         code, out, err = home.run("control", run, "profile", "--steps", "2")
@@ -275,8 +275,8 @@ def test_a_profile_opens_as_a_chrome_trace_and_a_job_stops_when_told(home: Home)
             assert complete and all(event["dur"] >= 0 and "ts" in event and "pid" in event for event in complete)
         code, out, _ = home.run("control", run, "log-level", "--level", "debug")
         assert code == 0 and out.count("the root logger is at DEBUG") == 2
-        code, out, _ = home.run("control", run, "stop")
-        assert code == 0 and process.wait(20) is not None
+        code, out, err = home.run("control", run, "stop")
+        assert code == 0 and process.wait(20) is not None, out + err
     finally:
         process.kill()
         process.communicate()
