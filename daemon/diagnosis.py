@@ -13,6 +13,7 @@ import time
 from distui.core.telemetry.ledger import LedgerReader, LedgerUnreadable
 from distui.daemon.collectives import Mismatch, compare
 from distui.daemon.deaths import dead
+from distui.daemon.gpu_faults import device_note, gpu_errors
 from distui.daemon.hangs import HANG_S, allowance_s, hang
 from distui.daemon.observe import Observed, this_node
 from distui.daemon.pace import SlowLink, Straggler
@@ -37,16 +38,17 @@ def diagnose(state: RunState, ranks: list[Observed], now_s: float) -> list[pb.Di
         # Gloo ends the process that gets another size than it expected: the death is what the mismatch did.
         return [_mismatch(differs, now_s, found[0].message), *found]
     if state.final:
-        return found
+        return gpu_errors(state, found, now_s) + found
     if not found:
         found = hang(state, ranks, now_s)
     if (mismatch := state.collectives.mismatch) is not None and not any(one.kind == "mismatch" for one in found):
         found.append(_mismatch(mismatch, now_s))
     if not any(one.kind in ("hang", "data_stall", "dead_rank", "out_of_memory") for one in found):
         if (link := state.collectives.pace.slow_link(time.time())) is not None:
-            found.append(_slow_link(link))
+            found.append(_slow_link(link, state))
         elif (straggler := state.collectives.pace.straggler(time.time())) is not None:
             found.extend(_straggler(state, ranks, straggler))
+    found = gpu_errors(state, found, now_s) + found
     found += _bad_loss(state, now_s)
     found += _disk_full(state)
     return found
@@ -98,6 +100,8 @@ def _straggler(state: RunState, ranks: list[Observed], found: Straggler) -> list
         else "it tells of no phases: distui control RUN stacks shows what it does"
     )
     node = state.ranks[found.rank].node
+    device = device_note(state, found.rank)
+    where += f"; {device}" * bool(device)
     return [
         pb.Diagnosis(
             kind="straggler",
@@ -126,7 +130,8 @@ def _slow_phase(state: RunState, rank: int) -> tuple[str, float]:
     return (_PHASES[worst], excess[worst]) if excess[worst] > 0.03 * whole_s else ("", 0.0)
 
 
-def _slow_link(found: SlowLink) -> pb.Diagnosis:
+def _slow_link(found: SlowLink, state: RunState) -> pb.Diagnosis:
+    notes = [f"; rank {rank}, {note}" for rank in found.ranks if (note := device_note(state, rank))][:4]
     rate = f"{found.num_bytes / found.took_s / 2**20:,.1f} MiB/s" if found.took_s else "n/a"
     return pb.Diagnosis(
         kind="slow_link",
@@ -137,7 +142,7 @@ def _slow_link(found: SlowLink) -> pb.Diagnosis:
         since_s=found.since_s,
         message=f"{found.op} of {found.num_bytes:,} bytes in {found.group} takes {found.took_s * 1e3:.1f} ms after the "
         f"last rank has arrived, {found.usual_s * 1e3:.1f} ms before ({rate} now); look at the network between ranks "
-        f"{', '.join(map(str, found.ranks[:8]))}: distui doctor --collectives measures it",
+        f"{', '.join(map(str, found.ranks[:8]))}: distui doctor --collectives measures it{''.join(notes)}",
     )
 
 

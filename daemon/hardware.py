@@ -41,6 +41,8 @@ class HardwareSampler:
         nvml = self._nvml
         name = self._ask(nvml.nvmlDeviceGetName, handle) or ""
         found = pb.Gpu(index=index, name=name.decode() if isinstance(name, bytes) else name)
+        if uuid := self._ask(nvml.nvmlDeviceGetUUID, handle):
+            found.uuid = uuid.decode() if isinstance(uuid, bytes) else uuid
         if (rates := self._ask(nvml.nvmlDeviceGetUtilizationRates, handle)) is not None:
             found.utilization_percent = rates.gpu
         if (memory := self._ask(nvml.nvmlDeviceGetMemoryInfo, handle)) is not None:

@@ -69,6 +69,33 @@ class RankRecord:
         }
 
 
+@dataclass(slots=True)
+class GpuFault:
+    """What has gone wrong with one GPU since the run began to hear of it."""
+
+    gpu: pb.Gpu
+    """As it was when the run first heard of it."""
+    since_s: float = 0.0
+    last_s: float = 0.0
+    xid: int | None = None
+    uncorrected: int = 0
+    nvlink: int = 0
+    pcie: int = 0
+
+    def note(self, now: pb.Gpu, time_s: float) -> None:
+        """Count what has come since the first sample. Units: Unix seconds."""
+        before = self.gpu
+        if now.xid_errors < before.xid_errors or now.ecc_uncorrected < before.ecc_uncorrected:
+            self.gpu = before = now  # the daemon, or the driver, has begun to count anew
+        uncorrected = max(self.uncorrected, now.ecc_uncorrected - before.ecc_uncorrected)
+        xid = now.last_xid if now.xid_errors > before.xid_errors else self.xid
+        if (uncorrected, xid) != (self.uncorrected, self.xid):
+            self.since_s, self.last_s = self.since_s or time_s, time_s
+        self.uncorrected, self.xid = uncorrected, xid
+        self.nvlink = max(0, now.nvlink_errors - before.nvlink_errors)
+        self.pcie = max(0, now.pcie_replays - before.pcie_replays)
+
+
 class RunState:
     """Reduces a run's batches. `version` grows with every change that a watcher could see."""
 
@@ -79,6 +106,7 @@ class RunState:
         self.ranks: dict[int, RankRecord] = {}
         self.launcher: RankRecord | None = None
         self.nodes: dict[str, pb.NodeState] = {}
+        self.gpu_faults: dict[tuple[str, int], GpuFault] = {}
         self.steps = StepSummaries()
         self.events: History[pb.TimedEvent] = History(NUM_EVENTS, 0)
         self.metrics: History[pb.TimedMetrics] = History(NUM_METRICS, NUM_METRICS)
@@ -223,6 +251,9 @@ class RunState:
             self.nodes[source.node] = pb.NodeState(
                 node=source.node, hardware=record.hardware, last_seen_s=record.time_s
             )
+            for gpu in record.hardware.gpus:
+                known = self.gpu_faults.setdefault((source.node, gpu.index), GpuFault(gpu))
+                known.note(gpu, record.time_s)
 
     def _run_started(self, started: pb.RunStarted) -> None:
         info = self.info

@@ -107,20 +107,22 @@ class RunFinished(_message.Message):
     def __init__(self, state: _Optional[str] = ..., exit_status: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class RankStarted(_message.Message):
-    __slots__ = ("world_size", "local_rank", "device", "device_name", "num_parameters", "peak_flops")
+    __slots__ = ("world_size", "local_rank", "device", "device_name", "num_parameters", "peak_flops", "device_uuid")
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     LOCAL_RANK_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     PEAK_FLOPS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
     world_size: int
     local_rank: int
     device: str
     device_name: str
     num_parameters: int
     peak_flops: float
-    def __init__(self, world_size: _Optional[int] = ..., local_rank: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., num_parameters: _Optional[int] = ..., peak_flops: _Optional[float] = ...) -> None: ...
+    device_uuid: str
+    def __init__(self, world_size: _Optional[int] = ..., local_rank: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., num_parameters: _Optional[int] = ..., peak_flops: _Optional[float] = ..., device_uuid: _Optional[str] = ...) -> None: ...
 
 class RankFinished(_message.Message):
     __slots__ = ("exit_status", "error")
@@ -299,7 +301,7 @@ class HardwareSample(_message.Message):
     def __init__(self, cpu_percent: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., gpus: _Optional[_Iterable[_Union[Gpu, _Mapping]]] = ..., network_sent_bytes: _Optional[int] = ..., network_received_bytes: _Optional[int] = ...) -> None: ...
 
 class Gpu(_message.Message):
-    __slots__ = ("index", "name", "utilization_percent", "memory_used_bytes", "memory_total_bytes", "power_w", "temperature_c", "ecc_corrected", "ecc_uncorrected", "nvlink_errors", "pcie_replays", "xid_errors", "last_xid", "throttle_reasons")
+    __slots__ = ("index", "name", "utilization_percent", "memory_used_bytes", "memory_total_bytes", "power_w", "temperature_c", "ecc_corrected", "ecc_uncorrected", "nvlink_errors", "pcie_replays", "xid_errors", "last_xid", "uuid", "throttle_reasons")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     UTILIZATION_PERCENT_FIELD_NUMBER: _ClassVar[int]
@@ -313,6 +315,7 @@ class Gpu(_message.Message):
     PCIE_REPLAYS_FIELD_NUMBER: _ClassVar[int]
     XID_ERRORS_FIELD_NUMBER: _ClassVar[int]
     LAST_XID_FIELD_NUMBER: _ClassVar[int]
+    UUID_FIELD_NUMBER: _ClassVar[int]
     THROTTLE_REASONS_FIELD_NUMBER: _ClassVar[int]
     index: int
     name: str
@@ -327,8 +330,9 @@ class Gpu(_message.Message):
     pcie_replays: int
     xid_errors: int
     last_xid: int
+    uuid: str
     throttle_reasons: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., utilization_percent: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., power_w: _Optional[float] = ..., temperature_c: _Optional[float] = ..., ecc_corrected: _Optional[int] = ..., ecc_uncorrected: _Optional[int] = ..., nvlink_errors: _Optional[int] = ..., pcie_replays: _Optional[int] = ..., xid_errors: _Optional[int] = ..., last_xid: _Optional[int] = ..., throttle_reasons: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., utilization_percent: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., power_w: _Optional[float] = ..., temperature_c: _Optional[float] = ..., ecc_corrected: _Optional[int] = ..., ecc_uncorrected: _Optional[int] = ..., nvlink_errors: _Optional[int] = ..., pcie_replays: _Optional[int] = ..., xid_errors: _Optional[int] = ..., last_xid: _Optional[int] = ..., uuid: _Optional[str] = ..., throttle_reasons: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListRunsRequest(_message.Message):
     __slots__ = ("limit",)

@@ -125,7 +125,7 @@ def _collective(entry: CollectiveEntry) -> pb.Record:
 
 
 def _rank_started(item: RingItem) -> pb.Record:
-    world_size, local_rank, device, device_name, num_parameters, peak_flops = item.fields
+    world_size, local_rank, device, device_name, num_parameters, peak_flops, device_uuid = item.fields
     started = pb.RankStarted(
         world_size=world_size,
         local_rank=local_rank,
@@ -133,6 +133,7 @@ def _rank_started(item: RingItem) -> pb.Record:
         device_name=device_name,
         num_parameters=num_parameters,
         peak_flops=peak_flops,
+        device_uuid=device_uuid,
     )
     return pb.Record(time_s=item.time_s, rank_started=started)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -66,7 +67,7 @@ class TelemetrySource:
 
     def rank_started(self, device: str, device_name: str, num_parameters: int, peak_flops: float | None = None) -> None:
         """Say that the engine is up. `peak_flops`: of the device, per second, where known."""
-        fields = (*self._place, device, device_name, num_parameters, peak_flops)
+        fields = (*self._place, device, device_name, num_parameters, peak_flops, _uuid_of(device))
         self._ring.put("rank_started", fields)
         self._sender.wake()
 
@@ -356,3 +357,11 @@ def _flush_all() -> None:
     """Send the rest of what nobody closed. How the rank ends is not known here, so nothing is said of it."""
     for source in list(_live):
         source._stop()
+
+
+def _uuid_of(device: str) -> str:
+    """Return by what NVML knows a GPU, whichever are visible here; "" for other devices."""
+    if not device.startswith("cuda"):
+        return ""
+    properties = sys.modules["torch"].cuda.get_device_properties(device)  # who has such a device has imported it
+    return str(getattr(properties, "uuid", ""))

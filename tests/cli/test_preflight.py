@@ -60,7 +60,9 @@ def test_unknown_key_and_impossible_combination(capsys: pytest.CaptureFixture[st
     assert "7 is not 0, 1, 2 or 3" in refused(capsys, "--zero", "7", "train.py")
     told = refused(capsys, "--nproc", "2", "--set", "batch.global_size=10", "--set", "batch.micro_size=4", "train.py")
     assert "set batch.global_size to 8 or 16" in told
-    assert "not available in this version" in refused(capsys, "--set", "strategy.tensor_parallel=2", "train.py")
+    assert "not available in this version" in refused(
+        capsys, "--nproc", "2", "--set", "strategy.tensor_parallel=2", "train.py"
+    )
 
 
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

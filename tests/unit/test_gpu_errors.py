@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from distui.core.paths import RunFolder
 from distui.daemon import hardware
+from distui.daemon.diagnosis import diagnose
+from distui.daemon.gpu_faults import device_note
 from distui.daemon.live import LiveRun
 from distui.daemon.metrics import run_metrics
+from distui.daemon.observe import observe
+from distui.daemon.state import DAEMON, RunState
 from distui.proto import telemetry_pb2 as pb
 
 
@@ -25,6 +31,7 @@ class FakeDriver:
 
     def __init__(self) -> None:
         self.events: list[SimpleNamespace] = []
+        self.uncorrected, self.nvlink = 1, 0
 
     def nvmlInit(self) -> None:
         pass
@@ -53,14 +60,14 @@ class FakeDriver:
 
     def nvmlDeviceGetTotalEccErrors(self, handle: int, kind: int, counter: int) -> int:
         self._second_cannot(handle)
-        return (7, 1)[kind]
+        return (7, self.uncorrected)[kind]
 
     def nvmlDeviceGetNvLinkState(self, handle: int, link: int) -> int:
         self._second_cannot(handle)
         return int(link < 2)
 
     def nvmlDeviceGetNvLinkErrorCounter(self, handle: int, link: int, counter: int) -> int:
-        return 10 * link + counter
+        return 10 * link + counter + self.nvlink
 
     def nvmlDeviceGetPcieReplayCounter(self, handle: int) -> int:
         self._second_cannot(handle)
@@ -69,6 +76,9 @@ class FakeDriver:
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: int) -> int:
         self._second_cannot(handle)
         return 0x1 | 0x4 | 0x40
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return f"GPU-{handle}"
 
     def nvmlDeviceGetName(self, handle: int) -> bytes:
         return b"some GPU"
@@ -123,3 +133,51 @@ def test_prometheus_has_a_counter_for_each_kind_of_error(driver: FakeDriver) -> 
     assert samples["distui_gpu_ecc_uncorrected_total", ""] == 1
     assert samples["distui_gpu_xid_errors_total", ""] == 0
     assert samples["distui_gpu_throttled", "power cap"] == 1
+
+
+class Job:
+    """A run of two ranks on the fake's GPUs, visible to CUDA in the other order, as its daemon knows it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.state = RunState(RunFolder(folder))
+        self._seq = 0
+        for rank in range(2):
+            started = pb.RankStarted(world_size=2, local_rank=rank, device=f"cuda:{rank}", device_uuid=str(1 - rank))
+            self._hear(rank, pb.Record(rank_started=started))
+
+    def _hear(self, rank: int, record: pb.Record, time_s: float = 0.0) -> None:
+        self._seq += 1
+        record.seq, record.time_s = self._seq, time_s
+        source = pb.Source(rank=rank, node="elsewhere", incarnation=1)
+        self.state.apply(pb.Batch(source=source, records=[record]))
+
+    def sampled(self, sample: pb.HardwareSample, time_s: float) -> list[pb.Diagnosis]:
+        self._hear(DAEMON, pb.Record(hardware=sample), time_s)
+        ranks = observe(self.state, time_s)
+        return [found for found in diagnose(self.state, ranks, time_s) if found.kind == "gpu_error"]
+
+
+def test_an_xid_names_the_rank_on_that_gpu_and_what_to_do(driver: FakeDriver, tmp_path: Path) -> None:
+    sampler, job = hardware.HardwareSampler(), Job(tmp_path)
+    assert job.sampled(sampler.sample(), 10.0) == [], "what was counted before the run is not of the run"
+    driver.events = [SimpleNamespace(device=0, eventData=45)]
+    assert job.sampled(sampler.sample(), 11.0) == [], "the driver's word for a program that has ended"
+    driver.events = [SimpleNamespace(device=0, eventData=79)]
+    (found,) = job.sampled(sampler.sample(), 12.0)
+    assert (list(found.ranks), found.since_s) == ([1], 1.0)
+    assert "GPU 0 of elsewhere (rank 1): XID 79 (the GPU has fallen off the bus)" in found.message
+    assert "dcgmi diag" in found.message
+    driver.uncorrected = 3
+    (found,) = job.sampled(sampler.sample(), 13.0)
+    assert "XID 79" in found.message and "2 memory errors that ECC could not correct" in found.message
+    assert job.sampled(sampler.sample(), 13.0 + 601.0) == [], "it has gone on without another"
+
+
+def test_what_holds_a_gpu_down_stands_beside_slowness(driver: FakeDriver, tmp_path: Path) -> None:
+    sampler, job = hardware.HardwareSampler(), Job(tmp_path)
+    job.sampled(sampler.sample(), 10.0)
+    driver.nvlink = 5
+    job.sampled(sampler.sample(), 11.0)
+    note = device_note(job.state, 1)
+    assert note == "its GPU 0: its clocks are held down: thermal (hardware); 40 NVLink errors since the run began"
+    assert device_note(job.state, 0) == ""
