@@ -21,9 +21,12 @@ from pathlib import Path
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
+from distui.core.errors import DaemonUnavailable
 from distui.core.paths import RunFolder, daemon_socket, default_runs_dir
 from distui.daemon.spawn import ensure_daemon
+from distui.daemon.store import read_batches
 from distui.launcher.daemon_client import get_snapshot
+from distui.launcher.daemon_keeper import DaemonKeeper
 from distui.proto import telemetry_pb2 as pb
 
 EXPECTED = {
@@ -43,6 +46,9 @@ EXPECTED = {
     "disk_full": ("disk_full", 2.0),
 }
 """The verdict on each fault, and the goal for its time."""
+DAEMON_KILLED = "daemon_killed"
+DAEMON_GOAL_S = 6.0
+MIN_STEPS = 30
 POLL_S = 0.1
 LIMIT_S = 40.0
 NEEDS_ROOT = frozenset({"slow_link", "memory_killed", "disk_full"})
@@ -110,6 +116,35 @@ class Bench:
             time.sleep(POLL_S)
         return limit_s, None, early
 
+    def kill_daemon(self, run: RunFolder) -> tuple[float, str]:
+        """Kill -9 the daemon of a job in the midst of it, which is kept as `distui launch` keeps it.
+
+        Returns: the seconds until a new one has said so and knows of a later step of every rank; what it says.
+        """
+        until = time.monotonic() + LIMIT_S
+        while min((rank.step for rank in self.snapshot(run).ranks), default=0) < MIN_STEPS:
+            time.sleep(POLL_S)
+        before = self.snapshot(run)
+        os.kill(int((self.folder / "rt" / "daemon.lock").read_text()), 9)
+        killed_s = time.time()
+        with DaemonKeeper(daemon_socket()):
+            while time.monotonic() < until:
+                time.sleep(POLL_S)
+                try:
+                    now = self.snapshot(run)
+                except DaemonUnavailable:
+                    continue
+                later = all(new.step > old.step for new, old in zip(now.ranks, before.ranks, strict=True))
+                told = [
+                    record.event.message
+                    for batch in read_batches(run)
+                    for record in batch.records
+                    if record.event.kind == "daemon_restarted"
+                ]
+                if told and later:
+                    return time.time() - killed_s, f"{told[0]} (event); {now.dropped} records lost; the job goes on"
+        return LIMIT_S, ""
+
     def close(self) -> None:
         """End the jobs and the daemon."""
         assert self.ranks.stdin is not None
@@ -131,6 +166,13 @@ def matrix(bench: Bench, faults: list[str]) -> int:
     missed = 0
     print("| fault | verdict | ranks | after | goal | what it says |\n|---|---|---|---|---|---|", flush=True)
     for fault in faults:
+        if fault == DAEMON_KILLED:
+            run = bench.start("pauses")
+            seconds, told = bench.kill_daemon(run)
+            bench.end(run)
+            missed += seconds > DAEMON_GOAL_S
+            print(f"| {fault} | none |  | {seconds:.1f} s | {DAEMON_GOAL_S:g} s | {told or 'nothing'} |", flush=True)
+            continue
         kind, goal_s = EXPECTED[fault]
         run = bench.start(fault)
         seconds, found, early = bench.verdict(run)
@@ -168,12 +210,16 @@ def healthy(bench: Bench, seconds: float) -> int:
 def main() -> int:
     """Return 1 where a goal was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("faults", nargs="*", choices=[*EXPECTED, []], metavar="FAULT")
+    parser.add_argument("faults", nargs="*", choices=[*EXPECTED, DAEMON_KILLED, []], metavar="FAULT")
     parser.add_argument("--healthy", type=float, metavar="SECONDS")
     options = parser.parse_args()
     bench = Bench()
     try:
-        missed = healthy(bench, options.healthy) if options.healthy else matrix(bench, options.faults or list(EXPECTED))
+        missed = (
+            healthy(bench, options.healthy)
+            if options.healthy
+            else matrix(bench, options.faults or [*EXPECTED, DAEMON_KILLED])
+        )
     finally:
         bench.close()
     return min(missed, 1)

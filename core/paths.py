@@ -133,6 +133,11 @@ class RunFolder:
         return self.path / "ledger"
 
     @property
+    def nccl(self) -> Path:
+        """nccl/: rank<R>, what torch's flight recorder of NCCL dumped when a collective timed out."""
+        return self.path / "nccl"
+
+    @property
     def errors(self) -> Path:
         """errors/: rank<R>.json, the traceback of a rank that raised."""
         return self.path / "errors"
@@ -152,7 +157,7 @@ class RunFolder:
     def create(self) -> None:
         """Make the folder (0700) and its subfolders."""
         self.path.mkdir(mode=0o700, parents=True)
-        for folder in (self.logs, self.telemetry, self.ledger, self.errors):
+        for folder in (self.logs, self.telemetry, self.ledger, self.errors, self.nccl):
             folder.mkdir()
 
 

@@ -81,6 +81,8 @@ def _dead(
         how = "is gone without a word (killed, or out of memory)"
         if ended.get("signal"):
             how = f"was killed by signal {ended['signal']}"
+    if (flight := state.run.nccl).is_dir() and any(flight.iterdir()):
+        advice += f"; torchfrtrace --prefix rank {flight} reads what NCCL's flight recorder kept"
     others = waits(waiting, wait) if wait else ""
     told = pb.Diagnosis(
         kind=kind,

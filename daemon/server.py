@@ -26,6 +26,7 @@ from distui.daemon.intake import MAX_BATCH_BYTES, Telemetry, folder_of_another_n
 from distui.daemon.live import LiveRuns
 from distui.daemon.metrics import MetricsServer, RunsCollector
 from distui.daemon.monitor import Monitor
+from distui.daemon.nccl_ras import RasWatch
 from distui.daemon.retention import Retention, prune
 from distui.daemon.security import MAX_REQUEST_BYTES, Gate, TcpOptions
 from distui.daemon.service_manager import notify, watchdog_s
@@ -130,7 +131,7 @@ class Daemon:
             os.chmod(used, 0o600)
         for service in ("", *SERVICES):
             await status.set(service, health_pb2.HealthCheckResponse.SERVING)
-        work = [bus.serve(), self._look_after()]
+        work = [bus.serve(), self._look_after(), self._ask_nccl()]
         if self._options.head is not None:
             work.append(Forwarder(self._runs, self._options.head).serve())
         tasks = [asyncio.create_task(each) for each in work]
@@ -200,6 +201,13 @@ class Daemon:
 
     def _use(self) -> None:
         self._used_s = time.monotonic()
+
+    async def _ask_nccl(self) -> None:
+        """Once a second, but beside all else, for an answer may take long: see whether NCCL is to be asked."""
+        ras = RasWatch()
+        while True:
+            await asyncio.sleep(TICK_S)
+            await ras.look(list(self._runs.runs.values()))
 
     async def _look_after(self) -> None:
         """Once a second: sample the hardware, look after the runs, flush, and see whether anybody is there."""

@@ -46,6 +46,7 @@ def main() -> None:
     record_session(run)
     rank = int(os.environ["RANK"])
     _redirect(run.rank_log(rank))
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(run.nccl / "rank"))  # torch adds the rank's number
     source = _open_source(run, rank)
     if source is not None:
         source.on_control("stop", lambda command: _stop_job(run))
