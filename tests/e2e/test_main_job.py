@@ -111,7 +111,7 @@ def plain_losses(home: Home) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3])  # tests/dist has all of them, in processes that are warm
 def test_a_launch_gives_the_losses_of_plain_torch(home: Home, plain_losses: list[float], stage: int) -> None:
     file = home.path / f"zero{stage}.json"
     arguments = ["--steps", "20", "--loss-file", str(file), *SMALL]
