@@ -1,6 +1,6 @@
 """The processes of a job: bound to their parent's life, found again by their environment, and ended for certain.
 
-A rank carries `DISTUI_JOB` in its environment and so does what it starts; elastic makes each rank the leader of a
+A rank carries `DISTUI_JOB` in its environment and so does what it starts; each rank leads a
 session. A process is the job's if it has either mark, so neither double forks nor cleaned environments hide it, unless
 it has done both.
 """

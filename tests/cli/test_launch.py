@@ -143,10 +143,12 @@ def test_the_failing_rank_is_reported_with_its_own_traceback(jobs: Jobs, home: A
     assert [(rank["exit_status"], rank["signal"]) for rank in outcome["ranks"]] == [(None, 15), (1, None)]
 
 
-def test_elastics_own_words_go_to_the_launchers_log(jobs: Jobs, home: Any) -> None:
+def test_the_agents_words_go_to_the_launchers_log(jobs: Jobs, home: Any) -> None:
     finished = done(jobs, "failing", 3)
-    assert "elastic" not in finished.stdout + finished.stderr
-    assert "elastic" in (home.run_named("failing").logs / "launcher.log").read_text()
+    lines = (home.run_named("failing").logs / "launcher.log").read_text().splitlines()
+    assert [line.partition(" (pid")[0] for line in lines] == ["rank 1", "rank 0"]
+    assert lines[0].endswith("ended with exit status 1") and lines[1].endswith("was ended by SIGTERM")
+    assert not any(line in finished.stdout + finished.stderr for line in lines)
 
 
 def test_a_mistake_starts_nothing(distui: Callable[..., Done], home: Any) -> None:

@@ -273,8 +273,8 @@ def test_a_profile_opens_as_a_chrome_trace_and_a_job_stops_when_told(home: Home)
             trace = json.loads((home.path / "state" / "runs" / run / "profile" / f"rank{rank}.json").read_text())
             complete = [event for event in trace["traceEvents"] if event["ph"] == "X"]
             assert complete and all(event["dur"] >= 0 and "ts" in event and "pid" in event for event in complete)
-        code, out, _ = home.run("control", run, "log-level", "--level", "debug")
-        assert code == 0 and out.count("the root logger is at DEBUG") == 2
+        code, out, err = home.run("control", run, "log-level", "--level", "debug")
+        assert code == 0 and out.count("the root logger is at DEBUG") == 2, out + err
         code, out, err = home.run("control", run, "stop")
         assert code == 0 and process.wait(20) is not None, out + err
     finally:
