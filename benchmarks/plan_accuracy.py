@@ -25,8 +25,8 @@ from typing import Any
 
 from distui.core.hardware import Hardware, detect
 from distui.core.plan.memory import Strategy, footprint
-from distui.core.plan.models import gpt
 from distui.core.plan.rates import rates_of
+from distui.core.plan.shapes import gpt
 from distui.core.plan.time import step_time
 from distui.core.plan.types import ModelSpec
 

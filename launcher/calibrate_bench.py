@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distui.core.plan.memory import Strategy, footprint
-from distui.core.plan.models import gpt
+from distui.core.plan.shapes import gpt
 from distui.core.plan.types import ModelSpec
 from distui.core.sharding.pool import BufferPool
 from distui.core.sharding.transport import Pending, Transport

@@ -122,7 +122,7 @@ def local_parameters(
         # The first stage has the embeddings, the last one the output projection; tied ones are held by both.
         head = model.head_parameters or root
         root = max(model.embedding_parameters or head, head) + model.hidden_size
-    unit = block
+    unit = max(block, model.largest_block_parameters - elsewhere)
     if block < SMALL_UNIT_PARAMETERS:
         unit = block * min(layers, max(1, int(SMALL_UNIT_PARAMETERS // max(1, block))))
     return (
@@ -144,7 +144,7 @@ def activation_elements(model: ModelSpec) -> int:
     head = model.head_size or model.hidden_size // model.num_heads
     attention = (2 * model.num_heads + 2 * model.num_kv_heads) * head
     experts = model.experts_per_token
-    mlp = (4 if model.gated_mlp else 2) * model.intermediate_size * experts
+    mlp = (4 if model.gated_mlp else 2) * (model.intermediate_size * experts + model.shared_intermediate_size)
     routed = model.hidden_size * experts if model.num_experts > 1 else 0
     return 4 * model.hidden_size + attention + mlp + routed
 
@@ -286,7 +286,7 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
         stored = layers * layer
     ends = 3 * kept_input  # the embeddings' output, the last norm's input and output
     logits = 3 * c * tokens * model.vocab_size / tensor
-    widest = 2 * model.intermediate_size * model.experts_per_token + 2 * h
+    widest = 2 * (model.intermediate_size * model.experts_per_token + model.shared_intermediate_size) + 2 * h
     working = c * tokens * widest / tensor
     if pipeline > 1:
         # One forward, one backward: the first stage keeps the most micro-batches, the last one has the logits.

@@ -17,7 +17,8 @@ from distui.core.plan.memory import (
     footprint,
     transient_buffers,
 )
-from distui.core.plan.models import gpt, load_model
+from distui.core.plan.models import load_model
+from distui.core.plan.shapes import gpt
 
 STRATEGY = Strategy(
     zero_stage=0,

@@ -13,8 +13,9 @@ from distui.core.config import Config
 from distui.core.config_check import check
 from distui.core.errors import UserError
 from distui.core.hardware import GIB, Cpu, Disk, Gpu, Hardware, parse_hardware
-from distui.core.plan.models import gpt, load_model
+from distui.core.plan.models import load_model
 from distui.core.plan.search import default_dtype, explain, plan_all
+from distui.core.plan.shapes import gpt
 from distui.core.plan.types import Plan
 
 JSON_KEYS = [
