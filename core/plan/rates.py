@@ -60,7 +60,8 @@ def rates_of(hardware: Hardware, dtype: str, ranks_per_node: int) -> Rates:
     """Return the rates of one rank of `hardware` that computes in `dtype`."""
     gpus = hardware.gpus_per_node
     measured = Measured.of(hardware.calibration, ranks_per_node)
-    nvme = next((disk for disk in hardware.disks if disk.read_rate and disk.write_rate), None)
+    measured_disks = [disk for disk in hardware.disks if disk.read_rate and disk.write_rate]
+    nvme = max(measured_disks, key=lambda disk: (disk.is_nvme is True, disk.read_rate), default=None)
     if gpus:
         nvlinks = [gpu.nvlink_bandwidth for gpu in gpus]
         links = [gpu.pcie_bandwidth for gpu in gpus]
