@@ -1,11 +1,13 @@
-"""Predicted against measured: memory and step time of 28 combinations, on this machine's CPU.
+"""Predicted against measured: memory and step time of 34 combinations, on this machine's CPU.
 
     python benchmarks/plan_accuracy.py [--steps 3] [--clock cpu]
 
-Calibrates two ranks as `distui plan --calibrate --nproc 2` does, then trains a byte-level GPT in two gloo ranks, each
-with one thread on a core of its own, for every combination of CASES, and prints what the planner said beside what came
-out: bytes of the model states, peak resident set, and seconds of a step. With `--clock cpu` both the calibration and
-the steps count CPU time of a rank, which other programs on the machine disturb less than wall time.
+Calibrates two ranks as `distui plan --calibrate --nproc 2` does, then trains a byte-level GPT in two fresh gloo ranks,
+each with one thread on a core of its own, for every combination of CASES, and prints what the planner said beside
+what came out: bytes of the model states, peak resident set, and seconds of a step. With `--clock cpu` both the
+calibration and the steps count CPU time of a rank, which other programs on the machine disturb less than wall time.
+They still disturb it, since they take caches and the other half of a core: beside each step a rank runs forward and
+backward of one of the calibration's own models, and the step's time is divided by how much slower that is than then.
 Goals: states within 2%, total within 8%, time within 15%, the measured best among the predicted top 3.
 """
 
@@ -25,19 +27,22 @@ from typing import Any
 
 from distui.core.hardware import Hardware, detect
 from distui.core.plan.memory import Strategy, footprint
-from distui.core.plan.models import gpt
 from distui.core.plan.rates import rates_of
+from distui.core.plan.shapes import gpt
 from distui.core.plan.time import step_time
 from distui.core.plan.types import ModelSpec
 
-Case = tuple[str, str, int, int, str]
+Case = tuple[str, str, int, int, str, int]
 WIDTHS = {"wide": (4, 512, 8, 128), "deep": (12, 256, 8, 128)}
 VOCAB = 256
+REFERENCE_WIDTH, REFERENCE_SAMPLES = 256, 4
 CASES = [
-    *(("wide", dtype, micro, stage, "none") for dtype in ("fp32", "bf16") for micro in (1, 4) for stage in range(4)),
-    *(("deep", "fp32", 4, stage, mode) for mode in ("none", "selective", "full") for stage in range(4)),
+    *(("wide", dtype, micro, stage, "none", 1) for dtype in ("fp32", "bf16") for micro in (1, 4) for stage in range(4)),
+    *(("deep", "fp32", 4, stage, mode, 1) for mode in ("none", "selective", "full") for stage in range(4)),
+    *(("wide", "fp32", 1, stage, "none", 3) for stage in (0, 2, 3)),
+    *(("deep", "bf16", 2, stage, "full", 2) for stage in (0, 1, 3)),
 ]
-"""Width, dtype, micro-batch, stage, activation checkpointing."""
+"""Width, dtype, micro-batch, stage, activation checkpointing, accumulation."""
 
 
 def spec_of(width: str) -> ModelSpec:
@@ -93,31 +98,9 @@ def build(width: str) -> Any:
     return GPT()
 
 
-def worker(options: argparse.Namespace) -> None:
-    """Fork one process a case, so that torch is imported once and each case has a peak of its own."""
-    os.sched_setaffinity(0, {options.rank % (os.cpu_count() or 1)})
-    import torch
-
-    torch.set_num_threads(1)
-    import distui.core.activation_checkpointing
-    import distui.core.precision
-    import distui.core.sharding.sharded  # noqa: F401
-
-    for index, case in enumerate(CASES):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                train(case, index, options)
-                status = 0
-            finally:
-                os._exit(status)
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-            raise SystemExit(f"{case} failed")
-
-
-def train(case: Case, index: int, options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace) -> None:
     """Train one combination as one rank; rank 0 writes its figures. Collective: both ranks."""
+    os.sched_setaffinity(0, {options.rank % (os.cpu_count() or 1)})
     import torch
     import torch.distributed as dist
     from torch.nn import functional as F
@@ -125,9 +108,11 @@ def train(case: Case, index: int, options: argparse.Namespace) -> None:
     from distui.core.activation_checkpointing import apply_activation_checkpointing
     from distui.core.precision import apply_border_casts
     from distui.core.sharding.sharded import ShardedModel
+    from distui.launcher.calibrate_bench import GPT
 
-    width, dtype, micro, stage, mode = case
-    store = f"file://{options.folder}/store{index}"
+    torch.set_num_threads(1)
+    width, dtype, micro, stage, mode, accumulation = CASES[options.case]
+    store = f"file://{options.folder}/store{options.case}"
     dist.init_process_group("gloo", init_method=store, rank=options.rank, world_size=2)
     low = torch.bfloat16 if dtype == "bf16" else None
     torch.manual_seed(options.rank)
@@ -140,41 +125,77 @@ def train(case: Case, index: int, options: argparse.Namespace) -> None:
         apply_border_casts(model, low)
     prepared = sharded.prepare_optimizer(optimizer)
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    seconds = []
+    seconds, references, peak = [], [], 0
+    reference = None
+    tokens = torch.randint(0, VOCAB, (REFERENCE_SAMPLES, 128))
     for _ in range(options.steps + 2):
         dist.barrier()
         start = clock()
-        sharded.schedule.hide_gradients()
-        loss = F.cross_entropy(model(ids[:, :-1]).float().flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        sharded.schedule.end_backward()
+        for micro_batch in range(accumulation):
+            sharded.schedule.sync = micro_batch == accumulation - 1
+            sharded.schedule.hide_gradients()
+            loss = F.cross_entropy(model(ids[:, :-1]).float().flatten(0, 1), ids[:, 1:].flatten())
+            (loss / accumulation).backward()
+            sharded.schedule.end_backward()
         prepared.step()
         prepared.zero_grad()
         seconds.append(clock() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if len(seconds) == 2:  # before the reference takes memory of its own
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            reference = GPT(REFERENCE_WIDTH)
+        if reference is None:
+            continue
+        dist.barrier()
+        start = clock()
+        F.cross_entropy(reference(tokens).flatten(0, 1), tokens.flatten()).backward()
+        references.append(clock() - start)
     if options.rank == 0:
-        row = {"memory": sharded.memory_by_category(), "peak": peak, "step_s": statistics.median(seconds[2:])}
-        partial = Path(options.folder) / f"partial{index}"
-        partial.write_text(json.dumps(row), encoding="utf-8")
-        partial.rename(Path(options.folder) / f"case{index}")
+        row = {
+            "memory": sharded.memory_by_category(),
+            "peak": peak,
+            "step_s": statistics.median(seconds[2:]),
+            "reference_s": statistics.median(references[1:]),
+        }
+        Path(options.folder, f"case{options.case}").write_text(json.dumps(row), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
 
+def measure(index: int, folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one combination in two ranks and return what rank 0 found.
+
+    Two new processes: a forked one would not count the pages of libraries that its parent has touched.
+    """
+    given = ["--steps", str(options.steps), "--clock", options.clock, "--folder", folder, "--case", str(index)]
+    command = [sys.executable, __file__, *given, "--rank"]
+    ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
+    if any([process.wait() for process in ranks]):
+        raise SystemExit(f"{CASES[index]} failed")
+    found = json.loads(Path(folder, f"case{index}").read_text(encoding="utf-8"))
+    assert isinstance(found, dict)
+    return found
+
+
 def compare(case: Case, real: dict[str, Any], hardware: Hardware) -> dict[str, tuple[float, float]]:
     """Return planned and measured bytes of states and of the whole, and seconds of a step."""
-    width, dtype, micro, stage, mode = case
+    from distui.launcher.calibrate_bench import spec_of as calibration_model
+
+    width, dtype, micro, stage, mode, accumulation = case
     model = spec_of(width)
-    strategy = Strategy(stage, "none", "none", mode, micro, 1, 1, 1, 2, dtype, "fp32", "adamw")
+    strategy = Strategy(stage, "none", "none", mode, micro, accumulation, 1, 1, 2, dtype, "fp32", "adamw")
     rates = rates_of(hardware, dtype, 2)
     memory = footprint(model, strategy, "cpu", rates.baseline_bytes)
     total_s = step_time(model, strategy, rates).total_s
-    assert total_s is not None
+    assert total_s is not None and rates.measured is not None
+    calibrated = rates.measured.rate("fp32", REFERENCE_WIDTH, REFERENCE_SAMPLES * 128)
+    assert calibrated is not None
+    flops = 3 * calibration_model(REFERENCE_WIDTH).forward_flops * REFERENCE_SAMPLES * 128
+    drift = real["reference_s"] * calibrated / flops
     states = sum(real["memory"][key] for key in ("parameters", "gradients", "optimizer_states"))
     return {
         "states": (memory.model_states, states),
         "total": (memory.total, real["peak"]),
-        "step": (total_s, real["step_s"]),
+        "step": (total_s, real["step_s"] / drift),
     }
 
 
@@ -184,10 +205,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--rank", type=int)
+    parser.add_argument("--case", type=int)
     parser.add_argument("--folder")
     options = parser.parse_args()
     if options.rank is not None:
-        worker(options)
+        train(options)
         return
     from distui.launcher.calibrate import calibrate, report
 
@@ -195,43 +217,27 @@ def main() -> None:
         os.environ["DISTUI_STATE_DIR"] = f"{folder}/state"
         hardware = calibrate(detect(), 2, options.clock)
         print("\n".join(report(hardware, 2)))
-        command = [
-            sys.executable,
-            __file__,
-            "--folder",
-            folder,
-            "--steps",
-            str(options.steps),
-            "--clock",
-            options.clock,
-        ]
-        ranks = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(2)]
         print(
-            "width dtype micro stage checkpointing |  states MiB plan/real |  total MiB plan/real | step ms plan/real"
+            "width dtype micro accu stage checkpointing |  states MiB plan/real |  total MiB plan/real | "
+            "step ms plan/real"
         )
         errors: dict[str, list[float]] = {"states": [], "total": [], "step": []}
         speeds: dict[str, list[tuple[float, float, Case]]] = {}
         for index, case in enumerate(CASES):
-            path = Path(folder) / f"case{index}"
-            while not path.exists():
-                if any(process.poll() for process in ranks):
-                    raise SystemExit(f"{case} failed")
-                time.sleep(0.2)
-            rows = compare(case, json.loads(path.read_text(encoding="utf-8")), hardware)
+            rows = compare(case, measure(index, folder, options), hardware)
             for key, (planned, measured) in rows.items():
                 errors[key].append(planned / measured - 1)
             (states, real_states), (total, real_total), (step, real_step) = rows.values()
-            speeds.setdefault(case[0], []).append((case[2] / step, case[2] / real_step, case))
-            width, dtype, micro, stage, mode = case
+            width, dtype, micro, stage, mode, accumulation = case
+            samples = micro * accumulation
+            speeds.setdefault(width, []).append((samples / step, samples / real_step, case))
             print(
-                f"{width:>5} {dtype:>5} {micro:5d} {stage:5d} {mode:>13} | {states / 2**20:7.1f} "
+                f"{width:>5} {dtype:>5} {micro:5d} {accumulation:4d} {stage:5d} {mode:>13} | {states / 2**20:7.1f} "
                 f"{real_states / 2**20:7.1f} {errors['states'][-1]:+5.1%} | {total / 2**20:7.1f} "
                 f"{real_total / 2**20:7.1f} {errors['total'][-1]:+5.1%} | {step * 1e3:6.0f} {real_step * 1e3:6.0f} "
                 f"{errors['step'][-1]:+5.1%}",
                 flush=True,
             )
-        for process in ranks:
-            process.wait()
     for key, goal in (("states", 0.02), ("total", 0.08), ("step", 0.15)):
         values = errors[key]
         inside = sum(abs(value) <= goal for value in values)

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import psutil
 
+from distui.core.hardware_disks import nvme_mounts, read_disks
 from distui.core.hardware_measure import identity, load_calibration, load_training
 from distui.core.hardware_nvml import NvmlReport
-from distui.core.hardware_types import Cpu, Disk, Hardware, NetworkInterface, NumaNode, Scheduler
+from distui.core.hardware_types import Cpu, Hardware, NetworkInterface, NumaNode, Scheduler
 from distui.core.paths import state_dir
 
 ROOT = Path("/")
@@ -47,7 +48,9 @@ def detect_host(nvml: NvmlReport, nodes: int = 1) -> Hardware:
         memory_physical_bytes=memory.total,
         memory_limit_cgroup_bytes=limit,
         cpu_limit_cgroup=cgroup_cpu_quota(ROOT),
-        disks=read_disks([Path.cwd(), state_dir(), Path(tempfile.gettempdir())], ROOT),
+        disks=read_disks(
+            [Path.cwd(), state_dir(), Path(tempfile.gettempdir()), *nvme_mounts(ROOT)], ROOT, measured.get("disks")
+        ),
         network=network,
         scheduler=find_scheduler(os.environ),
         software=read_software(nvml),
@@ -131,7 +134,7 @@ def cgroup_cpu_quota(root: Path = ROOT) -> float | None:
     return min(quotas, default=None)
 
 
-# ---- processors, disks, network ----------------------------------------------------------------------------
+# ---- processors and network --- ----------------------------------------------------------------------------
 
 
 def read_cpu(root: Path = ROOT) -> Cpu:
@@ -164,55 +167,6 @@ def read_numa(root: Path = ROOT) -> tuple[NumaNode, ...]:
         total, free = (int(sizes[name]) * 1024 if name in sizes else None for name in ("MemTotal", "MemFree"))
         found.append(NumaNode(int(folder.name[4:]), _read(folder / "cpulist") or "", total, free))
     return tuple(sorted(found, key=lambda node: node.index))
-
-
-def read_disks(places: Iterable[Path], root: Path = ROOT) -> tuple[Disk, ...]:
-    """Return the file systems that hold `places` (the nearest folder that exists), each once."""
-    disks: dict[int, Disk] = {}
-    mounts = _mounts(root)
-    for place in places:
-        folder = place
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        try:
-            device = folder.stat().st_dev
-            usage = shutil.disk_usage(folder)
-        except OSError:
-            continue
-        if device in disks:
-            continue
-        kind = mounts.get(f"{os.major(device)}:{os.minor(device)}")
-        disks[device] = Disk(
-            path=str(place),
-            free_bytes=usage.free,
-            total_bytes=usage.total,
-            file_system=kind,
-            is_nvme=_is_nvme(root, device),
-        )
-    return tuple(disks.values())
-
-
-def _mounts(root: Path) -> dict[str, str]:
-    """Return the file system type by "major:minor"."""
-    kinds = {}
-    for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
-        left, _, right = line.partition(" - ")
-        fields = left.split()
-        if len(fields) > 2 and right:
-            kinds[fields[2]] = right.split()[0]
-    return kinds
-
-
-def _is_nvme(root: Path, device: int) -> bool | None:
-    """Tell whether the block device is an NVMe disk; None where there is none (overlay, tmpfs, network)."""
-    link = root / "sys/dev/block" / f"{os.major(device)}:{os.minor(device)}"
-    if os.major(device) == 0 or not link.exists():
-        return None
-    name = link.resolve()
-    if name.name.startswith(("dm-", "md", "loop")):
-        slaves = list((name / "slaves").glob("*"))
-        return all(slave.name.startswith("nvme") for slave in slaves) if slaves else None
-    return "nvme" in name.name or "nvme" in name.parent.name
 
 
 def read_network(root: Path = ROOT) -> tuple[NetworkInterface, ...]:
@@ -283,6 +237,7 @@ def read_software(nvml: NvmlReport) -> dict[str, str | None]:
         "torch": torch,
         "cuda": cuda,
         "nccl": version_of("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
+        "nccl_cuda": next((major for major in ("13", "12") if version_of(f"nvidia-nccl-cu{major}")), None),
         "triton": version_of("triton"),
         "driver": nvml.driver,
         "driver_cuda": nvml.driver_cuda,

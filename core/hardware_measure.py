@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,11 @@ def _best(work: Any, seconds: float) -> float:
 
 
 def measure_disk(folder: Path, num_bytes: int = DISK_TEST_BYTES) -> Disk:
-    """Write and read back a file in `folder` past the page cache, and return the disk with its rates.
+    """Write and read back a file in `folder` past the page cache, keep the rates, and return the disk with them.
 
     Raises: UserError where the folder cannot be written or has too little room.
     """
-    from distui.core.hardware_host import read_disks
+    from distui.core.hardware_disks import rates_to_keep, read_disks
 
     found = read_disks([folder])
     if not folder.is_dir() or not found:
@@ -126,15 +127,9 @@ def measure_disk(folder: Path, num_bytes: int = DISK_TEST_BYTES) -> Disk:
         raise UserError(f"cannot test the disk at {folder}", str(error), "give a folder that you may write") from error
     finally:
         block.close()
-    return Disk(
-        path=disk.path,
-        free_bytes=disk.free_bytes,
-        total_bytes=disk.total_bytes,
-        file_system=disk.file_system,
-        is_nvme=disk.is_nvme,
-        read_rate=num_bytes / read_s,
-        write_rate=num_bytes / write_s,
-    )
+    disk = replace(disk, read_rate=num_bytes / read_s, write_rate=num_bytes / write_s)
+    save_calibration(disks=rates_to_keep(load_calibration().get("disks"), disk))
+    return disk
 
 
 def _stream(path: str, block: mmap.mmap, num_bytes: int, *, write: bool) -> float:

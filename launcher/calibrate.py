@@ -48,6 +48,7 @@ def report(hardware: Hardware, num_ranks: int) -> list[str]:
         for dtype, rows in measured.compute.items()
     ]
     lines.append(f"optimizer: {si(measured.optimizer_bandwidth, 'B/s')}")
+    lines.append(f"a pass over gradients: {si(measured.pass_bandwidth, 'B/s')}")
     lines += [f"{op}: {seconds(alpha)} + {si(beta, 'B/s')}" for op, (alpha, beta) in measured.collectives.items()]
     if measured.baseline_bytes is not None:
         lines.append(f"memory of a rank beyond its tensors: {num_bytes(measured.baseline_bytes)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -22,18 +23,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from distui.core.plan.memory import Strategy, footprint
-from distui.core.plan.models import gpt
+from distui.core.plan.shapes import gpt
 from distui.core.plan.types import ModelSpec
 from distui.core.sharding.pool import BufferPool
 from distui.core.sharding.transport import Pending, Transport
 
-NUM_RUNS = 3
+NUM_RUNS = 5
 VOCAB = 256
 LENGTH = 128
 LAYERS = 2
 CPU_SHAPES = ((256, 1), (256, 4), (768, 1), (768, 4))
 GPU_SHAPES = ((1024, 16), (1024, 128), (4096, 16), (4096, 128))
 """(hidden size, samples of 128 tokens)."""
+BEYOND_CACHES = 1 << 23
+"""Elements of a tensor: after forward and backward none of a model's states is in a cache either."""
 ADAMW_BYTES = 28
 """Bytes a parameter that fused AdamW in fp32 moves: two moments and the weight read and written, the gradient read."""
 
@@ -105,18 +108,21 @@ class Bench:
             device_id=self.device if self.cuda else None,
         )
 
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Return the slowest rank's shortest run, after one that does not count. Collective: all ranks."""
-        best = float("inf")
-        for index in range(NUM_RUNS + 1):
+    def seconds(self, run: Callable[[], object], num_runs: int = NUM_RUNS) -> float:
+        """Return the slowest rank's median run, after one that does not count. Collective: all ranks.
+
+        Not the shortest: a job's steps meet the same disturbances as these runs.
+        """
+        times = []
+        for index in range(num_runs + 1):
             dist.barrier()
             start = self.clock()
             run()
             if self.cuda:
                 torch.cuda.synchronize()
             if index >= 1:
-                best = min(best, self.clock() - start)
-        slowest = torch.tensor([best], dtype=torch.float64, device=self.device)
+                times.append(self.clock() - start)
+        slowest = torch.tensor([statistics.median(times)], dtype=torch.float64, device=self.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         return float(slowest.item())
 
@@ -137,7 +143,12 @@ class Bench:
                 found[name].append([hidden, tokens, rate])
         return found
 
-    def optimizer(self, numel: int = 1 << 22) -> float:
+    def gradient_pass(self, numel: int = BEYOND_CACHES) -> float:
+        """Return bytes/s of scaling one flat tensor into another, as the engine does with each gradient."""
+        gradient, flat = torch.ones(numel, device=self.device), torch.zeros(numel, device=self.device)
+        return 8 * numel / self.seconds(partial(torch.mul, gradient, 0.5, out=flat))
+
+    def optimizer(self, numel: int = BEYOND_CACHES) -> float:
         """Return bytes/s of a fused AdamW on one flat tensor."""
         param = nn.Parameter(torch.zeros(numel, device=self.device))
         param.grad = torch.ones_like(param)
@@ -162,7 +173,9 @@ class Bench:
                 "all_reduce": partial(_finish, transport.all_reduce, full),
             }
             for op, call in calls.items():
-                times[op].append((share * 4 * numel * self.world_size, self.seconds(call)))
+                # A small message takes next to no time, and is what varies most.
+                seconds = self.seconds(call, 8 * NUM_RUNS if num_bytes < 1 << 20 else NUM_RUNS)
+                times[op].append((share * 4 * numel * self.world_size, seconds))
         found = {}
         for op, ((small, small_s), (large, large_s)) in times.items():
             beta = (large - small) / max(large_s - small_s, 1e-9)
@@ -197,6 +210,7 @@ def main(out: Path) -> None:
         "baseline_bytes": baseline,
         "collectives": bench.collectives(),
         "optimizer_bandwidth": bench.optimizer(),
+        "pass_bandwidth": bench.gradient_pass(),
         "compute": bench.compute(),
         "torch": torch.__version__,
         "measured_s": time.time(),

@@ -9,13 +9,13 @@ import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from distui.core.errors import UserError
 from distui.core.hardware import GIB, Hardware, NvmlReport
 from distui.core.paths import daemon_socket, state_dir
+from distui.launcher.doctor_findings import Finding, version_numbers
+from distui.launcher.doctor_versions import BF16_CAPABILITY, check_fits
 
 MIN_TORCH = (2, 10)
 MIN_SHM_BYTES = GIB
@@ -24,30 +24,16 @@ MIN_OPEN_FILES = 4096
 NVIDIA_VENDOR = "0x10de"
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong (`error`: distui does not run so) or may become so (`warning`)."""
-
-    level: Literal["error", "warning"]
-    what: str
-    why: str
-    fix: str
-
-
 def examine(hardware: Hardware, nvml: NvmlReport, root: Path = Path("/")) -> list[Finding]:
     """Return every finding, errors first."""
     found = [
         *check_gpus(hardware, nvml, root),
         *check_versions(hardware),
+        *check_fits(hardware),
         *check_folders(),
         *check_limits(hardware, root),
     ]
     return sorted(found, key=lambda finding: finding.level != "error")
-
-
-def version_numbers(text: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version: `2.13.0+cpu` gives (2, 13, 0)."""
-    return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[+a-zA-Z]", text.strip(), maxsplit=1)[0]))
 
 
 def nvidia_devices(root: Path) -> int:
@@ -81,14 +67,6 @@ def check_gpus(hardware: Hardware, nvml: NvmlReport, root: Path) -> Iterator[Fin
             "it was built for CPUs only",
             "pip install torch from a CUDA index, such as https://download.pytorch.org/whl/cu130",
         )
-    cuda, driver = hardware.software.get("cuda"), hardware.software.get("driver_cuda")
-    if nvml.gpus and cuda and driver and version_numbers(cuda)[:1] > version_numbers(driver)[:1]:
-        yield Finding(
-            "error",
-            f"torch was built for CUDA {cuda}, the driver supports up to {driver}",
-            f"driver {hardware.software.get('driver')} is too old for it",
-            f"update the driver, or install a torch built for CUDA {driver.split('.')[0]}",
-        )
     for gpu in nvml.gpus:
         if gpu.memory_free_bytes is not None and gpu.memory_free_bytes < 0.9 * gpu.memory_total_bytes:
             used = gpu.memory_total_bytes - gpu.memory_free_bytes
@@ -105,6 +83,22 @@ def check_gpus(hardware: Hardware, nvml: NvmlReport, root: Path) -> Iterator[Fin
             "the GPUs differ",
             f"{names}: each step waits for the slowest",
             "choose equal ones by CUDA_VISIBLE_DEVICES",
+        )
+    shared = [gpu.index for gpu in nvml.gpus if gpu.is_mig]
+    if len(shared) > 1:
+        yield Finding(
+            "warning",
+            f"{len(shared)} MIG slices cannot work together",
+            "CUDA shows a process one slice only, and NCCL does not connect slices (NVIDIA MIG user guide)",
+            "train on one slice (CUDA_VISIBLE_DEVICES=MIG-...), or turn MIG off: nvidia-smi -mig 0",
+        )
+    half = [gpu.name for gpu in nvml.gpus if gpu.compute_capability and gpu.compute_capability < BF16_CAPABILITY]
+    if half:
+        yield Finding(
+            "warning",
+            f"{half[0]} does not compute in bf16",
+            "that needs compute capability 8.0 or newer",
+            "set precision.dtype to fp16 (with loss scaling) or fp32; plans for this machine do",
         )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from distui.core.hardware import Hardware
-    from distui.launcher.doctor_checks import Finding
+    from distui.launcher.doctor_findings import Finding
 
 
 @click.command("doctor", context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,9 +65,15 @@ def command(measure: bool, disk_path: Path | None, collectives: bool, nproc: int
 
 def as_document(hardware: Hardware, findings: Sequence[Finding], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return what `--json` prints; what is not known is null."""
+    from distui.launcher.doctor_versions import fits
+
     facts = asdict(hardware)
     facts |= {"device_kind": hardware.device_kind, "num_devices": hardware.num_devices}
-    document: dict[str, Any] = {"hardware": facts, "findings": [asdict(finding) for finding in findings]}
+    document: dict[str, Any] = {
+        "hardware": facts,
+        "fits_together": [{"parts": fit.parts, "fits": fit.fits, "why": fit.why} for fit in fits(hardware)],
+        "findings": [asdict(finding) for finding in findings],
+    }
     if rows:
         document["collectives"] = list(rows)
     return document
@@ -75,6 +81,7 @@ def as_document(hardware: Hardware, findings: Sequence[Finding], rows: Sequence[
 
 def machine_rows(hardware: Hardware) -> Iterator[tuple[str, str]]:
     """Yield label and value of everything that was found; n/a for what was not."""
+    from distui.launcher.doctor_versions import fits
     from distui.tui.format import NA, num_bytes, si
 
     for gpu in hardware.gpus_per_node:
@@ -133,6 +140,9 @@ def machine_rows(hardware: Hardware) -> Iterator[tuple[str, str]]:
         yield "network", f"{port.name}: {kind}{si(port.speed_bits, 'bit/s')}, {'up' if port.is_up else 'down'}"
     yield "scheduler", hardware.scheduler
     yield "versions", ", ".join(f"{name} {version or NA}" for name, version in hardware.software.items())
+    for index, fit in enumerate(fits(hardware)):
+        word = {True: "yes", False: "no", None: NA}[fit.fits]
+        yield "" if index else "together", f"{fit.parts}: {word}, {fit.why}"
 
 
 def print_report(

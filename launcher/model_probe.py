@@ -95,6 +95,7 @@ def attribute(model: nn.Module, names: tuple[str, ...]) -> int | None:
 def shapes(model: nn.Module, sequence_length: int | None) -> dict[str, Any]:
     """Return the sizes that the planner needs, from the modules themselves."""
     blocks = [block for _, block in find_blocks(model)]
+    sizes = [unique(block.parameters()) for block in blocks] or [unique(model.parameters())]
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     widths = Counter(param.shape[-1] for param in model.parameters() if param.dim() == 1)
@@ -120,7 +121,8 @@ def shapes(model: nn.Module, sequence_length: int | None) -> dict[str, Any]:
         "num_parameters": unique(model.parameters()),
         "num_trainable": unique(param for param in model.parameters() if param.requires_grad),
         "num_layers": max(1, len(blocks)),
-        "block_parameters": max((unique(block.parameters()) for block in blocks), default=unique(model.parameters())),
+        "block_parameters": sum(sizes) // len(sizes),
+        "largest_block_parameters": max(sizes),
         "hidden_size": hidden,
         "num_heads": attribute(model, HEADS) or max(1, hidden // 64),
         "num_kv_heads": attribute(model, ("num_key_value_heads", "num_kv_heads", "n_kv_head")),

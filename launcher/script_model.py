@@ -80,6 +80,7 @@ def _spec_of(found: dict[str, Any], text: str, sequence_length: int | None) -> M
         sequence_length=length,
         tied_embeddings=found["tied_embeddings"],
         block_parameters=found["block_parameters"],
+        largest_block_parameters=found["largest_block_parameters"],
         head_parameters=found["head_parameters"],
         embedding_parameters=found["embedding_parameters"],
         gated_mlp=False,

@@ -91,6 +91,8 @@ def _offloads(strategy: Strategy, kind: str) -> Iterator[tuple[str, Strategy]]:
     stage = max(1, strategy.zero_stage)
     yield "the optimizer on cpu", replace(strategy, zero_stage=stage, optimizer_home="cpu")
     if strategy.pipeline_parallel == 1:
+        if stage < 2:  # gradients leave the device too
+            yield "ZeRO-2, optimizer on cpu", replace(strategy, zero_stage=2, optimizer_home="cpu")
         changed = replace(strategy, zero_stage=3, optimizer_home="cpu", params_home="cpu")
         yield "ZeRO-3, optimizer and parameters on cpu", changed
         changed = replace(changed, activation_checkpointing="full")

@@ -76,6 +76,7 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
     b, s, h = strategy.micro_size, model.sequence_length, model.hidden_size
     moved = "; its home is {}".format
     optimizer_home = moved(strategy.optimizer_home) if strategy.optimizer_home != "none" else ""
+    gradient_home = optimizer_home if stage >= 2 else ""
     params_home = moved(strategy.params_home) if strategy.params_home != "none" else ""
     layer = {
         "none": "l x E",
@@ -96,14 +97,14 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
     terms = [
         Term("parameters of a rank's part (P)", P, "1", f"{model.source}; over TP x PP", "shapes"),
         Term("parameters", memory.parameters, "bytes", f"c={c} x P{over(3)}{params_home}", ZERO),
-        Term("gradients", memory.gradients, "bytes", f"g={g} x P{over(2)}", ZERO),
+        Term("gradients", memory.gradients, "bytes", f"g={g} x P{over(2)}{gradient_home}", ZERO),
         Term("optimizer_states", memory.optimizer_states, "bytes", f"o={o} x P{over(1)}{optimizer_home}", ZERO),
         Term(
             "buffers",
             memory.buffers,
             "bytes",
             f"stage 3: c(2B + R); stage 2, 3: g(2B + R); gloo, stage 1 up: g(2B + R)(N-1)/N; optimizer elsewhere: "
-            f"2 o max(B, R)/N; with B={B:,.0f}, R={R:,.0f}",
+            f"2(g + c) max(B, R)/N on a GPU, 3(o + g) max(B, R)/N on a CPU; with B={B:,.0f}, R={R:,.0f}",
             ENGINE,
         ),
         Term(
@@ -138,6 +139,9 @@ def _rates(model: ModelSpec, strategy: Strategy, hardware: Hardware, rates: Rate
             terms.append(Term("achieved compute rate", compute, "FLOP/s", formula, kept.origin))
         if kept.optimizer_bandwidth:
             terms.append(Term("optimizer's bandwidth", kept.optimizer_bandwidth, "bytes/s", "fused AdamW", kept.origin))
+        if kept.pass_bandwidth:
+            formula = "one tensor scaled into another"
+            terms.append(Term("bandwidth of a pass", kept.pass_bandwidth, "bytes/s", formula, kept.origin))
         for op, (delay, rate) in kept.collectives.items():
             terms.append(Term(f"{op}: alpha", delay, "s", "small messages", kept.origin))
             terms.append(Term(f"{op}: beta", rate, "bytes/s", "large messages, (N-1)/N of the bytes", kept.origin))
@@ -153,6 +157,9 @@ def _rates(model: ModelSpec, strategy: Strategy, hardware: Hardware, rates: Rate
         terms.append(Term("achieved share of the peak", timing.efficiency, "1", formula, origin))
     if rates.memory_bandwidth is not None:
         terms.append(Term("memory bandwidth of a rank", rates.memory_bandwidth, "bytes/s", "", source))
+    if rates.device_kind == "cuda" and strategy.optimizer_home != "none":
+        formula = "of a node, shared by its ranks"
+        terms.append(Term("host's update bandwidth", rates.host_bandwidth, "bytes/s", formula, rates.host_source))
     if strategy.num_shards > 1:
         beta, alpha = link(rates, strategy.num_shards, strategy.tensor_parallel)
         if beta is not None:
@@ -193,6 +200,12 @@ def _time(timing: Timing, strategy: Strategy) -> list[Term]:
             "4 all-to-alls a layer of c x tokens x k x h x (EP-1)/EP",
             "GShard, arXiv 2006.16668",
         ),
+        (
+            "gradients into flat buffers",
+            timing.gradient_s,
+            "cP read and gP written a micro-batch (later ones add) / memory bandwidth",
+            ENGINE,
+        ),
         ("compression", timing.compression_s, "gradients read and written on both sides / memory bandwidth", ENGINE),
         (
             "copies of the backend",
@@ -208,12 +221,18 @@ def _time(timing: Timing, strategy: Strategy) -> list[Term]:
         ),
         ("hidden communication", timing.hidden_s, "costs nothing but the next line", ZERO),
         ("slowdown by overlap", timing.overlap_s, f"{OVERLAP_SLOWDOWN} x hidden communication", "arXiv 2507.03114"),
-        ("optimizer", timing.optimizer_s, "bytes read and written / memory bandwidth", "fused AdamW: 28 bytes in fp32"),
+        (
+            "optimizer",
+            timing.optimizer_s,
+            "bytes read and written / memory bandwidth"
+            + (", on the host" if strategy.optimizer_home != "none" else ""),
+            "fused AdamW: 28 bytes in fp32",
+        ),
         (
             "offload",
             timing.offload_s,
-            "bytes over the link to the home, both ways at once",
-            "ZeRO-Infinity, 2104.07857",
+            "what link and disk take beyond the update on the host, and beyond the backward",
+            "ZeRO-Infinity, arXiv 2104.07857; docs/offload.md",
         ),
     ]
     terms = [Term(name, value, "s", formula, source) for name, value, formula, source in rows if value]

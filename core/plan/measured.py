@@ -23,6 +23,8 @@ class Measured:
     """Bytes/s of a rank that steps a fused AdamW."""
     collectives: Mapping[str, tuple[float, float]]
     """By operation: alpha (s) and beta (bytes/s, of the (N-1)/N that travels)."""
+    pass_bandwidth: float | None
+    """Bytes/s of a rank that scales one tensor into another, read and written bytes together."""
     baseline_bytes: int | None
     """Peak memory of a rank beyond its tensors; None on GPUs, where it is not asked for."""
 
@@ -43,6 +45,7 @@ class Measured:
                 },
                 optimizer_bandwidth=found["optimizer_bandwidth"],
                 collectives={op: (float(pair[0]), float(pair[1])) for op, pair in found["collectives"].items()},
+                pass_bandwidth=found.get("pass_bandwidth"),
                 baseline_bytes=found["baseline_bytes"],
             )
         except (KeyError, TypeError, ValueError, AttributeError):

@@ -122,7 +122,7 @@ def local_parameters(
         # The first stage has the embeddings, the last one the output projection; tied ones are held by both.
         head = model.head_parameters or root
         root = max(model.embedding_parameters or head, head) + model.hidden_size
-    unit = block
+    unit = max(block, model.largest_block_parameters - elsewhere)
     if block < SMALL_UNIT_PARAMETERS:
         unit = block * min(layers, max(1, int(SMALL_UNIT_PARAMETERS // max(1, block))))
     return (
@@ -144,7 +144,7 @@ def activation_elements(model: ModelSpec) -> int:
     head = model.head_size or model.hidden_size // model.num_heads
     attention = (2 * model.num_heads + 2 * model.num_kv_heads) * head
     experts = model.experts_per_token
-    mlp = (4 if model.gated_mlp else 2) * model.intermediate_size * experts
+    mlp = (4 if model.gated_mlp else 2) * (model.intermediate_size * experts + model.shared_intermediate_size)
     routed = model.hidden_size * experts if model.num_experts > 1 else 0
     return 4 * model.hidden_size + attention + mlp + routed
 
@@ -170,6 +170,8 @@ def footprint(model: ModelSpec, strategy: Strategy, device_kind: str, baseline_b
     else:
         parameters, gradients, states, buffers = peer_states(strategy, P, S, B, R)
     if strategy.optimizer_home != "none":
+        if stage >= 2:  # reduced gradients leave for the optimizer's home
+            states, gradients = states + gradients, 0.0
         host, nvme = (host + states, nvme) if strategy.optimizer_home == "cpu" else (host, nvme + states)
         states = 0.0
     if strategy.params_home != "none":
@@ -200,19 +202,23 @@ def transient_buffers(
 
     Stage 3: two slots of parameters (2cB) and the root's (cR). Stages 2 and 3: full gradients of two units in flight
     (2gB) and of the root (gR). On gloo, reduce-scatter receives each peer's part: (N-1)/N of two units and the root.
-    Offloaded optimizer states stream through two pieces of the largest unit.
+    States of an optimizer on NVMe stream through three units: one fetched, one updated, one stored.
     """
     N, stage = strategy.num_shards, strategy.zero_stage
     in_flight = min(2, num_layers) * B + R
     bytes_ = 0.0
     if stage >= 3 and (N > 1 or strategy.params_home != "none"):
         bytes_ += c * in_flight
-    if N > 1 and stage >= 2:
+    if stage >= 2 and (N > 1 or strategy.optimizer_home != "none"):
         bytes_ += g * in_flight
     if N > 1 and stage >= 1 and device_kind == "cpu":
         bytes_ += g * in_flight * (N - 1) / N
     if strategy.optimizer_home != "none":
-        bytes_ += 2 * o * max(B, R) / N
+        at_home = g if stage >= 2 else 0
+        if device_kind == "cuda":  # the update runs on the host: a gradient on its way down, parameters on theirs up
+            bytes_ += 2 * (at_home + c) * max(B, R) / N
+        else:
+            bytes_ += 3 * (o + at_home) * max(B, R) / N
     return bytes_
 
 
@@ -286,7 +292,7 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
         stored = layers * layer
     ends = 3 * kept_input  # the embeddings' output, the last norm's input and output
     logits = 3 * c * tokens * model.vocab_size / tensor
-    widest = 2 * model.intermediate_size * model.experts_per_token + 2 * h
+    widest = 2 * (model.intermediate_size * model.experts_per_token + model.shared_intermediate_size) + 2 * h
     working = c * tokens * widest / tensor
     if pipeline > 1:
         # One forward, one backward: the first stage keeps the most micro-batches, the last one has the logits.

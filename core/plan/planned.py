@@ -20,7 +20,7 @@ def strategy_of(config: Config, world_size: int) -> tuple[Strategy, bool]:
     data_parallel = max(1, world_size // cut)
     batch = solve_batch(config.batch, data_parallel)
     strategy = Strategy(
-        zero_stage=axes.zero_stage if world_size > 1 else 0,
+        zero_stage=axes.zero_stage if world_size > 1 or config.offload.optimizer != "none" else 0,
         optimizer_home=config.offload.optimizer,
         params_home=config.offload.params,
         activation_checkpointing=config.activation_checkpointing.mode,

@@ -29,6 +29,11 @@ Source: Megatron-LM, arXiv 2104.04473, table 1: 44-52% on A100 from hidden size 
 HOPPER_FACTOR = 0.8
 """Faster units wait more for memory: Llama 3 reached 38-43% of the peak on H100 (arXiv 2407.21783, table 4)."""
 
+HOST_STEP_BANDWIDTH = 109e9
+HOST_STEP_SOURCE = "ZeRO-Offload, arXiv 2101.06840, table 4; not measured: distui doctor --measure"
+"""Bytes/s of a node whose host updates an optimizer, where it was not measured: 10 billion parameters of Adam in 2.57 s
+at 28 bytes each (CPU-Adam on a DGX-2's two Xeon 8168)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rates:
@@ -49,6 +54,9 @@ class Rates:
     nvme_write: float | None
     measured: Measured | None = None
     """What a calibration on this machine gave, None where there was none for so many ranks."""
+    host_bandwidth: float = HOST_STEP_BANDWIDTH
+    """Of a whole node's host memory, where optimizers are updated that rest there."""
+    host_source: str = HOST_STEP_SOURCE
 
     @property
     def baseline_bytes(self) -> int | None:
@@ -60,7 +68,9 @@ def rates_of(hardware: Hardware, dtype: str, ranks_per_node: int) -> Rates:
     """Return the rates of one rank of `hardware` that computes in `dtype`."""
     gpus = hardware.gpus_per_node
     measured = Measured.of(hardware.calibration, ranks_per_node)
-    nvme = next((disk for disk in hardware.disks if disk.read_rate and disk.write_rate), None)
+    cpu_memory = hardware.cpu.memory_bandwidth if hardware.cpu else None
+    measured_disks = [disk for disk in hardware.disks if disk.read_rate and disk.write_rate]
+    nvme = max(measured_disks, key=lambda disk: (disk.is_nvme is True, disk.read_rate), default=None)
     if gpus:
         nvlinks = [gpu.nvlink_bandwidth for gpu in gpus]
         links = [gpu.pcie_bandwidth for gpu in gpus]
@@ -83,8 +93,9 @@ def rates_of(hardware: Hardware, dtype: str, ranks_per_node: int) -> Rates:
             nvme_read=nvme.read_rate if nvme else None,
             nvme_write=nvme.write_rate if nvme else None,
             measured=measured,
+            host_bandwidth=cpu_memory or HOST_STEP_BANDWIDTH,
+            host_source="measured by distui doctor" if cpu_memory else HOST_STEP_SOURCE,
         )
-    cpu_memory = hardware.cpu.memory_bandwidth if hardware.cpu else None
     return Rates(
         device_kind="cpu",
         ranks_per_node=ranks_per_node,

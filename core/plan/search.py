@@ -227,9 +227,9 @@ def _placements(hardware: Hardware, data: int, pipeline: int) -> Iterator[tuple[
     if hardware.source == "named" or any(disk.is_nvme is not False for disk in hardware.disks):
         homes.append("nvme")
     for home in homes:
-        for stage in (1,) if pipeline > 1 else (1, 2, 3):
-            if data > 1 or stage == 1:
-                yield stage, home, "none"
+        # One rank alone shards nothing, but from stage 2 on its gradients leave the device as well.
+        for stage in (1,) if pipeline > 1 else (1, 2, 3) if data > 1 else (1, 2):
+            yield stage, home, "none"
         if pipeline == 1:
             yield 3, home, home
     if "cpu" in homes and "nvme" in homes and pipeline == 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distui.core.plan.homes import home_time
 from distui.core.plan.memory import (
     OPTIMIZER_STATE_BYTES,
     Strategy,
@@ -15,7 +16,7 @@ from distui.core.plan.memory import (
     local_parameters,
     wire_bytes,
 )
-from distui.core.plan.rates import Rates, efficiency, home_rates, link, missing_link
+from distui.core.plan.rates import Rates, efficiency, link, missing_link
 from distui.core.plan.types import ModelSpec
 
 OVERLAP_SLOWDOWN = 0.189
@@ -33,6 +34,7 @@ class Timing:
     tensor_s: float = 0.0
     context_s: float = 0.0
     expert_s: float = 0.0
+    gradient_s: float = 0.0
     compression_s: float = 0.0
     backend_s: float = 0.0
     exposed_s: float = 0.0
@@ -59,6 +61,7 @@ class Timing:
             + self.tensor_s
             + self.context_s
             + self.expert_s
+            + self.gradient_s
             + self.compression_s
             + self.backend_s
             + self.exposed_s
@@ -104,7 +107,7 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
     backward_s, recompute_s = 2 * forward_s, recomputed * forward_s
     bubble_s = (pipeline - 1) * (3 + recomputed) * forward_s  # 1F1B, arXiv 2104.04473, section 2.2
 
-    exposed_s = hidden_s = tensor_s = offload_s = 0.0
+    exposed_s = hidden_s = tensor_s = 0.0
     gradient_bytes, parameter_bytes = g * P, c * P
     units = layers + 2
     if N > 1:
@@ -149,29 +152,34 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
     expert_s = _experts(model, strategy, rates, tokens, layers, recomputed, missing)
 
     stepped = S if stage >= 1 else P
+    gradient_s = 0.0
+    pass_bandwidth = (measured.pass_bandwidth if measured else None) or rates.memory_bandwidth
+    if strategy.backend == "native" and pass_bandwidth is not None:
+        # Autograd's fresh gradient is read and scaled into the unit's flat one, which later micro-batches add to.
+        gradient_s = (m * c + (2 * m - 1) * g) * P / pass_bandwidth
     compression_s, backend_s = _copies(strategy, rates, c, g, P)
+    # Master and moments are read and written, the gradient read, the 16-bit copy written: 28 bytes for fp32 AdamW.
+    moved = 2 * (4 + OPTIMIZER_STATE_BYTES[strategy.optimizer]) + g + (c if c < 4 else 0)
     step_bandwidth = (measured.optimizer_bandwidth if measured else None) or rates.memory_bandwidth
     if step_bandwidth is None:
         missing.append("memory bandwidth (not measured: distui plan --calibrate)")
         optimizer_s = 0.0
     else:
-        # Master and moments are read and written, the gradient read, the 16-bit copy written: 28 bytes for fp32 AdamW.
-        moved = 2 * (4 + OPTIMIZER_STATE_BYTES[strategy.optimizer]) + g + (c if c < 4 else 0)
         optimizer_s = moved * stepped / step_bandwidth
-    for home, volume, times in (
-        (strategy.optimizer_home, o * stepped, 1),
-        (strategy.params_home, c * S, 2 * m),
-    ):
-        if home == "none":
-            continue
-        one_way, back, name = home_rates(home, rates)
-        if one_way is None or back is None:
-            missing.append(name)
-        elif times > 1:
-            exposed, hidden = _overlap(times * volume / one_way, m * (3 + recomputed) * forward_s, rates.device_kind)
-            offload_s, hidden_s = offload_s + exposed, hidden_s + hidden
-        else:
-            offload_s += max(volume / one_way, volume / back)
+    homes = home_time(
+        strategy,
+        rates,
+        moved=moved,
+        bytes_each=(c, g, o),
+        stepped=stepped,
+        shard=S,
+        forward_s=forward_s,
+        recomputed=recomputed,
+    )
+    missing += homes.missing
+    hidden_s += homes.hidden_s
+    if homes.update_s is not None:
+        optimizer_s = homes.update_s
     return Timing(
         forward_s=m * forward_s,
         backward_s=m * backward_s,
@@ -180,13 +188,14 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
         tensor_s=tensor_s,
         context_s=m * context_s,
         expert_s=m * expert_s,
+        gradient_s=gradient_s,
         compression_s=compression_s,
         backend_s=backend_s,
         exposed_s=exposed_s,
         hidden_s=hidden_s,
         overlap_s=OVERLAP_SLOWDOWN * hidden_s,
         optimizer_s=optimizer_s,
-        offload_s=offload_s,
+        offload_s=homes.offload_s,
         efficiency=achieved,
         flops=m * rank_flops * (3 + recomputed),
         gradient_bytes=gradient_bytes,

@@ -11,7 +11,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The shapes of a decoder-only transformer, enough to count its bytes and FLOPs."""
+    """The shapes of a transformer, enough to count its bytes and FLOPs."""
 
     name: str
     num_parameters: int
@@ -24,13 +24,17 @@ class ModelSpec:
     sequence_length: int
     tied_embeddings: bool
     block_parameters: int
-    """Parameters of the largest repeated block: what a stage 3 rank gathers at a time."""
+    """Parameters of a repeated block; their mean where the blocks differ."""
+    largest_block_parameters: int = 0
+    """Of the largest block, what a stage 3 rank gathers at a time; 0 where they are equal."""
     head_size: int = 0
     """Size of one attention head; 0 means hidden_size / num_heads."""
     gated_mlp: bool = True
     """Whether the feed-forward has a third matrix (SwiGLU)."""
     num_experts: int = 1
     experts_per_token: int = 1
+    shared_intermediate_size: int = 0
+    """Inner size of the feed-forward that every token passes beside its experts."""
     num_active_parameters: int = 0
     """Parameters that one token passes; 0 means all (not a mixture of experts)."""
     head_parameters: int = 0

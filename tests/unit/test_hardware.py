@@ -14,7 +14,8 @@ import pytest
 from distui.core import hardware_host, hardware_measure
 from distui.core.errors import UserError
 from distui.core.hardware import GIB, Cpu, Gpu, Hardware, NumaNode, NvmlReport, detect, parse_hardware
-from distui.core.hardware_host import detect_host, read_disks, read_network, read_numa
+from distui.core.hardware_disks import nvme_mounts, read_disks
+from distui.core.hardware_host import detect_host, read_network, read_numa
 from distui.core.hardware_known import KNOWN_GPUS, gpu_facts
 
 
@@ -243,6 +244,17 @@ def test_a_disk_is_nvme_by_its_block_device(tmp_path: Path) -> None:
     if os.major(device) != 0:
         assert read_disks([tmp_path], root)[0].is_nvme is True
     assert read_disks([tmp_path], root)[0].file_system == "xfs"
+    scratch = tmp_path / "fast scratch"
+    scratch.mkdir()
+    (root / "sys/dev/block/259:7").symlink_to(root / "sys/devices/pci/nvme0n1/nvme0n1p2")
+    lines = [
+        f"30 1 259:7 / {str(scratch).replace(' ', chr(92) + '040')} rw - ext4 /dev/nvme0n1p2 rw",
+        "31 1 259:7 / /no/such/folder rw - ext4 /dev/nvme0n1p2 rw",
+        f"32 1 0:44 / {tmp_path} rw - tmpfs tmpfs rw",
+        "garbled",
+    ]
+    write(root, "proc/self/mountinfo", "\n".join(lines) + "\n")
+    assert nvme_mounts(root) == [scratch]
 
 
 def test_one_disk_is_listed_once_and_a_missing_folder_counts_as_its_parent(tmp_path: Path) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from distui.core.hardware import GIB
+from distui.core.hardware_host import detect_host
 from distui.core.hardware_nvml import read_nvml
+from distui.launcher import doctor_versions
+from distui.launcher.doctor_checks import check_gpus
+from distui.launcher.doctor_versions import Fit, check_fits, fits
 
 
 class NVMLError(Exception):
@@ -20,8 +26,15 @@ class FakeNvml:
 
     NVMLError = NVMLError
 
-    def __init__(self, num_gpus: int = 2, broken: tuple[str, ...] = (), mig: bool = False) -> None:
-        self.num_gpus, self.broken, self.mig = num_gpus, broken, mig
+    def __init__(
+        self,
+        num_gpus: int = 2,
+        broken: tuple[str, ...] = (),
+        mig: bool = False,
+        driver: str = "580.95.05",
+        capability: tuple[int, int] = (8, 0),
+    ) -> None:
+        self.num_gpus, self.broken, self.mig, self.driver, self.capability = num_gpus, broken, mig, driver, capability
         self.shut_down = 0
 
     def __getattribute__(self, name: str) -> Any:
@@ -56,7 +69,7 @@ class FakeNvml:
         return SimpleNamespace(total=size, free=size - GIB)
 
     def nvmlDeviceGetCudaComputeCapability(self, handle: str) -> tuple[int, int]:
-        return 8, 0
+        return self.capability
 
     def nvmlDeviceGetMaxPcieLinkGeneration(self, handle: str) -> int:
         return 4
@@ -87,7 +100,7 @@ class FakeNvml:
         return 30
 
     def nvmlSystemGetDriverVersion(self) -> str:
-        return "580.95.05"
+        return self.driver
 
     def nvmlSystemGetCudaDriverVersion(self) -> int:
         return 13020
@@ -170,3 +183,70 @@ def test_a_driver_that_breaks_midway_is_told_and_closed() -> None:
 
 def test_no_gpu_is_told() -> None:
     assert read_nvml(FakeNvml(num_gpus=0), {}).error == "NVML sees no GPU"
+
+
+def together(nvml: FakeNvml, **software: str | None) -> tuple[str, list[Fit]]:
+    """Return what doctor finds wrong, and all pairs, on a machine with this driver and these packages."""
+    report = read_nvml(nvml, {})
+    found = detect_host(report)
+    versions = {"torch": "2.13.0+cu130", "cuda": "13.0", "nccl": "2.28.9", "nccl_cuda": "13"} | software
+    hardware = replace(found, software={**found.software, **versions})
+    findings = [*check_fits(hardware), *check_gpus(hardware, report, Path("/"))]
+    assert all(finding.why and finding.fix for finding in findings)
+    return "; ".join(f"{finding.level}: {finding.what}: {finding.why}" for finding in findings), fits(hardware)
+
+
+@pytest.fixture
+def own_torch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What torch asks for, in a list that a test may fill."""
+    wanted: list[str] = []
+    monkeypatch.setattr(doctor_versions.importlib.metadata, "requires", lambda name: wanted)
+    return wanted
+
+
+def test_what_fits_together_is_said_with_its_rule(own_torch: list[str]) -> None:
+    wrong, pairs = together(FakeNvml())
+    assert wrong == ""
+    assert [(fit.parts, fit.fits) for fit in pairs] == [
+        ("driver 580.95.05 and CUDA 13.0", True),
+        ("NVIDIA A100-SXM4-40GB and CUDA 13.0", True),
+        ("NCCL 2.28.9 (for CUDA 13) and CUDA 13.0", True),
+        ("torch 2.13.0+cu130 and its 0 packages", True),
+    ]
+    assert "580.65.06 or newer" in pairs[0].why
+
+
+@pytest.mark.parametrize(
+    ("nvml", "software", "expected"),
+    [
+        (FakeNvml(driver="570.86.15"), {}, "driver 570.86.15 and CUDA 13.0 do not go together"),
+        (FakeNvml(driver="525.60.13"), {"cuda": "12.9", "nccl_cuda": "12"}, ""),
+        (FakeNvml(driver="520.61.05"), {"cuda": "12.9", "nccl_cuda": "12"}, "525.60.13 or newer"),
+        (FakeNvml(capability=(7, 0)), {}, "CUDA 13 has dropped what is older than 7.5"),
+        (FakeNvml(capability=(7, 0)), {}, "warning: NVIDIA A100-SXM4-40GB does not compute in bf16"),
+        (FakeNvml(capability=(10, 0)), {"cuda": "12.6", "nccl_cuda": "12"}, "capability 10.0 needs CUDA 12.8"),
+        (FakeNvml(), {"nccl_cuda": "12"}, "NCCL 2.28.9 (for CUDA 12) and CUDA 13.0 do not go together"),
+        (FakeNvml(num_gpus=1, mig=True), {}, "warning: 2 MIG slices cannot work together"),
+        (FakeNvml(), {"torch": "2.13.0+cpu", "cuda": None, "nccl": None}, "2.13.0+cpu cannot use the 2 GPUs"),
+    ],
+)
+def test_what_does_not_fit_together_is_found(
+    nvml: FakeNvml, software: dict[str, str | None], expected: str, own_torch: list[str]
+) -> None:
+    wrong, _ = together(nvml, **software)
+    assert expected in wrong and (expected or not wrong)
+
+
+def test_what_the_driver_does_not_tell_fits_neither_way(own_torch: list[str]) -> None:
+    unsupported = ("nvmlSystemGetDriverVersion", "nvmlSystemGetCudaDriverVersion", "nvmlDeviceGetCudaComputeCapability")
+    wrong, pairs = together(FakeNvml(broken=unsupported))
+    assert wrong == ""
+    assert [fit.fits for fit in pairs][:2] == [None, None]
+
+
+def test_torchs_own_pins_are_compared_with_what_is_installed(own_torch: list[str]) -> None:
+    own_torch += ["psutil>=1", "click<1", "no-such-package==3", 'pytest<1; extra == "dev"', "not a requirement!"]
+    wrong, _ = together(FakeNvml())
+    assert "torch 2.13.0+cu130 and click<1 do not go together" in wrong
+    assert "no-such-package==3" in wrong and "installed is none" in wrong
+    assert "pytest" not in wrong and "psutil" not in wrong

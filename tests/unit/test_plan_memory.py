@@ -17,7 +17,8 @@ from distui.core.plan.memory import (
     footprint,
     transient_buffers,
 )
-from distui.core.plan.models import gpt, load_model
+from distui.core.plan.models import load_model
+from distui.core.plan.shapes import gpt
 
 STRATEGY = Strategy(
     zero_stage=0,
@@ -113,8 +114,10 @@ def test_offloaded_states_leave_the_device_and_arrive_elsewhere() -> None:
     model = load_model("llama-7b")
     strategy = replace(STRATEGY, zero_stage=3, optimizer_home="cpu", params_home="nvme")
     memory = footprint(model, strategy, "cuda")
-    assert memory.optimizer_states == memory.parameters == 0
-    assert memory.host == pytest.approx(12 * model.num_parameters / 8, abs=1)
+    assert memory.optimizer_states == memory.parameters == memory.gradients == 0
+    assert memory.host == pytest.approx((12 + 2) * model.num_parameters / 8, abs=1), "gradients go with the optimizer"
+    kept = footprint(model, replace(strategy, zero_stage=1, params_home="none"), "cuda")
+    assert kept.gradients == 2 * model.num_parameters, "at stage 1 they stay"
     assert memory.nvme == pytest.approx(2 * model.num_parameters / 8, abs=1)
 
 

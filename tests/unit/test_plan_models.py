@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from distui.core.errors import UserError
-from distui.core.plan.models import gpt, load_model
+from distui.core.plan.models import load_model
 from distui.core.plan.presets import PRESETS
+from distui.core.plan.shapes import gpt
 
 PUBLISHED = {
     "gpt2": 124_439_808,
@@ -52,8 +53,44 @@ PUBLISHED = {
     "qwen3-30b-a3b": 30_532_122_624,
     "gemma-2b": 2_506_172_416,
     "gemma-7b": 8_537_680_896,
+    "opt-125m": 125_239_296,
+    "opt-1.3b": 1_315_758_080,
+    "opt-6.7b": 6_658_473_984,
+    "bloom-560m": 559_214_592,
+    "bloom-7b1": 7_069_016_064,
+    "bloom-176b": 176_247_271_424,
+    "falcon-7b": 6_921_720_704,
+    "falcon-40b": 41_303_293_952,
+    "phi-2": 2_779_683_840,
+    "phi-3-mini": 3_821_079_552,
+    "phi-4": 14_659_507_200,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-1b": 999_885_952,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "deepseek-v3": 671_026_404_352,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-moe-16b": 16_375_728_128,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
+    "bert-base": 109_514_298,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
+    "vit-base": 86_567_656,
+    "starcoder2-7b": 7_173_923_840,
+    "smollm3-3b": 3_075_098_624,
+    "olmo-2-7b": 7_298_617_344,
+    "gpt-neo-1.3b": 1_315_575_808,
+    "gpt-neo-2.7b": 2_651_307_520,
 }
-"""As the model cards and the tensors of the published checkpoints give them."""
+"""As the model cards and the tensors of the published checkpoints give them, tied weights once; of DeepSeek-V3 without
+the 58 x 256 biases of its routers, which are buffers."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -80,6 +117,17 @@ def test_names_are_read_kindly() -> None:
     assert load_model("meta-llama/Llama-2-7b").name == "llama-2-7b"
     assert load_model("GPT-J").name == "gpt-j-6b"
     assert load_model("llama-7b", 512).sequence_length == 512
+    for name, preset in (
+        ("mistralai/Mistral-7B-v0.1", "mistral-7b"),
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"),
+        ("google/gemma-3-4b-it", "gemma-3-4b"),
+        ("microsoft/Phi-3-mini-4k-instruct", "phi-3-mini"),
+        ("meta-llama/Llama-2-7b-chat-hf", "llama-2-7b"),
+        ("google-bert/bert-base-uncased", "bert-base"),
+        ("google/vit-base-patch16-224", "vit-base"),
+        ("deepseek-ai/DeepSeek-V2-Lite", "deepseek-v2-lite"),
+    ):
+        assert load_model(name).name == preset
 
 
 @pytest.mark.parametrize(
@@ -141,14 +189,36 @@ def test_gpt2s_own_config_json(tmp_path: Path) -> None:
     assert model.num_parameters == PUBLISHED["gpt2"], "positions stay 1024 whatever the sequence length"
 
 
-def test_an_unknown_architecture_says_how_it_was_counted(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": "brandnew"}))
-    assert "brandnew" in load_model(str(tmp_path)).source
+def test_an_unknown_architecture_is_refused_with_the_ways_around(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": "mixtrall"}))
+    with pytest.raises(UserError, match="'mixtrall' are not known") as caught:
+        load_model(str(tmp_path))
+    assert "nearest is mixtral" in caught.value.why
+    assert "--script" in caught.value.fix and "7B" in caught.value.fix
+    (tmp_path / "config.json").write_text(json.dumps({key: LLAMA[key] for key in LLAMA if key != "model_type"}))
+    with pytest.raises(UserError, match="names no model_type"):
+        load_model(str(tmp_path))
+
+
+def test_a_model_of_images_and_text_counts_its_language_model_and_says_so(tmp_path: Path) -> None:
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"model_type": "siglip_vision_model"}}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    model = load_model(str(tmp_path))
+    assert model.num_parameters == 3_880_263_168
+    assert "the language model of gemma3 alone" in model.source
+
+
+@pytest.mark.parametrize("value", [-1, "many", 2.5, True])
+def test_a_size_that_is_none_is_refused(tmp_path: Path, value: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"intermediate_size": value}))
+    with pytest.raises(UserError, match="intermediate_size"):
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
-    [("{", "cannot read"), ("[]", "no JSON object"), (json.dumps({"model_type": "llama"}), "num_hidden_layers")],
+    [("{", "cannot read"), ("[]", "no JSON object"), (json.dumps({"model_type": "llama"}), "hidden_size")],
 )
 def test_a_bad_config_json_says_what_is_missing(tmp_path: Path, text: str, match: str) -> None:
     (tmp_path / "config.json").write_text(text)

@@ -13,8 +13,10 @@ from distui.core.config import Config
 from distui.core.config_check import check
 from distui.core.errors import UserError
 from distui.core.hardware import GIB, Cpu, Disk, Gpu, Hardware, parse_hardware
-from distui.core.plan.models import gpt, load_model
+from distui.core.plan.models import load_model
+from distui.core.plan.rates import HOST_STEP_BANDWIDTH
 from distui.core.plan.search import default_dtype, explain, plan_all
+from distui.core.plan.shapes import gpt
 from distui.core.plan.types import Plan
 
 JSON_KEYS = [
@@ -188,6 +190,17 @@ def test_a_measured_nvme_disk_gives_offload_a_speed() -> None:
     assert within.step_s is not None and within.step_s > 12 * LLAMA.num_parameters / 3e9
     on_cpu = named(plan_all(LLAMA, EIGHT_A100, micro_size=1), "ZeRO-3, optimizer on cpu")
     assert on_cpu.step_s is not None and on_cpu.step_s < within.step_s
+    # The update runs on the host, whose memory all ranks share: 30 bytes a parameter (28, and the 16-bit copy).
+    update = next(term for term in explain(on_cpu, LLAMA, EIGHT_A100) if term.name == "optimizer")
+    assert update.value == pytest.approx((2 * 12 + 4 + 2) * LLAMA.num_parameters / HOST_STEP_BANDWIDTH)
+
+
+def test_one_gpu_trains_more_when_gradients_leave_it_too() -> None:
+    card = parse_hardware("1xA100-40GB", host_memory_bytes=256 * GIB)
+    plans = plan_all(LLAMA, card, micro_size=1)
+    stage_2 = named(plans, "ZeRO-2, optimizer on cpu, full checkpointing")
+    assert stage_2.fits, stage_2.why
+    assert not named(plans, "ZeRO-1, optimizer on cpu, full checkpointing").fits, "4 bytes of gradient are too many"
 
 
 # ---- batches, goals, choices
