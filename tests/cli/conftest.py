@@ -48,6 +48,7 @@ def home() -> Iterator[Home]:
     """One state folder for the session; its path is short, because sockets' paths must be."""
     path = Path(tempfile.mkdtemp(prefix="dt", dir="/tmp"))
     environ = {name: value for name, value in os.environ.items() if not name.startswith("DISTUI_")}
+    environ.pop("OMP_NUM_THREADS", None)  # the user's own wins over what distui decides
     environ |= {"DISTUI_STATE_DIR": str(path / "state"), "DISTUI_RUNTIME_DIR": str(path / "rt")}
     yield Home(path, environ)
     shutil.rmtree(path)
