@@ -15,7 +15,7 @@ from distui.compat.deepspeed.lr_schedules import build_schedule
 from distui.compat.deepspeed.optimizers import build_optimizer
 from distui.compat.deepspeed.precision import scaler_of
 from distui.compat.not_offered import NotOffered
-from distui.core.errors import ConfigError
+from distui.core.errors import ConfigError, UserError
 
 MICRO = "train_micro_batch_size_per_gpu"
 
@@ -98,6 +98,37 @@ def test_optimizers() -> None:
         build_optimizer({"type": "AdamW", "params": {"max_grad_norm": 1.0}}, _params())
     with pytest.raises(NotOffered):
         build_optimizer({"type": "Lamb"}, _params())
+
+
+MUON = {"gram": [-0.2579256, 0.8534594, 1.0053506], "standard": [-0.2601035, 0.8553106, 1.0053506]}
+
+
+def test_muon_gives_what_deepspeed_gives() -> None:
+    """The numbers are those of DeepSpeed 0.19.8's own MuonWithAuxAdam after two steps on the CPU."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(2, 3)), torch.nn.Parameter(torch.randn(4, 2)), *_params()]
+    for param, use_muon in zip(params, (True, True, False), strict=True):
+        param.use_muon = use_muon  # type: ignore[attr-defined]
+    for method, expected in MUON.items():
+        values = [param.detach().clone() for param in params]
+        settings = {"lr": 0.05, "adam_lr": 0.01, "weight_decay": 0.1, "ns_method": method}
+        muon = build_optimizer({"type": "Muon", "params": settings}, params)
+        assert muon is not None
+        for step in range(2):
+            for param in params:
+                param.grad = torch.linspace(-1 - step, 1, param.numel()).reshape(param.shape)
+            muon.step()
+        found = [float(param.detach().flatten()[1]) for param in params]
+        assert found == pytest.approx(expected, abs=2e-6 if method == "gram" else 1e-3)
+        for param, value in zip(params, values, strict=True):
+            param.data = value
+    for wrong in ({"momentun": 0.9}, {"ns_method": "grahm"}):
+        with pytest.raises(ConfigError):
+            build_optimizer({"type": "Muon", "params": wrong}, params)
+    with pytest.raises(NotOffered, match="per_head_muon"):
+        build_optimizer({"type": "Muon", "params": {"per_head_muon": True}}, params)
+    with pytest.raises(UserError, match="1 parameters are not marked"):
+        build_optimizer({"type": "Muon"}, _params())
 
 
 def _rates(kind: str, steps: int, **params: Any) -> list[float]:

@@ -158,3 +158,38 @@ def test_a_script_trains_as_plain_torch_does(
         assert own_norms == pytest.approx(norms, rel=1e-4)
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
+
+
+MUON = {"type": "Muon", "params": {"muon_lr": 0.05, "adam_lr": LR, "weight_decay": 0.1, "betas": [0.8, 0.9]}}
+
+
+def _muon_script(stage: int) -> tuple[list[bool], dict[str, torch.Tensor]]:
+    from distui.compat import deepspeed
+
+    torch.manual_seed(0)
+    config = {**_json(stage, optimizer=MUON, gradient_clipping=0), "scheduler": {}}
+    engine, optimizer, _, _ = deepspeed.initialize(model=Words(), config=config)
+    _train(engine, _batches(engine.world_size), "sum")
+    return [group["use_muon"] for group in optimizer.param_groups], engine.module_state_dict()
+
+
+def test_muon_from_the_json_steps_matrices_whole_and_the_rest_by_adam(run_ranks: RunRanks) -> None:
+    from distui.compat.deepspeed.muon import build_muon, set_use_muon
+
+    torch.manual_seed(0)
+    model = Words()
+    set_use_muon(model)
+    marked = [name for name, param in model.named_parameters() if getattr(param, "use_muon")]  # noqa: B009
+    assert marked == [f"blocks.{index}.weight" for index in range(3)]
+    optimizer = build_muon(MUON["params"], model.parameters())  # type: ignore[arg-type]
+    batches = iter(_batches(2))
+    for _ in range(NUM_STEPS):
+        for _ in range(STEPS):
+            (sum(_losses(model, next(batches))) / STEPS).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+    for stage in (1, 3):
+        for kinds, state in run_ranks(_muon_script, 2, stage):
+            assert kinds == [True, False]
+            for name, value in model.state_dict().items():
+                torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)

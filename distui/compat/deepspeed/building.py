@@ -93,6 +93,10 @@ def initialize(
     elif not isinstance(model_parameters, (list, tuple)):
         model_parameters = list(model_parameters)
     if optimizer is None:
+        if str(settings.section("optimizer").get("type")).lower() == "muon":
+            from distui.compat.deepspeed.muon import set_use_muon
+
+            set_use_muon(model)
         optimizer = build_optimizer(settings.section("optimizer"), model_parameters)
     elif not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer(model_parameters)

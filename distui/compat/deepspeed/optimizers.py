@@ -16,7 +16,6 @@ _NEED_MATRICES = {
     "lamb": "it scales each layer by its own norms, and shards are flat: use AdamW",
     "fusedlamb": "it scales each layer by its own norms, and shards are flat: use AdamW",
     "onebitlamb": "use OneBitAdam, or AdamW with compression.gradients = onebit in distui's settings",
-    "muon": "pass an optimizer of your own at stage 0, or use AdamW",
     "muadam": "pass mup's optimizer to deepspeed.initialize(optimizer=...)",
     "muadamw": "pass mup's optimizer to deepspeed.initialize(optimizer=...)",
     "musgd": "pass mup's optimizer to deepspeed.initialize(optimizer=...)",
@@ -131,6 +130,10 @@ def build_optimizer(section: Mapping[str, Any], parameters: Iterable[Any]) -> to
             "no torch.optim class stands for it",
             _NEED_MATRICES[lowered],
         )
+    if lowered == "muon":
+        from distui.compat.deepspeed.muon import build_muon
+
+        return build_muon(params, parameters)
     kind: Any
     if lowered in ("adam", "adamw", "fusedadam", "cpuadam", "onebitadam", "zerooneadam"):
         own = bool(params.pop("torch_adam", False))
