@@ -48,7 +48,6 @@ class StepControl:
             if earlier is not None:
                 return f"{command.verb} is asked for already"
             self._asked[command.verb] = command
-        command.accepted()
         return LATER
 
     def after_step(self) -> None:

@@ -181,6 +181,7 @@ def test_a_checkpoint_on_command_is_taken_by_all_ranks_and_loads(home: Home) -> 
         run = home.status()["run"]
         code, out, err = home.run("control", run, "checkpoint")
         assert code == 0, out + err
+        assert out.count("rank 0: accepted") == out.count("rank 1: accepted") == 1
         (checkpoint,) = (home.path / "state" / "runs" / run / "checkpoints").glob("step_*")
         code, out, err = home.run("checkpoint", "inspect", str(checkpoint))
         assert code == 0 and "all checksums match" in out, err
