@@ -83,6 +83,11 @@ class RankFailed(DistuiError):
 
     exit_status = EXIT_RANK_FAILED
 
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        """`rank` is the first that failed, where it is known."""
+        super().__init__(message)
+        self.rank = rank
+
 
 class DaemonUnavailable(DistuiError):
     """No daemon answers on the socket and none could be started."""

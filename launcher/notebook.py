@@ -55,7 +55,7 @@ def notebook_launcher(
     if num_processes is not None:
         overrides["cluster.nproc"] = str(num_processes)
     overrides.setdefault("run.name", getattr(function, "__name__", "notebook"))
-    return _run(call, overrides, Path(config) if config is not None else None)
+    return run_call(call, overrides, Path(config) if config is not None else None)
 
 
 def pickled_call(function: Callable[..., Any], args: Sequence[Any]) -> bytes:
@@ -80,13 +80,17 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _run(call: bytes, overrides: dict[str, str], config_path: Path | None) -> Any:
+def run_call(call: bytes, overrides: dict[str, str], config_path: Path | None, face: str | None = None) -> Any:
+    """Run what `pickled_call` gave on every rank, and return what rank 0 returns; `face` is the name of `--as`.
+
+    Raises: as `notebook_launcher`.
+    """
     from distui.launcher.launch import LaunchRequest, create_run, resolve
     from distui.launcher.notebook_call import RESULT
 
     target = ["-m", "distui.launcher.notebook_call"]
-    config = resolve(LaunchRequest(target, overrides, config_path, no_tui=True))
-    run = create_run(LaunchRequest([*target, "call.pkl"], overrides, config_path, no_tui=True), config)
+    config = resolve(LaunchRequest(target, overrides, config_path, no_tui=True, face=face))
+    run = create_run(LaunchRequest([*target, "call.pkl"], overrides, config_path, no_tui=True, face=face), config)
     file = run.path / "call.pkl"
     file.write_bytes(call)
     _name_call(run, target, file)
@@ -94,7 +98,7 @@ def _run(call: bytes, overrides: dict[str, str], config_path: Path | None) -> An
     if status != EXIT_OK:
         if outcome_state == "stopped":
             raise KeyboardInterrupt(f"the ranks were stopped; their logs are in {run.logs}")
-        raise RankFailed(_failure(run))
+        raise _failure(run)
     result = run.path / RESULT
     return pickle.loads(result.read_bytes()) if result.exists() else None
 
@@ -157,9 +161,11 @@ def _look(table: Any, run: RunFolder) -> None:
     table.show(snapshot_of(run))
 
 
-def _failure(run: RunFolder) -> str:
+def _failure(run: RunFolder) -> RankFailed:
     from distui.launcher.outcome import read_outcome
     from distui.launcher.report import failure_report
 
     outcome = read_outcome(run)
-    return failure_report(run, outcome) if outcome is not None else f"the job failed; see {run.logs}"
+    if outcome is None:
+        return RankFailed(f"the job failed; see {run.logs}")
+    return RankFailed(failure_report(run, outcome), outcome.failed_rank)

@@ -107,6 +107,21 @@ def test_the_error_of_a_rank_reaches_the_cell(client: NotebookClient) -> None:
         _run(client, "lock = threading.Lock()\ndistui.notebook_launcher(lambda: lock.acquire(), num_processes=1)")
 
 
+def test_accelerates_launcher_starts_fresh_ranks_and_raises_what_elastic_raises(client: NotebookClient) -> None:
+    source = (
+        "from distui.compat.accelerate import Accelerator, PartialState, notebook_launcher\n"
+        "own = Accelerator()  # no obstacle: nothing is forked\n"
+        "def broken(batch):\n"
+        "    state = PartialState()\n    state.print('precision', Accelerator().mixed_precision)\n"
+        "    if state.process_index == 1:\n        raise ValueError(f'bad batch {batch}')\n"
+        "    state.wait_for_everyone()\n"
+    )
+    with pytest.raises(CellExecutionError) as error:
+        _run(client, f"{source}notebook_launcher(broken, (17,), num_processes=2, mixed_precision='bf16')")
+    assert "ChildFailedError" in str(error.value) and "ValueError: bad batch 17" in str(error.value)
+    assert "precision bf16" in _text(client.nb.cells[-1].outputs, "stream", "stdout")
+
+
 def test_interrupting_the_kernel_stops_the_ranks(client: NotebookClient) -> None:
     _run(client, "import distui, time, sys")
     source = (
