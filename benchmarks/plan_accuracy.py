@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def train(options: argparse.Namespace) -> None:
     seconds, references, peak = [], [], 0
     reference = None
     tokens = torch.randint(0, VOCAB, (REFERENCE_SAMPLES, 128))
-    for _ in range(options.steps + 2):
+    for _ in range(options.steps + 3):
         dist.barrier()
         start = clock()
         for micro_batch in range(accumulation):
@@ -142,19 +143,18 @@ def train(options: argparse.Namespace) -> None:
         seconds.append(clock() - start)
         if len(seconds) == 2:  # before the reference takes memory of its own
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            reference = GPT(REFERENCE_WIDTH)
+            reference = GPT(REFERENCE_WIDTH).to(low)
         if reference is None:
             continue
         dist.barrier()
         start = clock()
-        F.cross_entropy(reference(tokens).flatten(0, 1), tokens.flatten()).backward()
+        F.cross_entropy(reference(tokens).float().flatten(0, 1), tokens.flatten()).backward()
         references.append(clock() - start)
     if options.rank == 0:
         row = {
             "memory": sharded.memory_by_category(),
             "peak": peak,
-            "step_s": statistics.median(seconds[2:]),
-            "reference_s": statistics.median(references[1:]),
+            "steps_in_references": statistics.median(map(truediv, seconds[3:], references[2:])),
         }
         Path(options.folder, f"case{options.case}").write_text(json.dumps(row), encoding="utf-8")
     dist.barrier()
@@ -187,22 +187,22 @@ def compare(case: Case, real: dict[str, Any], hardware: Hardware) -> dict[str, t
     memory = footprint(model, strategy, "cpu", rates.baseline_bytes)
     total_s = step_time(model, strategy, rates).total_s
     assert total_s is not None and rates.measured is not None
-    calibrated = rates.measured.rate("fp32", REFERENCE_WIDTH, REFERENCE_SAMPLES * 128)
+    calibrated = rates.measured.rate(dtype, REFERENCE_WIDTH, REFERENCE_SAMPLES * 128)
     assert calibrated is not None
     flops = 3 * calibration_model(REFERENCE_WIDTH).forward_flops * REFERENCE_SAMPLES * 128
-    drift = real["reference_s"] * calibrated / flops
+    step_s = real["steps_in_references"] * flops / calibrated
     states = sum(real["memory"][key] for key in ("parameters", "gradients", "optimizer_states"))
     return {
         "states": (memory.model_states, states),
         "total": (memory.total, real["peak"]),
-        "step": (total_s, real["step_s"] / drift),
+        "step": (total_s, step_s),
     }
 
 
 def main() -> None:
     """Print one line a combination, the largest errors, and where the measured best stands in the prediction."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--rank", type=int)
     parser.add_argument("--case", type=int)

@@ -183,9 +183,16 @@ class Bench:
         return found
 
     def baseline(self) -> int | None:
-        """Return the peak memory of this process beyond a small training step's tensors; None on a GPU."""
+        """Return the peak memory of this process beyond a small training step's tensors; None on a GPU.
+
+        With the engine that a job has in memory, and with its group of ranks.
+        """
         if self.cuda:
             return None
+        import distui.core.engine
+        import distui.core.sharding.sharded  # noqa: F401
+
+        dist.all_reduce(torch.ones(1 << 16))
         model = GPT(256)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         ids = torch.randint(0, VOCAB, (1, LENGTH))

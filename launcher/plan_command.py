@@ -208,6 +208,7 @@ def print_plans(
     model: ModelSpec, hardware: Hardware, plans: Sequence[Plan], num_shown: int | None, margin: float
 ) -> None:
     """Print what fits as a ranked table, then why the others do not."""
+    from distui.core.plan.distinct import distinct
     from distui.tui.format import num_bytes, si
 
     console = _console()
@@ -225,10 +226,16 @@ def print_plans(
     fitting = [plan for plan in plans if plan.fits]
     misfits = [plan for plan in plans if not plan.fits]
     if fitting:
-        shown = fitting[:num_shown]
+        shown = fitting if num_shown is None else distinct(fitting)[:num_shown]
+        if not any(plan.available for plan in shown):
+            # What can be run today must not be hidden by what cannot.
+            shown += [plan for plan in fitting if plan.available][:1]
         console.print(plan_table(shown))
         if len(shown) < len(fitting):
-            console.print(f"{len(fitting) - len(shown)} more fit: --all shows them", style="dim")
+            rest = (
+                f"{len(fitting) - len(shown)} more fit, slower or no leaner than a simpler one here: --all shows them"
+            )
+            console.print(rest, style="dim")
         notes = dict.fromkeys(
             note for plan in shown for note in plan.why.split("; ") if note.startswith("tokens/s n/a")
         )
@@ -240,10 +247,13 @@ def print_plans(
         console.print("nothing fits", style="bold")
     if misfits:
         console.print("\nwhat does not fit:")
-        for plan in misfits[:num_shown]:
+        # First what could be run if it did.
+        told = misfits if num_shown is None else sorted(distinct(misfits), key=lambda plan: not plan.available)
+        told = told[: None if num_shown is None else num_shown // 2]
+        for plan in told:
             console.print(f"  {plan.name}: {plan.why}", markup=False)
-        if num_shown is not None and len(misfits) > num_shown:
-            console.print(f"{len(misfits) - num_shown} more do not: --all shows them", style="dim")
+        if len(misfits) > len(told):
+            console.print(f"{len(misfits) - len(told)} more do not: --all shows them", style="dim")
 
 
 def plan_table(plans: Sequence[Plan]) -> Table:

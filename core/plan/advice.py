@@ -75,18 +75,25 @@ def _changes(strategy: Strategy, kind: str) -> Iterator[tuple[str, Strategy]]:
         ):
             yield f"{mode} activation checkpointing", replace(strategy, activation_checkpointing=mode)
     if strategy.num_shards > 1 and strategy.pipeline_parallel == 1:
-        if strategy.backend == "ddp" or strategy.compression == "onebit":
+        if strategy.backend == "ddp":
             return
+        was_onebit = strategy.compression == "onebit"
+        if was_onebit:  # it needs the whole momentum on every rank
+            strategy = replace(strategy, compression="none")
+            yield "gradients not compressed", strategy
+        plain = ", gradients not compressed" if was_onebit else ""
         for stage in range(strategy.zero_stage + 1, 4):
-            yield f"ZeRO-{stage}", replace(strategy, zero_stage=stage)
+            yield f"ZeRO-{stage}{plain}", replace(strategy, zero_stage=stage)
         if strategy.activation_checkpointing != "full":
             for stage in range(strategy.zero_stage + 1, 4):
                 changed = replace(strategy, zero_stage=stage, activation_checkpointing="full")
-                yield f"ZeRO-{stage} and full activation checkpointing", changed
+                yield f"ZeRO-{stage} and full activation checkpointing{plain}", changed
 
 
 def _offloads(strategy: Strategy, kind: str) -> Iterator[tuple[str, Strategy]]:
     if kind != "cuda" or strategy.optimizer_home != "none" or strategy.backend != "native":
+        return
+    if strategy.compression != "none":
         return
     stage = max(1, strategy.zero_stage)
     yield "the optimizer on cpu", replace(strategy, zero_stage=stage, optimizer_home="cpu")

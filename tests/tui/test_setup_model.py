@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from distui.core.errors import UserError
-from distui.core.hardware import Cpu, Hardware, parse_hardware
+from distui.core.hardware import Cpu, Disk, Hardware, parse_hardware
 from distui.core.settings import load
 from distui.tui.setup.consequences import consequence
 from distui.tui.setup.model import WizardState
@@ -138,6 +139,38 @@ def test_consequences_have_the_numbers(tmp_path: Path) -> None:
     assert "cannot be divided" in consequence(state, "cluster.nodes")
     assert "cannot find each other" in consequence(state, "cluster.master_addr")
     assert "name one" in consequence(state, "cluster.master_port")
+
+
+def test_ranks_and_nodes_lead_to_bytes_and_speed_and_the_batch_follows(tmp_path: Path) -> None:
+    state = state_of(tmp_path, parse_hardware("8xA100-40GB"))
+    state.set_model("llama-7b")
+    state.choose(next(choice for choice in state.choices() if choice.name == "ZeRO-3"))
+    assert state.value("batch.global_size") == 8
+    assert "28.4 GiB of 39.4 GiB a rank, 25." in consequence(state, "cluster.nproc")
+    assert "with 2 nodes: " in consequence(state, "cluster.nodes") and "tokens/s" in consequence(state, "cluster.nodes")
+    assert state.value("cluster.nodes") == 1, "asking what would be changes nothing"
+    assert state.set_value("cluster.nproc", "4") is None
+    assert state.value("batch.global_size") == 4 and not state.problems()
+    assert "42.6 GiB of 39.4 GiB a rank, does not fit" in consequence(state, "cluster.nproc")
+    state.set_model("")
+    assert "size is not known" in consequence(state, "cluster.nproc")
+
+
+def test_a_folder_for_nvme_is_asked_for_with_its_room_and_rate(tmp_path: Path) -> None:
+    disk = Disk(str(tmp_path), 900 << 30, 1000 << 30, "xfs", is_nvme=True, read_rate=3.2e9, write_rate=2e9)
+    state = state_of(tmp_path, replace(CPU_MACHINE, disks=(disk,)))
+    state.set_model("350M")
+    assert not state.needs_nvme
+    state.choose(next(choice for choice in state.choices() if choice.name == "ZeRO-3, optimizer on nvme"))
+    assert state.needs_nvme and state.fastest_nvme() == str(tmp_path)
+    assert [problem.path for problem in state.problems()] == ["offload.nvme_path"]
+    assert "name a folder" in consequence(state, "offload.nvme_path")
+    assert state.set_value("offload.nvme_path", str(tmp_path)) is None and not state.problems()
+    told = consequence(state, "offload.nvme_path")
+    assert "GiB a node go there; 900 GiB free, NVMe, reads 3.2" in told
+    assert 'nvme_path = "' in state.toml()
+    state.set_hardware(replace(CPU_MACHINE, disks=(replace(disk, is_nvme=False),)))
+    assert state.fastest_nvme() is None
 
 
 def test_only_scripts_that_make_an_engine_are_offered(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ async def test_back_keeps_every_answer(folder: Path) -> None:
         await pilot.press("4", "enter")
         assert app.current == 4
         await pilot.press("escape")
-        assert app.screen.query_one("#cluster Input", Input).value == "4"
+        assert app.screen.query_one("#field-cluster-nproc Input", Input).value == "4"
         await pilot.press("alt+left")
         assert app.screen.query_one("#global", Input).value == "64"
         table = app.screen.query_one("#plans", DataTable)
@@ -133,6 +134,26 @@ async def test_back_keeps_every_answer(folder: Path) -> None:
         await pilot.press("escape")
         assert app.screen.query_one("#hardware-name", Input).value == "8xA100-40GB"
         assert not (folder / "distui.toml").exists()
+
+
+async def test_a_strategy_with_nvme_asks_for_its_folder_first(folder: Path) -> None:
+    disks = tuple(replace(disk, is_nvme=None) for disk in CPU_MACHINE.disks)
+    app = SetupApp(WizardState.open(folder / "distui.toml"), hardware=replace(CPU_MACHINE, disks=disks))
+    app.state.set_model("350M")
+    async with app.run_test(size=SMALL) as pilot:
+        await pilot.press("enter", "enter")
+        shown = [choice for choice in app.state.choices() if choice.available]
+        row = next(row for row, choice in enumerate(shown) if "optimizer on nvme" in choice.name)
+        app.screen.query_one("#plans", DataTable).move_cursor(row=row)
+        await pilot.press("enter")
+        assert app.current == 3
+        assert isinstance(app.focused, Input) and app.focused.name == "offload.nvme_path"
+        await pilot.press("enter")
+        assert app.current == 3 and "not set, and a home is nvme" in message(app)
+        await type_text(pilot, str(folder))
+        await pilot.press("enter")
+        assert app.current == 4
+        assert f'nvme_path = "{folder}"' in app.state.toml()
 
 
 async def test_leaving_asks_only_when_something_was_chosen(folder: Path) -> None:
@@ -284,7 +305,7 @@ async def test_an_imported_file_is_told_of_and_preselected(folder: Path) -> None
         table = app.screen.query_one("#plans", DataTable)
         assert str(table.get_row_at(table.cursor_row)[1]) == "ZeRO-3, bf16"
         await pilot.press("enter")
-        assert app.screen.query_one("#cluster Input", Input).value == "4"
+        assert app.screen.query_one("#field-cluster-nproc Input", Input).value == "4"
         await pilot.press("enter")
         assert "main_training_function" in str(app.screen.query_one("#import-notes", Static).content)
         assert not (folder / "distui.toml").exists()

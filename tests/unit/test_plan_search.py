@@ -13,6 +13,7 @@ from distui.core.config import Config
 from distui.core.config_check import check
 from distui.core.errors import UserError
 from distui.core.hardware import GIB, Cpu, Disk, Gpu, Hardware, parse_hardware
+from distui.core.plan.distinct import beats, distinct
 from distui.core.plan.models import load_model
 from distui.core.plan.rates import HOST_STEP_BANDWIDTH
 from distui.core.plan.search import default_dtype, explain, plan_all
@@ -227,6 +228,25 @@ def test_goals_order_the_plans() -> None:
     per_gpu = [plan.tokens_per_s / plan.world_size for plan in cost if plan.tokens_per_s]
     assert per_gpu == sorted(per_gpu, reverse=True)
     assert len({plan.name for plan in cost}) == len(cost)
+
+
+def test_plans_that_a_simpler_one_beats_are_not_worth_a_line() -> None:
+    fitting = [plan for plan in plan_all(load_model("llama-3.1-405b"), parse_hardware("1250x8xH100-80GB")) if plan.fits]
+    found = distinct(fitting)
+    assert found[0] is fitting[0] and len(found) < len(fitting) / 2
+    for plan in fitting:
+        if plan not in found:
+            assert any(beats(other, plan) for other in found), plan.name
+    # Less memory is a reason of its own.
+    leanest = min(fitting, key=lambda plan: plan.memory_per_rank_bytes)
+    assert min(plan.memory_per_rank_bytes for plan in found) <= 1.02 * leanest.memory_per_rank_bytes
+
+
+def test_advice_leaves_out_a_compression_that_forbids_stages() -> None:
+    plans = plan_all(LLAMA, EIGHT_A100, micro_size=1, compressions=("onebit",))
+    changes = {plan.smallest_change.split(" (")[0] for plan in plans if plan.compression == "onebit" and not plan.fits}
+    assert "ZeRO-3, gradients not compressed" in changes
+    assert not any("cpu" in change for change in changes)
 
 
 def test_fitting_plans_come_first_and_names_are_unique() -> None:

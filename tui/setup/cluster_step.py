@@ -16,6 +16,7 @@ from distui.tui.setup.step import Step, fill
 from distui.tui.setup.widgets import SettingField
 
 LABELS = {
+    "offload.nvme_path": "Folder on NVMe",
     "cluster.nproc": "Ranks on each node",
     "cluster.nodes": "Nodes",
     "cluster.master_addr": "Address of node 0",
@@ -24,13 +25,16 @@ LABELS = {
 
 
 class ClusterStep(Step):
-    """Four fields, checked as they are typed; each says what its value leads to."""
+    """Four fields, checked as they are typed; each says what its value leads to.
+
+    A fifth one comes first where the strategy keeps states on NVMe.
+    """
 
     TITLE = "Cluster"
     HELP = (
         "A rank is one process that trains, on one GPU where there are GPUs. The values are good for one machine as "
         "they are. With several nodes, give the address of the first one and a port that is free there, and copy the "
-        "file to every node."
+        "file to every node. A strategy that keeps states on NVMe also needs a folder on a local disk."
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "app.focus_previous", show=False),
@@ -46,10 +50,16 @@ class ClusterStep(Step):
 
     def enter(self) -> None:
         """Show the present values and what they lead to."""
+        if self.state.needs_nvme and not self.state.value("offload.nvme_path"):
+            fastest = self.state.fastest_nvme()
+            if fastest is not None:
+                self.state.set_value("offload.nvme_path", fastest)
         for field in self.query(SettingField):
             fill(field.input, str(self.state.value(field.key)))
+            if field.key == "offload.nvme_path":
+                field.display = self.state.needs_nvme
         self._explain()
-        self.query(SettingField).first().input.focus()
+        next(field for field in self.query(SettingField) if field.display).input.focus()
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Check the value, and show what it leads to."""
@@ -68,9 +78,13 @@ class ClusterStep(Step):
         wrong: dict[str, Problem] = {}
         for field in self.query(SettingField):
             text = field.input.value.strip()
+            if not field.display:
+                continue
             if text != str(self.state.value(field.key)) and (problem := self.state.set_value(field.key, text)):
                 wrong[field.key] = problem
         self._explain(wrong)
+        if self.state.needs_nvme:
+            wrong |= {problem.path: problem for problem in self.state.problems() if problem.path == "offload.nvme_path"}
         return next(iter(wrong.values()), None)
 
     def _explain(self, wrong: dict[str, Problem] | None = None) -> None:

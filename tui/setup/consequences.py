@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+from distui.core.hardware import Disk
+from distui.tui.format import NA, num_bytes, si
 from distui.tui.setup.model import WizardState
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -10,6 +15,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def consequence(state: WizardState, key: str) -> str:
     """Return what the present value of `section.key` leads to."""
     return {
+        "offload.nvme_path": _nvme_path,
         "cluster.nproc": _nproc,
         "cluster.nodes": _nodes,
         "cluster.master_addr": _master_addr,
@@ -17,7 +23,54 @@ def consequence(state: WizardState, key: str) -> str:
     }[key](state)
 
 
+def prediction(state: WizardState) -> str:
+    """Return bytes a rank and tokens/s of the strategy as it is set now, or why there are none."""
+    if state.choice is None or state.model is None:
+        return "memory and speed n/a: the model's size is not known" if state.model is None else ""
+    plan = state.predict(state.config())
+    if plan is None:
+        return "memory and speed n/a: the batch cannot be divided so"
+    limit = f" of {num_bytes(plan.memory_limit_bytes)}" if plan.memory_limit_bytes else ""
+    over = "" if plan.fits or plan.memory_limit_bytes is None else ", does not fit"
+    return f"{num_bytes(plan.memory_per_rank_bytes)}{limit} a rank{over}, {si(plan.tokens_per_s, 'tokens/s')}"
+
+
+def _with(words: str, effect: str) -> str:
+    return f"{words}\n  {effect}" if effect else words
+
+
+def disk_of(state: WizardState, folder: str) -> Disk | None:
+    """Return the known disk that holds `folder`; None where none of them does."""
+    place = Path(folder).expanduser()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    disks = state.hardware.disks if state.hardware else ()
+    try:
+        device = place.stat().st_dev
+        return next((disk for disk in disks if os.path.exists(disk.path) and os.stat(disk.path).st_dev == device), None)
+    except OSError:
+        return None
+
+
+def _nvme_path(state: WizardState) -> str:
+    path = state.value("offload.nvme_path")
+    plan = state.predict(state.config())
+    need = f"{num_bytes(plan.nvme_bytes)} a node go there" if plan is not None and plan.nvme_bytes else ""
+    if not path:
+        return f"{need or 'states go there'}: name a folder on a local NVMe disk"
+    disk = disk_of(state, path) if state.is_this_machine else None
+    if disk is None:
+        return f"{need or 'states go there'}; room and speed of {path} are n/a from here"
+    kind = {True: "NVMe", False: "no NVMe disk, so slow", None: f"{disk.file_system or NA}, NVMe {NA}"}[disk.is_nvme]
+    rate = si(disk.read_rate, "B/s") if disk.read_rate else f"{NA} (distui doctor --disk {path})"
+    return f"{need or 'states go there'}; {num_bytes(disk.free_bytes)} free, {kind}, reads {rate}"
+
+
 def _nproc(state: WizardState) -> str:
+    return _with(_nproc_words(state), prediction(state))
+
+
+def _nproc_words(state: WizardState) -> str:
     nproc, hardware = state.value("cluster.nproc"), state.hardware
     if hardware is None:
         return f"{nproc} ranks on each node" if nproc != "auto" else "decided when the job starts"
@@ -37,6 +90,23 @@ def _nproc(state: WizardState) -> str:
 
 
 def _nodes(state: WizardState) -> str:
+    return _with(_nodes_words(state), _scaled(state))
+
+
+def _scaled(state: WizardState) -> str:
+    """Return what twice as many nodes would give, where that can be predicted."""
+    if state.choice is None:
+        return ""
+    nodes = int(state.value("cluster.nodes"))
+    plan = state.predict_with("cluster.nodes", 2 * nodes)
+    if plan is None:
+        return ""
+    return (
+        f"with {2 * nodes} nodes: {num_bytes(plan.memory_per_rank_bytes)} a rank, {si(plan.tokens_per_s, 'tokens/s')}"
+    )
+
+
+def _nodes_words(state: WizardState) -> str:
     nodes, world_size = state.value("cluster.nodes"), state.world_size
     ranks = "n/a" if world_size is None else str(world_size)
     batch = _batch(state, world_size)
