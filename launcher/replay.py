@@ -139,9 +139,8 @@ class Replay:
 
     async def read_log(self, run_id: str, rank: int, offset: int, max_bytes: int = 65536) -> pb.ReadLogResponse:
         """Return a piece of a rank's log as far as it went at the cursor, where the rank has told; else all of it."""
-        known = self.recording.state.ranks.get(rank)
-        size = known.heartbeat.log_bytes if known is not None and known.heartbeat is not None else 0
-        if not size or self.recording.at_end:
+        size = self._log_bytes(rank)
+        if size is None:
             request = pb.ReadLogRequest(rank=rank, offset=offset, max_bytes=max_bytes)
             return await asyncio.to_thread(read_log, self._run, request)
         start = max(0, size + offset) if offset < 0 else min(offset, size)
@@ -151,6 +150,15 @@ class Replay:
         reply = await asyncio.to_thread(read_log, self._run, request)
         reply.size = size
         return reply
+
+    def _log_bytes(self, rank: int) -> int | None:
+        """Return how long a rank's log was at the cursor; None where it was not told."""
+        if rank < 0 or self.recording.at_end:
+            return None
+        known = self.recording.state.ranks.get(rank)
+        if known is None or known.heartbeat is None:
+            return 0  # nothing had been heard of it
+        return known.heartbeat.log_bytes if known.heartbeat.HasField("log_bytes") else None
 
     async def execute(
         self, run_id: str, verb: str, arguments: dict[str, str] | None = None, deadline_s: float = 30.0

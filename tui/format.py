@@ -10,6 +10,8 @@ import math
 import time
 
 NA = "n/a"
+NONE = "–"
+"""It is known that there is none: not the same as not available."""
 _SI = ("", "k", "M", "G", "T", "P", "E")
 _IEC = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
@@ -36,10 +38,12 @@ def _scaled(value: float, base: float, names: tuple[str, ...]) -> tuple[str, str
 
 
 def si(value: float | None, unit: str = "") -> str:
-    """Return `1.23 M tok/s`: a rate or count with an SI prefix."""
+    """Return `1.49 kW`, `1.23 M tok/s` or `1.23 M`: with an SI prefix, which belongs to a unit but not to a word."""
     if value is None or math.isnan(value):
         return NA
     number, prefix = _scaled(value, 1000.0, _SI)
+    if unit[:1].isupper():
+        return f"{number} {prefix}{unit}"
     return " ".join(part for part in (number, prefix, unit) if part)
 
 

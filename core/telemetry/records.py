@@ -67,11 +67,11 @@ class Collector:
         )
         return self._number(pb.Record(time_s=time.time(), heartbeat=beat))
 
-    def _log_bytes(self) -> int:
+    def _log_bytes(self) -> int | None:
         try:
-            return self._log.stat().st_size if self._log is not None else 0
+            return self._log.stat().st_size if self._log is not None else None
         except OSError:
-            return 0  # not started by a launcher: its output goes elsewhere
+            return None  # not started by a launcher: its output goes elsewhere
 
     def memory(self) -> pb.Record:
         """Return what the engine said last of its memory, with the process's resident size."""

@@ -1,4 +1,4 @@
-"""A daemon that tells what a test gives it: the Monitor service on a real Unix socket, in the test's own loop."""
+"""A daemon that tells what a test gives it: Monitor and Control on a real Unix socket, in the test's own loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distui.proto import telemetry_pb2_grpc as rpc
 FINAL_STATES = frozenset({"finished", "failed", "stopped"})
 
 
-class FakeDaemon(rpc.MonitorServicer):
+class FakeDaemon(rpc.MonitorServicer, rpc.ControlServicer):
     """`send` gives watchers an update; a new watcher gets all of them again, as from the daemon."""
 
     def __init__(self) -> None:
@@ -24,6 +24,9 @@ class FakeDaemon(rpc.MonitorServicer):
         self.socket = self._folder / "d.sock"
         self.updates: list[pb.Update] = []
         self.logs: dict[int, bytes] = {}
+        self.asked: list[tuple[str, dict[str, str]]] = []
+        self.replies: list[pb.ControlReply] = []
+        self.refusal = ""
         self.num_watches = 0
         self.num_watching = 0
         self._server: grpc.aio.Server | None = None
@@ -33,6 +36,7 @@ class FakeDaemon(rpc.MonitorServicer):
         """Answer on the socket."""
         self._server = grpc.aio.server()
         rpc.add_MonitorServicer_to_server(self, self._server)
+        rpc.add_ControlServicer_to_server(self, self._server)
         self._server.add_insecure_port(f"unix:{self.socket}")
         await self._server.start()
 
@@ -78,6 +82,15 @@ class FakeDaemon(rpc.MonitorServicer):
         start = request.offset if request.offset >= 0 else max(0, len(data) + request.offset)
         piece = data[start : start + request.max_bytes]
         return pb.ReadLogResponse(data=piece, next_offset=start + len(piece), size=len(data))
+
+    async def Execute(
+        self, request: pb.ControlRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ControlReply]:
+        self.asked.append((request.verb, dict(request.arguments)))
+        if self.refusal:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, self.refusal)
+        for reply in self.replies:
+            yield reply
 
     async def GetDaemonInfo(self, request: pb.DaemonInfoRequest, context: grpc.aio.ServicerContext) -> pb.DaemonInfo:
         return pb.DaemonInfo(version="1", pid=1)

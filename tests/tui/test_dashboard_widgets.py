@@ -11,10 +11,11 @@ from rich.color import Color
 from textual.app import App, ComposeResult
 from textual.widget import Widget
 
-from distui.tui.format import num_bytes, seconds
+from distui.tui.format import num_bytes, seconds, si
 from distui.tui.widgets.chart import LineChart, Mark, Series, nice_ticks
 from distui.tui.widgets.heatmap import Heatmap
 from distui.tui.widgets.log import LogView, clean
+from distui.tui.widgets.outliers import ceiling
 from distui.tui.widgets.palette import FILLS, RAMP, RAMP_STEPS
 from distui.tui.widgets.sparkline import sparkline
 from distui.tui.widgets.stack import Bar, StackedBars, StackedColumns
@@ -298,3 +299,20 @@ async def test_widgets_draw_anew_in_another_theme(theme: str) -> None:
         pilot.app.theme = theme
         await pilot.pause()
         assert lines(pilot.app) == before[0] and colors(pilot.app) != before[1]
+
+
+def test_one_slow_step_does_not_flatten_the_others_and_is_marked() -> None:
+    values = [1.0, 1.2] * 10
+    assert ceiling(values) == ceiling([*values, 12.0]) == 1.2
+    assert ceiling([*values, 1.9]) == 1.9, "what is not far out is shown in full"
+    assert ceiling([1.0, 12.0]) == 12.0, "of two nobody can say which is usual"
+    assert sparkline([*values, 12.0], 21) == f"{'▁█' * 10}▲"
+
+
+def test_a_prefix_belongs_to_a_unit_and_not_to_a_word() -> None:
+    assert (si(1490.0, "W"), si(1490.0, "tok/s"), si(1490.0), si(None, "W")) == (
+        "1.49 kW",
+        "1.49 k tok/s",
+        "1.49 k",
+        "n/a",
+    )

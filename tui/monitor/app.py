@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from textual import on
-from textual.app import App, ComposeResult, SystemCommand
+from textual.app import ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import ContentSwitcher, Footer, Input
@@ -21,10 +21,11 @@ from textual.widgets import ContentSwitcher, Footer, Input
 from distui.core.telemetry.endpoint import Endpoint
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.client import MonitorClient, Source
+from distui.tui.monitor.acting import ActingApp
 from distui.tui.monitor.dialogs import HelpScreen, StopScreen
 from distui.tui.monitor.header import RunLine, Tabs, VerdictLine
 from distui.tui.monitor.model import QUIET_KINDS, RunModel
-from distui.tui.monitor.player import REPLAY_BINDINGS, PlaceScreen, Player, PlayerBar, move, parse_place
+from distui.tui.monitor.player import Player, PlayerBar
 from distui.tui.monitor.rank_screen import RankScreen
 from distui.tui.monitor.verdict import judge
 from distui.tui.monitor.views.base import Frame, View
@@ -58,7 +59,7 @@ class Recording(Source, Player, Protocol):
     """A source that can be moved through."""
 
 
-class DashboardApp(App[str]):
+class DashboardApp(ActingApp):
     """One run on the screen. Ends with "quit", "stop" or "ended"."""
 
     CSS_PATH = Path(__file__).with_name("dashboard.tcss")
@@ -72,13 +73,12 @@ class DashboardApp(App[str]):
         Binding("p", "pause", "Pause"),
         Binding("left", "travel(-1)", "Back in time", show=False),
         Binding("right", "travel(1)", "Forward in time", show=False),
-        Binding("w", "window", "Window"),
-        Binding("t", "theme", "Theme"),
+        Binding("w", "window", "Window", show=False),
+        Binding("t", "theme", "Theme", show=False),
         Binding("k", "keep", "Keep", show=False, priority=True),
         Binding("q", "leave", "Quit"),
         Binding("ctrl+q", "leave", "Quit", show=False, priority=True),
         Binding("ctrl+c", "interrupt", "Stop", show=False, priority=True),
-        *REPLAY_BINDINGS,
     ]
 
     def __init__(
@@ -96,8 +96,8 @@ class DashboardApp(App[str]):
         """Watch a daemon, or play a recording."""
         super().__init__()
         self.model = RunModel(run_id)
-        self.client: Source | None = recording
-        self.player: Player | None = recording
+        self.client = recording
+        self.player = recording
         self._run_id, self._socket, self._clock = run_id, socket, clock
         self._follow_job, self._on_stop, self._refresh_s = follow_job, on_stop, 1.0 / refresh_hz
         self._frozen: RunModel | None = None
@@ -237,27 +237,13 @@ class DashboardApp(App[str]):
             view = self._view
             self.push_screen(HelpScreen(view.TITLE.lower(), view.KEYS, self.player is not None))
 
-    def action_replay(self, how: str) -> None:
-        """Move through a recording."""
-        if self.player is None:
-            return
-        if how != "ask":
-            move(self.player, how)
-            self._draw()
-            return
-        player, history = self.player, self.model.history
-        steps = list(zip(history.column("step"), history.column("time_s"), strict=True))
-
-        def go(to_s: float | None) -> None:
-            if to_s is not None:
-                player.seek(to_s)
-
-        self.push_screen(PlaceScreen(lambda text: parse_place(text, player, steps)), go)
+    def shown(self) -> tuple[View, Frame]:
+        """Return the view in sight and what it shows."""
+        shown = self._frozen or self.model
+        return self._view, self._frame(shown, self._clock() if self.player is None else shown.received_s)
 
     def action_pause(self) -> None:
         """Freeze the picture, or go on; data keeps arriving."""
-        if self.player is not None:
-            return self.action_replay("play")
         self._frozen = self.model.freeze() if self._frozen is None else None
         self._end_step = None
         self._draw(True)
@@ -295,6 +281,8 @@ class DashboardApp(App[str]):
         """Leave `k` to the tables until there is something to keep, and the player's keys to who writes or asks."""
         if action == "keep":
             return self._ended_s is not None
+        if action == "pause" and self.player is not None:
+            return False  # the space bar's
         if action == "replay":
             return self.player is not None and not isinstance(self.focused, Input) and not self.screen.is_modal
         return super().check_action(action, parameters)
@@ -328,9 +316,10 @@ class DashboardApp(App[str]):
             what = (view.__doc__ or "").splitlines()[0]
             yield SystemCommand(f"{index + 1} {view.TITLE}", what, lambda index=index: self.action_view(index))
         yield SystemCommand("Pause or go on", "Freeze the picture; data keeps arriving", self.action_pause)
+        yield from self.acting_commands()
         yield SystemCommand("Steps in sight", "All, 1,000, 200 or 50", self.action_window)
         for command in super().get_system_commands(screen):
-            if command.title not in ("Quit", "Keys"):
+            if command.title not in ("Quit", "Keys", "Screenshot"):
                 yield command
         yield SystemCommand("Quit", "The job goes on", self.action_leave)
 

@@ -18,6 +18,8 @@ GLOBAL_KEYS = (
     Key("← →", "back and forward through the steps (pauses)"),
     Key("w", "steps in sight: all, 1,000, 200, 50"),
     Key("Tab", "the next part of the view"),
+    Key("c", "act on the job: checkpoint, stacks, profile, log level, stop"),
+    Key("e  E", "write the table as CSV; the screen as SVG"),
     Key("t", "next theme; all of them are in the palette"),
     Key("ctrl+p", "command palette"),
     Key("?", "this help"),

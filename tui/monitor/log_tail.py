@@ -14,24 +14,35 @@ ReadLog = Callable[[int, int, int], Awaitable[pb.ReadLogResponse]]
 """(rank, offset, max_bytes) -> a piece of that rank's log."""
 
 PIECE_BYTES = 65536
+READING = "reading the log"
 
 
 class LogTail(LogView):
     """Follows the log of one rank: the last piece first, then what is new, and earlier pieces when scrolled back."""
 
     def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(empty="reading the log", id=id)
+        super().__init__(empty=READING, id=id)
         self._rank: int | None = None
         self._first = 0
         self._next: int | None = None
         self._read: ReadLog | None = None
         self._busy = False
 
+    @property
+    def read_once(self) -> bool:
+        """Whether the log, or why there is none, is known."""
+        return self._next is not None or self.empty != READING
+
+    @property
+    def told(self) -> str:
+        """How many lines are held, for a title."""
+        return f"{self.num_lines:,} lines" if self.read_once else "reading"
+
     def follow(self, rank: int) -> None:
         """Begin with another rank's log; -1 is the launcher's."""
         if rank != self._rank:
             self._rank, self._first, self._next = rank, 0, None
-            self.empty = "reading the log"
+            self.empty = READING
             self.clear()
 
     def poll(self, read: ReadLog | None) -> None:

@@ -60,13 +60,13 @@ class Player(Protocol):
 
 
 REPLAY_BINDINGS: tuple[BindingType, ...] = (
-    Binding("space", "replay('play')", "Play/pause", key_display="space", priority=True),
+    Binding("space", "replay('play')", "Play", key_display="space", priority=True),
     Binding("left", "replay('back')", "Back", show=False, priority=True),
     Binding("right", "replay('on')", "On", show=False, priority=True),
     Binding("home", "replay('first')", "Start", show=False, priority=True),
     Binding("end", "replay('last')", "End", show=False, priority=True),
-    Binding("plus,equals_sign", "replay('faster')", "Faster", key_display="+", priority=True),
-    Binding("minus", "replay('slower')", "Slower", key_display="-", priority=True),
+    Binding("plus,equals_sign", "replay('faster')", "Faster", show=False, priority=True),
+    Binding("minus", "replay('slower')", "Slower", show=False, priority=True),
     Binding("percent_sign,g", "replay('ask')", "Go to", key_display="g", priority=True),
 )
 

@@ -43,7 +43,7 @@ class RankScreen(Screen[None]):
             yield Panel("memory", StackedBars(unit=num_bytes, id="rank-memory"), id="rank-memory-panel")
             yield Panel("last step", StackedBars(unit=seconds, shares=True, id="rank-split"), id="rank-split-panel")
         with Panel("step time", id="rank-chart-panel"):
-            yield LineChart(unit=seconds, from_zero=True, id="rank-chart")
+            yield LineChart(unit=seconds, from_zero=True, clip=True, id="rank-chart")
         with Panel("log", id="rank-log-panel"):
             yield LogTail(id="rank-log")
         yield Footer(compact=True)
@@ -60,7 +60,7 @@ class RankScreen(Screen[None]):
         log.follow(self.rank)
         if not frame.frozen:
             log.poll(frame.read_log)
-        self.query_one("#rank-log-panel", Panel).tell(f"log of rank {self.rank}", f"{log.num_lines:,} lines")
+        self.query_one("#rank-log-panel", Panel).tell(f"log of rank {self.rank}", log.told)
         rows = model.history.window_rows(frame.num_steps, frame.end_step)
         rows = [row for row in rows if self.rank < len(row.step_s)]
         times = [row.step_s[self.rank] for row in rows]

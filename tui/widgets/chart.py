@@ -11,6 +11,7 @@ from textual.strip import Strip
 
 from distui.tui.format import cut, scalar
 from distui.tui.widgets.drawn import DrawnWidget
+from distui.tui.widgets.outliers import CLIPPED, ceiling
 from distui.tui.widgets.palette import Ink, line
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
@@ -60,13 +61,16 @@ class LineChart(DrawnWidget):
         *,
         unit: Callable[[float | None], str] = scalar,
         from_zero: bool = False,
+        clip: bool = False,
         x_title: str = "step",
         empty: str = "no steps yet",
         id: str | None = None,
         classes: str | None = None,
     ) -> None:
+        """Draw with `unit` on the axis; `clip` ends it above the usual values and marks what goes beyond."""
         super().__init__(id=id, classes=classes)
         self._unit, self._from_zero, self._x_title, self._empty = unit, from_zero, x_title, empty
+        self._clip = clip
         self._series: list[Series] = []
         self._marks: list[Mark] = []
 
@@ -86,7 +90,7 @@ class LineChart(DrawnWidget):
             return _centred(self._empty, width, height, ink)
         ys = [y for _, found in points for _, y in found]
         xs = [x for _, found in points for x, _ in found]
-        low, high = (0.0 if self._from_zero else min(ys)), max(ys)
+        low, high = (0.0 if self._from_zero else min(ys)), ceiling(ys) if self._clip else max(ys)
         if high - low <= abs(high) * 1e-9:
             pad = abs(high) * 0.1 or 1.0
             low, high = (low if self._from_zero else low - pad), high + pad
@@ -105,12 +109,15 @@ class LineChart(DrawnWidget):
         for index, (_, found) in enumerate(points):
             _plot(found, (left, right, low, high), grid, owner, index)
         styles = [ink.of_series(series.color) for series, _ in points]
+        beyond = {round((x - left) / (right - left) * (plot - 1)) for _, found in points for x, y in found if y > high}
         strips = []
         for row in range(rows):
             label = labels.get(row, "")
             parts: list[tuple[str, Style]] = [(label.rjust(gutter), ink.muted), ("┤" if label else "│", ink.faint)]
-            for bits, series in zip(grid[row], owner[row], strict=True):
-                if bits:
+            for column, (bits, series) in enumerate(zip(grid[row], owner[row], strict=True)):
+                if row == 0 and column in beyond:
+                    parts.append((CLIPPED, ink.tone("warn")))
+                elif bits:
                     parts.append((chr(0x2800 + bits), styles[series]))
                 else:
                     parts.append(("┈" if label else " ", ink.faint))

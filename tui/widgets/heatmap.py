@@ -8,8 +8,11 @@ and without `fit` the map scrolls.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 
+import numpy as np
+import numpy.typing as npt
 from rich.style import Style
 from textual.geometry import Size
 from textual.scroll_view import ScrollView
@@ -19,6 +22,7 @@ from distui.tui.format import cut
 from distui.tui.widgets.palette import RAMP_STEPS, Ink, half_block, ink_of, line
 
 _NO_VALUE = -1
+MAX_SAMPLED = 20_000
 
 
 class Heatmap(ScrollView, can_focus=True):
@@ -76,27 +80,22 @@ class Heatmap(ScrollView, can_focus=True):
         labels = self._label_width()
         columns = max(1, self.size.width - labels - 1 - (self._value_width() if self._single(height) else 0))
         buckets = _columns(self._rows, columns)
-        known = sorted(value for bucket in buckets for value in bucket if not math.isnan(value))
-        if not known:
+        known = _sample(buckets)
+        if not len(known):
             self._cells, self._lasts = [], []
             self.virtual_size = Size(self.size.width, 1)
             return
         # The slowest percent (a first step, a checkpoint) would make everything else look alike.
-        low, high = known[0], known[min(len(known) - 1, int(len(known) * 0.985))]
+        low, high = float(known.min()), float(np.quantile(known, 0.985, method="lower"))
         high = max(high, low * 1.05, low + 1e-9)
         self._bounds = (low, high)
-        scale = (RAMP_STEPS - 1) / (high - low)
-        self._cells, self._lasts = [], []
+        worst = np.fmax.reduceat(buckets, np.arange(0, buckets.shape[1], self._group), axis=1)
+        self._lasts = worst[-1].tolist()
+        levels = (worst - low) * ((RAMP_STEPS - 1) / (high - low))
+        levels = np.where(np.isnan(levels), _NO_VALUE, np.clip(np.nan_to_num(levels), 0, RAMP_STEPS - 1))
         # Few steps are drawn wider, so that a young run is not a sliver.
         stretch = max(1, min(4, columns // len(buckets)))
-        for first in range(0, num_ranks, self._group):
-            group = range(first, min(first + self._group, num_ranks))
-            worst = [_worst(bucket, group) for bucket in buckets]
-            self._lasts.append(worst[-1])
-            levels = [
-                _NO_VALUE if math.isnan(v) else max(0, min(RAMP_STEPS - 1, int((v - low) * scale))) for v in worst
-            ]
-            self._cells.append([level for level in levels for _ in range(stretch)])
+        self._cells = np.repeat(levels.astype(int), stretch, axis=0).T.tolist()
         lines = len(self._cells) if self._single(height) else math.ceil(len(self._cells) / 2)
         self.virtual_size = Size(self.size.width, lines + 1)
 
@@ -151,9 +150,11 @@ class Heatmap(ScrollView, can_focus=True):
             return Strip.blank(width, ink.text)
         label = f" {self._label(index, index + 1)}".ljust(self._label_width())
         parts: list[tuple[str, Style]] = [(label, ink.muted)]
-        for level in self._cells[index]:
+        for level, run in groupby(self._cells[index]):
+            size = sum(1 for _ in run)
+            faint = level == _NO_VALUE
             parts.append(
-                ("·", ink.faint) if level == _NO_VALUE else (" ", half_block(_NO_VALUE, level, ink.text.bgcolor))
+                ("·" * size, ink.faint) if faint else (" " * size, half_block(_NO_VALUE, level, ink.text.bgcolor))
             )
         parts.append((self._unit(self._lasts[index]).rjust(self._value_width()), ink.text))
         return line(parts, width, ink.text)
@@ -168,29 +169,30 @@ class Heatmap(ScrollView, can_focus=True):
         upper = self._cells[top]
         lower = self._cells[top + 1] if top + 1 < len(self._cells) else [_NO_VALUE] * len(upper)
         background = ink.text.bgcolor
-        for above, below in zip(upper, lower, strict=True):
-            parts.append((" " if above == below == _NO_VALUE else "▀", half_block(above, below, background)))
+        for (above, below), run in groupby(zip(upper, lower, strict=True)):
+            size = sum(1 for _ in run)
+            glyph = " " if above == below == _NO_VALUE else "▀"
+            parts.append((glyph * size, half_block(above, below, background)))
         return line(parts, width, ink.text)
 
 
-def _columns(rows: Sequence[Sequence[float]], width: int) -> list[list[float]]:
-    """Return at most `width` columns: the newest rows as they are, or the slowest of each bucket of rows."""
-    if len(rows) <= width:
-        return [list(row) for row in rows]
-    found = []
-    for number in range(width):
-        part = rows[
-            number * len(rows) // width : max(number * len(rows) // width + 1, (number + 1) * len(rows) // width)
-        ]
-        size = max(len(row) for row in part)
-        found.append([_worst_of(row[rank] for row in part if rank < len(row)) for rank in range(size)])
-    return found
+def _columns(rows: Sequence[Sequence[float]], width: int) -> npt.NDArray[np.float64]:
+    """Return at most `width` rows of values by rank: the steps as they are, or the slowest of each bucket of them.
+
+    Shapes: [steps or buckets, ranks]; NaN is not available.
+    """
+    num_ranks = max((len(row) for row in rows), default=0)
+    values = np.full((len(rows), num_ranks), np.nan)
+    for number, row in enumerate(rows):
+        values[number, : len(row)] = row
+    if len(rows) <= width or not num_ranks:
+        return values
+    return np.fmax.reduceat(values, [number * len(rows) // width for number in range(width)], axis=0)
 
 
-def _worst(column: Sequence[float], ranks: range) -> float:
-    return _worst_of(column[rank] for rank in ranks if rank < len(column))
-
-
-def _worst_of(values: Iterable[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return max(known) if known else math.nan
+def _sample(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return about `MAX_SAMPLED` of the known values, evenly taken: enough to tell a scale from."""
+    flat = values.ravel()
+    # An odd stride, so that it does not take the same ranks of every step.
+    flat = flat[:: (len(flat) // MAX_SAMPLED) | 1]
+    return flat[~np.isnan(flat)]

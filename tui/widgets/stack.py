@@ -52,6 +52,8 @@ class StackedBars(ScrollView, can_focus=False):
         self._names: list[str] = []
         self._values: dict[str, float] | None = None
         self._mark_name = ""
+        self.brief = False
+        """Whether the legend is one line: the largest categories with their shares."""
         self._strips: list[Strip] | None = None
 
     def show(
@@ -137,6 +139,8 @@ class StackedBars(ScrollView, can_focus=False):
         """Return the legend, wrapped between entries, never within one."""
         values = self._values or {}
         total = sum(values.values())
+        if self.brief:
+            return [self._brief_legend(values, total, width, ink)]
         lines: list[list[tuple[str, Style]]] = [[]]
         used = 0
         entries = [
@@ -158,6 +162,18 @@ class StackedBars(ScrollView, can_focus=False):
             ]
             used += size
         return [line(parts, width, ink.text) for parts in lines]
+
+    def _brief_legend(self, values: dict[str, float], total: float, width: int, ink: Ink) -> Strip:
+        parts: list[tuple[str, Style]] = []
+        used = 0
+        for name in sorted(self._names, key=lambda name: -(values.get(name) or 0.0)):
+            index = self._names.index(name)
+            text = f" {name} {percent(values[name] / total) if total and name in values else 'n/a'} "
+            if used + 2 + len(text) > width:
+                break
+            parts += [(" ", ink.text), (fill_of(index), ink.of_series(index)), (text, ink.muted)]
+            used += 2 + len(text)
+        return line(parts, width, ink.text)
 
     def _number(self, value: float | None, total: float) -> str:
         if value is None:

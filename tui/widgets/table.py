@@ -208,7 +208,7 @@ class LineTable(ScrollView, Generic[Row], can_focus=True):
             padded = text.ljust(size) if column.align == "left" else text.rjust(size)
             tone = column.tone(row) if column.tone is not None else ""
             gap = "  " if number + 1 < len(self._layout) else ""
-            style = ink.muted if text == "n/a" else ink.tone(tone)
+            style = ink.muted if text in ("n/a", "–") else ink.tone(tone)
             parts.append((padded + gap, self._styled(style, on, ink)))
         return line(parts, width, self._styled(ink.text, on, ink))
 

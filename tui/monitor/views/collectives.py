@@ -9,7 +9,7 @@ from textual.app import ComposeResult
 from textual.widget import Widget
 
 from distui.proto import telemetry_pb2 as pb
-from distui.tui.format import NA, count, duration, num_bytes, ranks, seconds
+from distui.tui.format import NA, NONE, count, duration, num_bytes, ranks, seconds
 from distui.tui.monitor.model import RunModel
 from distui.tui.monitor.views.base import Frame, Key, Panel, View
 from distui.tui.widgets.table import Column, LineTable
@@ -56,8 +56,8 @@ _RANK_COLUMNS: tuple[Column[_RankLine], ...] = (
         "behind", lambda r: r.behind, lambda v: NA if v is None else count(v), tone=lambda r: "bad" if r.behind else ""
     ),
     Column("mean lateness", lambda r: r.lateness_s, seconds, priority=1),
-    Column("waiting in", lambda r: r.waiting_in, lambda v: v or NA, "left", priority=2, width=12),
-    Column("for", lambda r: r.waiting_s, lambda v: NA if v is None else duration(v), priority=3, width=4),
+    Column("waiting in", lambda r: r.waiting_in, lambda v: v or NONE, "left", priority=2, width=12),
+    Column("for", lambda r: r.waiting_s, lambda v: NONE if v is None else duration(v), priority=3, width=4),
 )
 
 

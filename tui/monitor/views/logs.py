@@ -48,7 +48,7 @@ class LogsView(View):
             log.poll(frame.read_log)
         who = "the launcher" if self.rank == LAUNCHER else f"rank {self.rank}"
         state = "paused" if frame.frozen else "following" if log.following else "scrolled back, f follows"
-        self.query_one(Panel).tell(f"log of {who}", f"{log.num_lines:,} lines, {state}")
+        self.query_one(Panel).tell(f"log of {who}", f"{log.told}, {state}")
 
     def action_rank(self, by: int) -> None:
         """Show the log of the rank before or after this one."""

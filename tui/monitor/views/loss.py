@@ -20,7 +20,7 @@ _CURVES = (
 
 
 class LossView(View):
-    """One chart a quantity, with events marked on the loss's axis."""
+    """One chart a quantity, with the events marked on their axes."""
 
     TITLE = "Loss"
     KEYS = (Key("m", "show the next metric that the script logs"),)
@@ -44,7 +44,7 @@ class LossView(View):
         self._frame = frame
         for color, (column, title, missing) in enumerate(_CURVES):
             chart = self.query_one(f"#{column}-chart", LineChart)
-            draw_curve(chart, frame, Curve(column, color, missing, marks=column == "loss"))
+            draw_curve(chart, frame, Curve(column, color, missing))
             self.query_one(f"#{column}-panel", Panel).tell(title, scalar(window_newest(frame, column)))
         marks = frame.model.event_steps()
         if marks:

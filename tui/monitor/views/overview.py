@@ -100,12 +100,16 @@ class OverviewView(View):
         self.query_one("#overview-throughput-panel", Panel).tell("throughput", rate)
         draw_split(self.query_one("#overview-split", StackedBars), frame)
         self.query_one("#overview-split-panel", Panel).tell("step time", seconds(window_newest(frame, "step_s")))
+        # On few lines the ranks are worth more than a whole legend.
+        brief = not self.screen.has_class("-tall")
+        for bars in (self.query_one("#overview-split", StackedBars), self.query_one("#overview-memory", StackedBars)):
+            bars.brief = brief
         fullest = model.fullest_rank()
         ranks = [fullest] if fullest is not None else []
         draw_memory(self.query_one("#overview-memory", StackedBars), ranks, model, labels=False)
-        where = (
-            f"memory of rank {fullest.rank}, the fullest" if fullest is not None and len(model.ranks) > 1 else "memory"
-        )
+        where = "memory"
+        if fullest is not None and len(model.ranks) > 1:
+            where = f"memory, rank {fullest.rank}" if brief else f"memory of rank {fullest.rank}, the fullest"
         planned = f"planned {num_bytes(model.planned_bytes())}"
         self.query_one("#overview-memory-panel", Panel).tell(f"{where}, {planned}")
         self.query_one("#overview-table", LineTable).show(rank_lines(model, frame.now_s))

@@ -21,7 +21,9 @@ class ThroughputView(View):
         """Make the parts."""
         with Horizontal(id="throughput-charts"):
             yield Panel("tokens/s", LineChart(unit=si, from_zero=True, id="tokens-chart"), id="tokens-panel")
-            yield Panel("step time", LineChart(unit=seconds, from_zero=True, id="step-chart"), id="step-panel")
+            yield Panel(
+                "step time", LineChart(unit=seconds, from_zero=True, clip=True, id="step-chart"), id="step-panel"
+            )
             yield Panel("MFU", LineChart(unit=percent, from_zero=True, id="mfu-chart"), id="mfu-panel")
         with Panel("where the time goes", id="split-panel"):
             yield StackedColumns(empty="n/a: no timed steps", id="split-columns")

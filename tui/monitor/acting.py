@@ -1,0 +1,132 @@
+"""What the dashboard does beside showing: it moves a recording, acts on the job, and writes what is shown to files."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from textual import events
+from textual.app import App, SystemCommand
+from textual.binding import Binding, BindingType
+
+from distui.proto import telemetry_pb2 as pb
+from distui.tui.client import Source
+from distui.tui.monitor.control import VERBS, ControlScreen, RepliesScreen, Verb
+from distui.tui.monitor.dialogs import StopScreen
+from distui.tui.monitor.export import shown_table, steps_csv, table_csv
+from distui.tui.monitor.model import RunModel
+from distui.tui.monitor.player import REPLAY_BINDINGS, PlaceScreen, Player, move, parse_place
+from distui.tui.monitor.views.base import Frame, View
+
+
+class ActingApp(App[str]):
+    """The actions; what is shown is up to who inherits."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("c", "control", "Control"),
+        Binding("e", "export", "CSV", show=False),
+        Binding("E", "picture", "SVG", show=False),
+        *REPLAY_BINDINGS,
+    ]
+
+    model: RunModel
+    client: Source | None
+    player: Player | None
+
+    def shown(self) -> tuple[View, Frame]:
+        """Return the view in sight and what it shows."""
+        raise NotImplementedError
+
+    def action_replay(self, how: str) -> None:
+        """Move through a recording."""
+        if self.player is None:
+            return
+        if how != "ask":
+            move(self.player, how)
+            return
+        player, history = self.player, self.model.history
+        steps = list(zip(history.column("step"), history.column("time_s"), strict=True))
+
+        def go(to_s: float | None) -> None:
+            if to_s is not None:
+                player.seek(to_s)
+
+        self.push_screen(PlaceScreen(lambda text: parse_place(text, player, steps)), go)
+
+    def action_control(self) -> None:
+        """Offer what the job can be asked to do."""
+        if not self.screen.is_modal:
+            self.push_screen(ControlScreen(self._refusal()), self.ask)
+
+    def _refusal(self) -> str:
+        """Return why nothing can be asked of the job; "" where it can. What a daemon refuses, it says itself."""
+        if self.player is not None:
+            return "this is a recording; distui monitor RUN shows the run itself"
+        if self.client is None or self.model.snapshot is None:
+            return "nothing is known of the run yet"
+        if self.model.ended:
+            return f"the run has ended: it is {self.model.state}"
+        if self.client.away_since_s is not None:
+            return "the daemon is away"
+        return ""
+
+    def ask(self, verb: Verb | None) -> None:
+        """Ask the job and show what the ranks answer; before it is stopped, ask the user."""
+        if verb is None:
+            return
+        if refusal := self._refusal():
+            self.push_screen(ControlScreen(refusal))
+        elif verb.verb == "stop":
+            self.push_screen(StopScreen(), lambda answer: self._show_replies(verb) if answer else None)
+        else:
+            self._show_replies(verb)
+
+    def _show_replies(self, verb: Verb) -> None:
+        self.push_screen(RepliesScreen(verb, self._execute))
+
+    async def _execute(self, verb: Verb) -> AsyncIterator[pb.ControlReply]:
+        assert self.client is not None
+        async for reply in self.client.execute(self.model.run_id, verb.verb, dict(verb.arguments)):
+            yield reply
+
+    def action_export(self) -> None:
+        """Write the table that is shown, or the steps in sight, as CSV into the working directory."""
+        view, frame = self.shown()
+        table = shown_table(view, self.focused)
+        text = table_csv(table) if table is not None else steps_csv(frame)
+        name = table.id if table is not None and table.id else "steps"
+        self.deliver_text(
+            io.StringIO(text),
+            save_directory=Path.cwd(),
+            save_filename=self._file_name(name, "csv"),
+            mime_type="text/csv",
+        )
+
+    def action_picture(self) -> None:
+        """Write the screen as an SVG into the working directory."""
+        view, _ = self.shown()
+        picture = io.StringIO(self.export_screenshot(title=f"distui monitor {self.model.run_id}"))
+        name = self._file_name(view.TITLE.lower(), "svg")
+        self.deliver_text(picture, save_directory=Path.cwd(), save_filename=name, mime_type="image/svg+xml")
+
+    def _file_name(self, what: str, ending: str) -> str:
+        return f"{self.model.run_id or 'run'}-{what}-{time.strftime('%H%M%S')}.{ending}"
+
+    def on_delivery_complete(self, event: events.DeliveryComplete) -> None:
+        """Say where the file is."""
+        if event.path is not None:
+            self.notify(str(event.path), title="written")
+
+    def on_delivery_failed(self, event: events.DeliveryFailed) -> None:
+        """Say why there is no file."""
+        self.notify(str(event.exception), title="not written", severity="error")
+
+    def acting_commands(self) -> Iterable[SystemCommand]:
+        """Offer the verbs and the files in the command palette."""
+        for verb in VERBS:
+            yield SystemCommand(f"Job: {verb.title}", verb.what.capitalize(), lambda verb=verb: self.ask(verb))
+        yield SystemCommand("Export the table", "CSV, into the working directory", self.action_export)
+        yield SystemCommand("Export the picture", "SVG, into the working directory", self.action_picture)
