@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from distui.core.config import ClusterSection
+from distui.launcher.store import serve
 
 MEETING_S = 900.0
 """For so long the first node waits for the last."""
@@ -94,12 +95,3 @@ class Peers(threading.Thread):
         from torch.distributed import TCPStore
 
         return TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=timeout)
-
-
-def serve(listening: socket.socket) -> Any:
-    """Return a store on the socket, which is the store's from now on; a thread of C++ serves it until it is dropped."""
-    from torch.distributed import TCPStore
-
-    port = listening.getsockname()[1]
-    taken = listening.detach()
-    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=taken)

@@ -28,7 +28,7 @@ from distui.core.paths import RunFolder, current_run, write_atomic
 from distui.launcher import compat
 from distui.launcher.outcome import last_step
 from distui.launcher.processes import AGENT_PID_ENV, die_with_parent, record_session, request_stop
-from distui.launcher.ranks import STORE_FD_ENV
+from distui.launcher.store import STORE_ENV, RankStore
 
 if TYPE_CHECKING:
     from distui.core.telemetry.source import TelemetrySource
@@ -47,8 +47,9 @@ def main() -> None:
     record_session(run)
     rank = int(os.environ["RANK"])
     _redirect(run.rank_log(rank))
-    if (store := os.environ.pop(STORE_FD_ENV, "")) and store.isdecimal():
-        when_imported("torch.distributed", functools.partial(_serve_store, int(store)))
+    store = RankStore(numbers) if (numbers := os.environ.pop(STORE_ENV, "")) else None
+    if store is not None:
+        when_imported("torch.distributed", store.serve)
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(run.nccl / "rank"))  # torch adds the rank's number
     source = _open_source(run, rank)
     if source is not None:
@@ -62,10 +63,10 @@ def main() -> None:
         _leave_group()
     if source is not None:
         source.close(status, error)
-    _leave(status)
+    _leave(status, store)
 
 
-def _leave(status: int) -> NoReturn:
+def _leave(status: int, store: RankStore | None) -> NoReturn:
     """End the process as the interpreter would, but for tearing itself down.
 
     Threads of gloo that come for the GIL during the teardown are unwound through C++ that forbids it: SIGABRT,
@@ -76,6 +77,8 @@ def _leave(status: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # closed by the script: nothing is left in it
             stream.flush()
+    if store is not None and status == 0:
+        store.outlive_others(status)
     os._exit(status)
 
 
@@ -129,17 +132,6 @@ def _open_source(run: RunFolder, rank: int) -> TelemetrySource | None:
     except Exception as error:  # noqa: BLE001  whatever it is, the script must run
         print(f"distui: no telemetry from rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         return None
-
-
-def _serve_store(descriptor: int) -> None:
-    """Serve the job's store, which torchrun's agent does: here no agent has to import torch for it."""
-    from distui.launcher.peers import serve
-
-    _kept.append(serve(socket.socket(fileno=descriptor)))
-
-
-_kept: list[object] = []
-"""What lives as long as the process."""
 
 
 def _watch_optimizers(source: TelemetrySource) -> None:

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from distui.core.config import ClusterSection
 from distui.launcher.outcome import Ending, signal_name
 from distui.launcher.processes import GRACE_S, signal_all
+from distui.launcher.store import STORE_ENV, Standby
 
-STORE_FD_ENV = "DISTUI_STORE_FD"
-"""In the environment of the rank that is to serve the store: the listening socket that it has inherited."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 BACKLOG = 4096
 """Ranks may connect before anybody serves: the kernel keeps so many of them waiting."""
@@ -76,7 +75,7 @@ class Ranks:
     """The ranks of this node. All calls come from the thread that made it, which must live as long as they do."""
 
     def __init__(self, cluster: ClusterSection, arguments: Sequence[str], store: socket.socket | None) -> None:
-        """Start them with the script's `arguments`; rank 0 serves the store on the socket that it is given here."""
+        """Start them with the script's `arguments`; `store` is the socket of a node alone, on which it is served."""
         self.stopped_by: signal.Signals | None = None
         """The first signal that asked for the end of the job."""
         self.endings: dict[int, Ending] = {}
@@ -89,16 +88,19 @@ class Ranks:
         assert isinstance(cluster.nproc, int)
         port = store.getsockname()[1] if store is not None else cluster.master_port
         command = [sys.executable, "-u", "-m", "distui.launcher.rank", *arguments]
+        self._standby = Standby(store) if store is not None else None
         for local_rank in range(cluster.nproc):
             environ = {**os.environ, **rank_environ(cluster, local_rank, port)}
             inherited: tuple[int, ...] = ()
-            if store is not None and environ["RANK"] == "0":
-                inherited = (store.fileno(),)
-                environ[STORE_FD_ENV] = str(store.fileno())
+            if self._standby is not None and local_rank == 0:
+                inherited = self._standby.inherited()
+                environ[STORE_ENV] = ",".join(str(number) for number in inherited)
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, env=environ, pass_fds=inherited, start_new_session=True
             )
             self._running[os.pidfd_open(process.pid)] = _Rank(int(environ["RANK"]), process)
+        if self._standby is not None:
+            self._standby.start()
 
     def wait(self, kill: Callable[[], None]) -> None:
         """Wait until every rank has ended.
@@ -111,6 +113,8 @@ class Ranks:
             poll.register(handle, select.POLLIN)
         kill_s: float | None = None
         while self._running:
+            if self._standby is not None and [one.rank for one in self._running.values()] == [0]:
+                self._standby.release()
             left_s = 3600.0 if kill_s is None else max(0.0, kill_s - time.monotonic())
             for handle, _ in poll.poll(left_s * 1000):
                 if handle == self._woken:
