@@ -31,7 +31,9 @@ MODELS = {
 DEFAULT = ["bare", "ddp", "native0", "native1", "native2", "native3", "zero_redundancy", "fsdp2_keep", "fsdp2_reshard"]
 BACKENDS = ["engine_native0", "engine_native3", "engine_ddp0", "engine_fsdp2_2", "engine_fsdp2_3", "engine_deepspeed2"]
 """`distui.Engine` and the documented loop on each backend: what the engine adds to what stands under it."""
-ALL = [*DEFAULT, "deepspeed1", "deepspeed2", "deepspeed3", "accelerate_fsdp2", *BACKENDS]
+SOCKETS = [f"native{stage}_sockets" for stage in range(4)]
+"""As between hosts: ranks that do not read each other's memory."""
+ALL = [*DEFAULT, *SOCKETS, "deepspeed1", "deepspeed2", "deepspeed3", "accelerate_fsdp2", *BACKENDS]
 VOCAB = 256
 
 
@@ -121,9 +123,12 @@ def make_step(variant: str, model: Any, dtype: str) -> Any:
     if variant.startswith("native"):
         from distui.core.precision import apply_border_casts
         from distui.core.sharding.sharded import ShardedModel
+        from distui.core.sharding.transport import Transport
 
+        if variant.endswith("_sockets"):
+            Transport.min_read_bytes = 1 << 60
         optimizer = adamw(model.parameters())
-        sharded = ShardedModel(model, stage=int(variant[-1]), group=dist.group.WORLD, compute_dtype=low)
+        sharded = ShardedModel(model, stage=int(variant[6]), group=dist.group.WORLD, compute_dtype=low)
         if low is not None:
             apply_border_casts(model, low)
         prepared = sharded.prepare_optimizer(optimizer)

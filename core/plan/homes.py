@@ -29,7 +29,7 @@ def home_time(
     rates: Rates,
     *,
     moved: float,
-    bytes_each: tuple[int, int, int],
+    bytes_each: tuple[int, int, float],
     stepped: float,
     shard: float,
     forward_s: float,

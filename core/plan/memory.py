@@ -12,8 +12,13 @@ from dataclasses import dataclass
 
 from distui.core.plan.types import GIB, ModelSpec
 
-OPTIMIZER_STATE_BYTES = {"adamw": 8, "adam": 8, "sgd": 0, "sgd_momentum": 4, "lion": 4, "adafactor": 0, "muon": 4}
-"""fp32 moments a parameter. Adafactor's are rows plus columns of a matrix: below 0.1% of it, counted as 0."""
+EIGHT_BIT = "_8bit"
+"""Ends the name of an optimizer whose moments are kept in 8 bits (optimizer.state_bits)."""
+
+OPTIMIZER_STATE_BYTES = {"adamw": 8.0, "adam": 8.0, "sgd": 0.0, "sgd_momentum": 4.0, "lion": 4.0, "adafactor": 0.0}
+OPTIMIZER_STATE_BYTES |= {"muon": 4.0, f"adamw{EIGHT_BIT}": 2 + 8 / 256, f"adam{EIGHT_BIT}": 2 + 8 / 256}
+"""Bytes of the moments a parameter, in fp32; in 8 bits with a scale for 256 elements each (arXiv 2110.02861).
+Adafactor's are rows plus columns of a matrix: below 0.1% of it, counted as 0."""
 
 SMALL_UNIT_PARAMETERS = 1 << 21
 """The engine joins neighbouring blocks up to this size into one unit (core/sharding/partition.py)."""
@@ -98,7 +103,7 @@ class Footprint:
         }
 
 
-def bytes_per_parameter(dtype: str, reduce_dtype: str, optimizer: str) -> tuple[int, int, int]:
+def bytes_per_parameter(dtype: str, reduce_dtype: str, optimizer: str) -> tuple[int, int, float]:
     """Return c, g, o: bytes of a parameter, of its gradient, of its optimizer state with the master copy.
 
     Source: ZeRO, arXiv 1910.02054, section 3.1 (2 + 2 + 12 for Adam in mixed precision; here g is 4 when gradients are
@@ -196,7 +201,7 @@ def footprint(model: ModelSpec, strategy: Strategy, device_kind: str, baseline_b
 
 
 def transient_buffers(
-    strategy: Strategy, c: int, g: int, o: int, B: float, R: float, num_layers: int, device_kind: str
+    strategy: Strategy, c: int, g: int, o: float, B: float, R: float, num_layers: int, device_kind: str
 ) -> float:
     """Return what the engine allocates beyond the model states (core/sharding: slots.py, pool.py, transport.py).
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from distui.core.batch import solve_batch
 from distui.core.config import Config
 from distui.core.hardware import Hardware
-from distui.core.plan.memory import OPTIMIZER_STATE_BYTES, Strategy, footprint
+from distui.core.plan.memory import EIGHT_BIT, OPTIMIZER_STATE_BYTES, Strategy, footprint
 from distui.core.plan.rates import rates_of
 from distui.core.plan.request import DEFAULT_MARGIN, Request
 from distui.core.plan.search import BACKENDS, make_plan
 from distui.core.plan.time import step_time
 from distui.core.plan.types import ModelSpec, Plan
+
+
+def optimizer_of(config: Config) -> str:
+    """Return the planner's name of the configured optimizer: `adamw_8bit` where its moments are kept in 8 bits."""
+    return config.optimizer.name + (EIGHT_BIT if config.optimizer.state_bits == 8 else "")
 
 
 def strategy_of(config: Config, world_size: int) -> tuple[Strategy, bool]:
@@ -31,7 +36,7 @@ def strategy_of(config: Config, world_size: int) -> tuple[Strategy, bool]:
         data_parallel=data_parallel,
         dtype=config.precision.dtype,
         reduce_dtype=config.precision.reduce_dtype,
-        optimizer=config.optimizer.name,
+        optimizer=optimizer_of(config),
         context_parallel=axes.context_parallel,
         expert_parallel=axes.expert_parallel,
         compression=config.compression.gradients,
@@ -45,7 +50,7 @@ def plan_of(config: Config, model: ModelSpec, hardware: Hardware, ranks_per_node
 
     An unset micro-batch counts as one sample. Raises: ConfigError where the batch sizes do not go together.
     """
-    backend, optimizer = config.strategy.backend, config.optimizer.name
+    backend, optimizer = config.strategy.backend, optimizer_of(config)
     if backend not in BACKENDS or optimizer not in OPTIMIZER_STATE_BYTES:
         return None
     strategy, _ = strategy_of(config, ranks_per_node * hardware.nodes)

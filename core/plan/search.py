@@ -11,7 +11,7 @@ from distui.core.errors import UserError
 from distui.core.hardware import Hardware
 from distui.core.plan.advice import smallest_change
 from distui.core.plan.explain import explain
-from distui.core.plan.memory import OPTIMIZER_STATE_BYTES, Footprint, Strategy, footprint
+from distui.core.plan.memory import EIGHT_BIT, OPTIMIZER_STATE_BYTES, Footprint, Strategy, footprint
 from distui.core.plan.rates import Rates, rates_of
 from distui.core.plan.reasons import fits_in, is_available, misfits, offload_word, strategy_name, why
 from distui.core.plan.request import DEFAULT_MARGIN, Request, default_dtype
@@ -143,6 +143,8 @@ def strategies(request: Request) -> Iterator[Strategy]:
         data = world // (tensor * pipeline * context)
         for stage, optimizer_home, params_home in _placements(request.hardware, data * context, pipeline):
             at_home = optimizer_home == params_home == "none"
+            if not at_home and request.optimizer.endswith(EIGHT_BIT):
+                continue  # what is offloaded is stepped in 32 bits
             for expert, backend, compression, mode in itertools.product(
                 _expert_sizes(request, data), request.backends, request.compressions, ("none", "selective", "full")
             ):
@@ -172,6 +174,8 @@ def strategies(request: Request) -> Iterator[Strategy]:
 def _goes_together(request: Request, stage: int, backend: str, compression: str, num_shards: int, plain: bool) -> bool:
     """Tell whether the backend has the stage, and the compression somebody to send to and the right optimizer."""
     if stage not in BACKENDS[backend] or (backend != "native" and not (plain and compression == "none")):
+        return False
+    if backend != "native" and request.optimizer.endswith(EIGHT_BIT):
         return False
     if backend == "ddp" and request.dtype != "fp32" and request.reduce_dtype == "same":
         return False

@@ -172,6 +172,7 @@ class Plan:
             "offload": dict(self.offload_homes),
             "activation_checkpointing": {"mode": self.activation_checkpointing},
             "batch": {"micro_size": self.micro_size, "accumulation": self.accumulation},
-            "optimizer": {"name": self.optimizer},
+            "optimizer": {"name": self.optimizer.removesuffix("_8bit")}
+            | ({"state_bits": 8} if self.optimizer.endswith("_8bit") else {}),
             "compression": {"gradients": self.compression},
         }

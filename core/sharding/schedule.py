@@ -55,6 +55,8 @@ class Schedule:
         self._late: set[int] = set()
         self.slots = SlotRing(units) if stage >= 3 else None
         self._handles: list[Any] = []
+        self._grad_hooks: dict[int, dict[int, Any]] = {}
+        """Handles of the hooks on gradients, by unit and parameter."""
         self._root_units = [unit for unit in units if unit.is_root]
         self._gather_lazily = stage in (1, 2) and num_ranks > 1
         self._register()
@@ -67,8 +69,7 @@ class Schedule:
             for module in unit.modules:
                 blocks.setdefault(id(module), (module, []))[1].append(unit)
             if unit.trainable:
-                for index, param in enumerate(unit.params):
-                    self._handles.append(param.register_post_accumulate_grad_hook(self._grad_hook(unit, index)))
+                self._hook_all(unit)
         for module, units in blocks.values():
             self._handles.append(module.register_forward_pre_hook(Hook(self._before_block(units)), with_kwargs=True))
             if self.slots is not None:
@@ -91,9 +92,29 @@ class Schedule:
 
     def remove(self) -> None:
         """Take all hooks off the model."""
+        for hooks in self._grad_hooks.values():
+            self._handles += hooks.values()
+        self._grad_hooks.clear()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _hook_all(self, unit: Unit) -> None:
+        hooks = self._grad_hooks.setdefault(id(unit), {})
+        for index, param in enumerate(unit.params):
+            if index not in hooks:
+                hooks[index] = param.register_post_accumulate_grad_hook(self._grad_hook(unit, index))
+        unit.collected, unit.came_last = (), None
+
+    def _thin_hooks(self) -> None:
+        # A Python call for each of many small parameters costs more than its gradient's copy. So once it is known
+        # whose gradient comes last in a unit, that one tells for the small ones.
+        for unit in self.order:
+            if not unit.collected and unit.came_last is not None:
+                unit.choose_collected()
+                hooks = self._grad_hooks[id(unit)]
+                for index in unit.collected:
+                    hooks.pop(index).remove()
 
     def _before_model(self, module: nn.Module, args: Any) -> None:
         if self.slots is not None:
@@ -213,11 +234,18 @@ class Schedule:
 
         Whoever runs the backward calls it; `finish_gradients` does where nobody did.
         """
+        if not self._shown:
+            for unit in self.order:
+                if unit.collect():
+                    self._open = True
+                    if unit.is_complete:  # right, but reduced later than it could: learn anew whose comes last
+                        self._hook_all(unit)
         if not self._open:
             return
         if self.slots is not None:
             self.slots.end_backward()
         self._calls.clear()
+        self._thin_hooks()
         if not (self.sync or self.reduces_each_backward):
             for unit in self.order:
                 unit.next_micro_batch()

@@ -1,12 +1,14 @@
 """The collectives of the engine, as one seam: NCCL takes the tensor forms, gloo the fastest form measured for it.
 
 Gloo's own reduce_scatter is an all-reduce inside and its all_gather copies through lists, so on gloo both are direct
-exchanges of views between peers. Everything runs in place on flat buffers and is asynchronous: a call returns a
-`Pending`, whose `wait` must be called once on every rank, in the same order everywhere.
+exchanges of views between peers, and ranks of one host read each other's memory (`peer_memory`). Everything runs in
+place on flat buffers and is asynchronous: a call returns a `Pending`, whose `wait` must be called once on every rank,
+in the same order everywhere.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from distui.core.collectives import group_label, one_collective, see_end
+from distui.core.sharding.peer_memory import PeerMemory, Reading
 from distui.core.sharding.pool import BufferPool
 from distui.core.telemetry.source import NullSource, current
 
@@ -37,7 +40,7 @@ class Pending:
 
     def __init__(self, transport: Transport, works: list[Work], token: int, finish: Callable[[], None] | None) -> None:
         self._transport, self._works, self._token, self._finish = transport, works, token, finish
-        if token and len(works) == 1:
+        if token and len(works) == 1 and not isinstance(works[0], Reading):
             see_end(transport.telemetry, works[0], token)
 
     def wait(self) -> None:
@@ -64,6 +67,9 @@ class Pending:
 class Transport:
     """Collectives over one process group, counted in the telemetry ledger under `name`."""
 
+    min_read_bytes = 1 << 17
+    """From this size on CPU ranks of one host read each other's memory; for less the messages cost more than a copy."""
+
     def __init__(self, group: dist.ProcessGroup, name: str, pool: BufferPool) -> None:
         self.group, self._pool = group, pool
         self.name = group_label(group, name)
@@ -86,6 +92,17 @@ class Transport:
 
     def _is_gloo(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == "cpu"
+
+    def _peer_memory(self, nbytes: int) -> PeerMemory | None:
+        """Return the peers' memory for a CPU collective that takes `nbytes` from each. Collective, the first time."""
+        return PeerMemory.of(self.group) if nbytes >= self.min_read_bytes else None
+
+    def _end_of(self, token: int) -> Callable[[], None] | None:
+        """Return what notes the end of a collective that another thread carries out."""
+        if not token:
+            return None
+        self.telemetry.collective_seen(token)
+        return functools.partial(self.telemetry.collective_end, token)
 
     @one_collective
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
@@ -127,6 +144,8 @@ class Transport:
         if not self._is_gloo(full):
             work = dist.all_gather_into_tensor(full, shard, group=self.group, async_op=True)
             return Pending(self, [work], token, None)
+        if (near := self._peer_memory(shard.nbytes)) is not None:
+            return Pending(self, [near.all_gather(full, shard, self._end_of(token))], token, None)
         chunks = full.chunk(self.world_size)
         works: list[Work] = [self.group.recv([chunks[peer]], peer, _TAG_ALL_GATHER) for peer in self.peers]
         works += [self.group.send([shard], peer, _TAG_ALL_GATHER) for peer in self.peers]
@@ -135,9 +154,15 @@ class Transport:
             own.copy_(shard)
         return Pending(self, works, token, None)
 
+    @one_collective
     def sum_gradient(self, full: torch.Tensor) -> Pending:
         """Sum a replicated gradient over the group, in place. Collective: all ranks of the group."""
-        return self.all_reduce(full)
+        near = self._peer_memory(full.nbytes // self.world_size) if self._is_gloo(full) else None
+        if near is None:
+            return self.all_reduce(full)
+        token = self._begin("all_reduce", full)
+        self.sent_bytes += 2 * full.nbytes * (self.world_size - 1) // self.world_size
+        return Pending(self, [near.all_reduce(full, self._end_of(token))], token, None)
 
     def gather_weights(self, full: torch.Tensor, shard: torch.Tensor) -> Pending:
         """Fill `full` for a unit that is about to run. Collective: all ranks of the group."""
@@ -182,6 +207,8 @@ class Transport:
 
             return Pending(self, [work], token, add)
 
+        if (near := self._peer_memory(shard.nbytes)) is not None:
+            return Pending(self, [near.reduce_scatter(full, shard, accumulate, self._end_of(token))], token, None)
         chunks = full.chunk(self.world_size)
         parts = [self._pool.take(shard.numel(), full.dtype, full.device) for _ in self.peers]
         works: list[Work] = [

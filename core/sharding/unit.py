@@ -32,6 +32,8 @@ from distui.core.sharding.unit_parameters import UnitParameters
 
 _SMALL_NUMEL = 1 << 12
 """Gradients up to this size are written together: for one alone the call costs more than the copy."""
+_COLLECTED_NUMEL = 1 << 17
+"""Parameters up to this size need no hook: their gradients wait until the unit is complete, 512 KiB each at most."""
 
 
 class GradState(Enum):
@@ -86,6 +88,11 @@ class Unit(UnitParameters):
         """Parameters whose gradient one of several optimizers forgot, since the last backward."""
         self._small: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Small gradients that arrived and are not written yet, each with its place."""
+        self._together_numel = _SMALL_NUMEL if self.device.type == "cpu" else _COLLECTED_NUMEL
+        self.collected: tuple[int, ...] = ()
+        """Parameters without a hook, taken from `param.grad` once all others have arrived."""
+        self.came_last: int | None = None
+        """The parameter whose gradient completed the last backward that gave all; its hook is kept."""
         self._views: dict[int, list[torch.Tensor]] = {}
         if self.trainable:
             self._allocate_gradients()
@@ -114,6 +121,40 @@ class Unit(UnitParameters):
 
     def accept(self, index: int, grad: torch.Tensor) -> bool:
         """Take the gradient of parameter `index`; return True when it was the last one missing."""
+        self._write(index, grad)
+        if self.collected and self.num_arrived >= len(self.params) - len(self.collected):
+            self.collect()
+        if self.is_complete:
+            self._write_small()
+            self.came_last = index
+        return self.is_complete
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every parameter's gradient has arrived."""
+        return self.num_arrived == len(self.params)
+
+    def collect(self) -> bool:
+        """Take the gradients that wait in `param.grad`; return whether there were any."""
+        any_found = False
+        for index in self.collected:
+            param = self.params[index]
+            grad = param.grad
+            if grad is not None:
+                param.grad = None
+                self._write(index, grad)
+                any_found = True
+        return any_found
+
+    def choose_collected(self) -> None:
+        """Leave hooks to the parameter that came last and to large ones, which are best written while in the cache."""
+        self.collected = tuple(
+            index
+            for index, param in enumerate(self.params)
+            if index != self.came_last and param.numel() <= _COLLECTED_NUMEL
+        )
+
+    def _write(self, index: int, grad: torch.Tensor) -> None:
         if self.state is not GradState.FILLING:
             self.finish_reduce()
             self.reopen()
@@ -128,7 +169,7 @@ class Unit(UnitParameters):
             if again:
                 self._write_small()
             view.add_(grad, alpha=self.inverse_ranks)
-        elif grad.numel() <= _SMALL_NUMEL:
+        elif grad.numel() <= self._together_numel:
             self._small.append((view, grad))
         elif self.inverse_ranks == 1.0:
             view.copy_(grad)
@@ -137,10 +178,6 @@ class Unit(UnitParameters):
         if not again:
             self.arrived[index] = True
             self.num_arrived += 1
-        if self.num_arrived == len(self.params):
-            self._write_small()
-            return True
-        return False
 
     def _write_small(self) -> None:
         if self._small:
@@ -173,6 +210,7 @@ class Unit(UnitParameters):
 
     def fill_missing(self) -> None:
         """Count gradients that did not come as zero (parameters that the loss does not depend on)."""
+        self.collect()
         if self.grad_full is None:
             self.grad_full = self._take_gradient()
         self._write_small()
@@ -294,6 +332,8 @@ class Unit(UnitParameters):
             self.pool.give(self.grad_full, self._gaps)
             self.grad_full = None
         self._forget_arrivals()
+        for index in self.collected:
+            self.params[index].grad = None
         self.holds_gradient = False
         self.shard_holds_gradient = False
         self._forgotten.clear()

@@ -253,7 +253,7 @@ def test_a_checkpoint_keeps_the_error_feedback_or_begins_it_again(run_ranks: Run
 
 def _overflow(gradients: str, dtype: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        engine, optimizer, losses = _engine(folder, 9, gradients, dtype, poison=6)
+        engine, _, losses = _engine(folder, 9, gradients, dtype, poison=6)
         assert engine.scaler is not None and engine.scaler.num_skipped == 1
         assert all(loss == loss for loss in losses) and losses[-1] < losses[0]
 

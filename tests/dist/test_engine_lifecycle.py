@@ -120,7 +120,9 @@ def _save_matrices(make: Optimizers, stage: int, folder: str) -> Any:
     if engine.num_processes > 1 and make is _adafactor:
         # The states are divided: no rank has more than its share of the matrices, and the largest.
         held = sum(state["variance"].numel() for state in optimizers[0].state.values() if "variance" in state)
-        assert engine.reduce(torch.tensor(held), "sum").item() == sum(p.numel() for p in _model() .parameters() if p.dim() < 2)
+        assert engine.reduce(torch.tensor(held), "sum").item() == sum(
+            p.numel() for p in _model().parameters() if p.dim() < 2
+        )
         assert all(param.numel() == 0 for group in optimizers[0].param_groups for param in group["params"])
     engine.save_state(folder)
     return engine.get_state_dict(model), _states(engine, optimizers)

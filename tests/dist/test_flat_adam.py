@@ -1,4 +1,4 @@
-"""The kernels as the engine's AdamW: the same steps as torch's, and 8-bit states that train, weigh a quarter, reshard."""
+"""The kernels as the engine's AdamW: the same steps as torch's; 8-bit states train, weigh a quarter, and reshard."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 def _engine(stage: int, bits: int, dtype: str) -> distui.Engine:
     partition.SMALL_UNIT_NUMEL = 1
-    return distui.Engine(
-        strategy={"zero_stage": stage}, optimizer={"state_bits": bits}, precision={"dtype": dtype}
-    )
+    return distui.Engine(strategy={"zero_stage": stage}, optimizer={"state_bits": bits}, precision={"dtype": dtype})
 
 
 def _batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Offloaded states through the public API: checkpoints both ways, weights between steps, optimizer.state_dict, bytes."""
+"""Offloaded states through the public API: checkpoints both ways, weights between steps, state_dict, bytes."""
 
 from __future__ import annotations
 
@@ -126,7 +126,9 @@ def _states_and_weights(folder: str) -> None:
         for param in model.parameters():
             param.mul_(0.5)
     halved = moved[0].get_state_dict(moved[1])
-    torch.testing.assert_close(halved["layers.1.bias"], weights_after(plain)["layers.1.bias"] * 0.5, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(
+        halved["layers.1.bias"], weights_after(plain)["layers.1.bias"] * 0.5, atol=1e-2, rtol=1e-2
+    )
     # Clipping some of the parameters, and single elements.
     for job in (plain, moved):
         engine, model, optimizer = job

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from distui.core.config import Config
+from distui.core.hardware import parse_hardware
 from distui.core.plan.memory import (
     OPTIMIZER_STATE_BYTES,
     Strategy,
@@ -18,6 +20,8 @@ from distui.core.plan.memory import (
     transient_buffers,
 )
 from distui.core.plan.models import load_model
+from distui.core.plan.planned import plan_of
+from distui.core.plan.search import plan_all
 from distui.core.plan.shapes import gpt
 
 STRATEGY = Strategy(
@@ -166,3 +170,17 @@ def test_total_memory_falls_with_tensor_parallel_and_grows_with_the_batch(model,
     if strategy.world_size > 1:
         cut = footprint(model, replace(strategy, tensor_parallel=strategy.tensor_parallel * 2), "cuda")
         assert cut.total < memory.total
+
+
+def test_8_bit_moments_are_2_bytes_and_a_scale_and_never_offloaded() -> None:
+    model = load_model("llama-7b")
+    exact = footprint(model, STRATEGY, "cuda").optimizer_states
+    eight = footprint(model, replace(STRATEGY, optimizer="adamw_8bit"), "cuda").optimizer_states
+    assert (exact - eight) / model.num_parameters == pytest.approx(8 - 2.03125, rel=1e-6)
+    hardware = parse_hardware("8xA100-40GB")
+    plans = plan_all(model, hardware, optimizer="adamw_8bit")
+    assert plans and all(plan.offload == "none" for plan in plans)
+    config = Config.model_validate(plans[0].to_config())
+    assert config.optimizer.name == "adamw" and config.optimizer.state_bits == 8
+    again = plan_of(config, model, hardware, 8)
+    assert again is not None and again.memory_per_rank_bytes == plans[0].memory_per_rank_bytes
