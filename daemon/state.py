@@ -17,6 +17,7 @@ LAUNCHER = -1
 DAEMON = -2
 SOURCE_CLOSED = "source_closed"
 """Event of the daemon: a rank has closed its stream in good order without saying how its script ended."""
+OWN_STRATEGY = "the script's own strategy"
 MEAN_STEPS = 20
 PARTS = ("data_wait_s", "forward_s", "backward_s", "optimizer_s")
 NUM_EVENTS = 2000
@@ -224,6 +225,8 @@ class RunState:
         elif body == "rank_started":
             speaker.started = record.rank_started
             self.info.world_size = max(self.info.world_size, record.rank_started.world_size)
+            if record.rank_started.own_strategy:
+                self.info.strategy = OWN_STRATEGY  # what the settings say of it holds for engines only
             if record.rank_started.HasField("peak_flops"):
                 self._peak_flops[speaker.rank] = record.rank_started.peak_flops
         elif body == "rank_finished":

@@ -107,7 +107,7 @@ class RunFinished(_message.Message):
     def __init__(self, state: _Optional[str] = ..., exit_status: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class RankStarted(_message.Message):
-    __slots__ = ("world_size", "local_rank", "device", "device_name", "num_parameters", "peak_flops", "device_uuid")
+    __slots__ = ("world_size", "local_rank", "device", "device_name", "num_parameters", "peak_flops", "device_uuid", "own_strategy")
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     LOCAL_RANK_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,7 @@ class RankStarted(_message.Message):
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     PEAK_FLOPS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
+    OWN_STRATEGY_FIELD_NUMBER: _ClassVar[int]
     world_size: int
     local_rank: int
     device: str
@@ -122,7 +123,8 @@ class RankStarted(_message.Message):
     num_parameters: int
     peak_flops: float
     device_uuid: str
-    def __init__(self, world_size: _Optional[int] = ..., local_rank: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., num_parameters: _Optional[int] = ..., peak_flops: _Optional[float] = ..., device_uuid: _Optional[str] = ...) -> None: ...
+    own_strategy: bool
+    def __init__(self, world_size: _Optional[int] = ..., local_rank: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., num_parameters: _Optional[int] = ..., peak_flops: _Optional[float] = ..., device_uuid: _Optional[str] = ..., own_strategy: _Optional[bool] = ...) -> None: ...
 
 class RankFinished(_message.Message):
     __slots__ = ("exit_status", "error")

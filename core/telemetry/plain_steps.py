@@ -96,7 +96,8 @@ class PlainSteps:
         params = _params(optimizer)
         device = params[0].device if params else "cpu"
         name = sys.modules["torch"].cuda.get_device_name(device) if str(device).startswith("cuda") else ""
-        self._source.rank_started(str(device), name, sum(param.numel() for param in params))
+        num_parameters = sum(param.numel() for param in params)
+        self._source.rank_started(str(device), name, num_parameters, own_strategy=True)
 
     def _say_memory(self, optimizer: Any) -> None:
         params = _params(optimizer)

@@ -125,7 +125,7 @@ def _collective(entry: CollectiveEntry) -> pb.Record:
 
 
 def _rank_started(item: RingItem) -> pb.Record:
-    world_size, local_rank, device, device_name, num_parameters, peak_flops, device_uuid = item.fields
+    world_size, local_rank, device, device_name, num_parameters, peak_flops, device_uuid, own = item.fields
     started = pb.RankStarted(
         world_size=world_size,
         local_rank=local_rank,
@@ -134,6 +134,7 @@ def _rank_started(item: RingItem) -> pb.Record:
         num_parameters=num_parameters,
         peak_flops=peak_flops,
         device_uuid=device_uuid,
+        own_strategy=own,
     )
     return pb.Record(time_s=item.time_s, rank_started=started)
 

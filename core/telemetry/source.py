@@ -65,9 +65,19 @@ class TelemetrySource:
         """Whether anything is recorded; where not, the caller may skip taking times."""
         return True
 
-    def rank_started(self, device: str, device_name: str, num_parameters: int, peak_flops: float | None = None) -> None:
-        """Say that the engine is up. `peak_flops`: of the device, per second, where known."""
-        fields = (*self._place, device, device_name, num_parameters, peak_flops, _uuid_of(device))
+    def rank_started(
+        self,
+        device: str,
+        device_name: str,
+        num_parameters: int,
+        peak_flops: float | None = None,
+        own_strategy: bool = False,
+    ) -> None:
+        """Say that the engine is up, or that the script trains without one: then `own_strategy`.
+
+        `peak_flops`: of the device, per second, where known.
+        """
+        fields = (*self._place, device, device_name, num_parameters, peak_flops, _uuid_of(device), own_strategy)
         self._ring.put("rank_started", fields)
         self._sender.wake()
 

@@ -255,7 +255,7 @@ def test_a_torchrun_script_runs_unchanged_and_is_seen(home: Home) -> None:
     assert [environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")] == ["1", "1", "2", "2"]
     assert environ["MASTER_ADDR"] and environ["MASTER_PORT"].isdecimal() and environ["TORCHELASTIC_RUN_ID"]
     status = home.status()
-    assert status["state"] == "finished"
+    assert status["state"] == "finished" and status["strategy"] == "the script's own strategy"
     for rank in status["ranks"]:
         assert rank["step"] == 7 and rank["step_s"] > 0 and rank["memory_bytes"] > 0
         assert rank["loss"] is None and rank["tokens_per_s"] is None, "what nobody told is not known"
