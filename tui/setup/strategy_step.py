@@ -120,8 +120,10 @@ class StrategyStep(Step):
         self._shown = found[:MAX_ROWS]
         table: DataTable[RenderableType] = self.query_one("#plans", DataTable)
         table.clear()
+        width = WIDE_NAME_WIDTH if self.screen.has_class("-wide") else NAME_WIDTH
+        table.columns[ColumnKey("name")].width = width
         for choice in self._shown:
-            table.add_row(*_cells(choice, WIDE_NAME_WIDTH if self.screen.has_class("-wide") else NAME_WIDTH))
+            table.add_row(*_cells(choice, width))
         table.move_cursor(row=self._best(former))
         self._explain()
 
@@ -171,10 +173,7 @@ class StrategyStep(Step):
 
     def on_resize(self, event: events.Resize) -> None:
         """Fold the explanation to the new width, and give the names what room there is."""
-        table: DataTable[RenderableType] = self.query_one("#plans", DataTable)
-        table.columns[ColumnKey("name")].width = WIDE_NAME_WIDTH if self.screen.has_class("-wide") else NAME_WIDTH
-        table.refresh(layout=True)
-        self._explain()
+        self._filter(self._highlighted())
 
     def _explain(self) -> None:
         choice = self._highlighted()
