@@ -84,6 +84,8 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
         "full": "l x h + one layer computed again (E)",
     }[strategy.activation_checkpointing]
     elements = activation_elements(model)
+    cut = f" / CP={strategy.context_parallel}" if strategy.context_parallel > 1 else ""
+    cut += f" / TP={strategy.tensor_parallel}" if strategy.tensor_parallel > 1 else ""
     framework = (
         "driver context 0.5 GiB" + (", NCCL 0.3 GiB" if strategy.world_size > 1 else "")
         if rates.device_kind == "cuda"
@@ -95,7 +97,7 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
         else (rates.measured.origin if rates.measured and rates.baseline_bytes else "measured on another machine")
     )
     terms = [
-        Term("parameters of a rank's part (P)", P, "1", f"{model.source}; over TP x PP", "shapes"),
+        Term("parameters of a rank's part (P)", P, "1", f"{model.source}; over TP x PP, experts over EP", "shapes"),
         Term("parameters", memory.parameters, "bytes", f"c={c} x P{over(3)}{params_home}", ZERO),
         Term("gradients", memory.gradients, "bytes", f"g={g} x P{over(2)}{gradient_home}", ZERO),
         Term("optimizer_states", memory.optimizer_states, "bytes", f"o={o:g} x P{over(1)}{optimizer_home}", ZERO),
@@ -111,7 +113,7 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
             "activations",
             memory.activations,
             "bytes",
-            f"c x s={s} x b={b} x ({layer} + 3h + backward's own), l={model.num_layers}, E={elements}, h={h}",
+            f"c x s={s} x b={b}{cut} x ({layer} + 3h + backward's own), l={model.num_layers}, E={elements}, h={h}",
             ACTIVATIONS,
         ),
         Term("logits", memory.logits, "bytes", f"3c x s x b x V={model.vocab_size}", "logits, log-softmax, gradient"),

@@ -30,6 +30,14 @@ for _stem in ("sample_run", "fake_daemon", "watching"):
     _load(_stem)
 
 
+@pytest.fixture(autouse=True)
+def still_cursors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no cursor blink from the start: one that is stopped later stays hidden, if it has been mounted by then."""
+    from textual.widgets import Input
+
+    monkeypatch.setattr(vars(Input)["cursor_blink"], "_default", False)
+
+
 @pytest.fixture
 def sample() -> Any:
     """Give the module that makes a run's data."""

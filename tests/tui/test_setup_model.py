@@ -11,7 +11,7 @@ import pytest
 from distui.core.errors import UserError
 from distui.core.hardware import Cpu, Disk, Hardware, parse_hardware
 from distui.core.settings import load
-from distui.tui.setup.consequences import consequence
+from distui.tui.setup.consequences import consequence, fastest_nvme, needs_nvme
 from distui.tui.setup.model import WizardState
 from distui.tui.setup.scripts import find_scripts
 
@@ -160,9 +160,9 @@ def test_a_folder_for_nvme_is_asked_for_with_its_room_and_rate(tmp_path: Path) -
     disk = Disk(str(tmp_path), 900 << 30, 1000 << 30, "xfs", is_nvme=True, read_rate=3.2e9, write_rate=2e9)
     state = state_of(tmp_path, replace(CPU_MACHINE, disks=(disk,)))
     state.set_model("350M")
-    assert not state.needs_nvme
+    assert not needs_nvme(state)
     state.choose(next(choice for choice in state.choices() if choice.name == "ZeRO-3, optimizer on nvme"))
-    assert state.needs_nvme and state.fastest_nvme() == str(tmp_path)
+    assert needs_nvme(state) and fastest_nvme(state) == str(tmp_path)
     assert [problem.path for problem in state.problems()] == ["offload.nvme_path"]
     assert "name a folder" in consequence(state, "offload.nvme_path")
     assert state.set_value("offload.nvme_path", str(tmp_path)) is None and not state.problems()
@@ -170,7 +170,7 @@ def test_a_folder_for_nvme_is_asked_for_with_its_room_and_rate(tmp_path: Path) -
     assert "GiB a node go there; 900 GiB free, NVMe, reads 3.2" in told
     assert 'nvme_path = "' in state.toml()
     state.set_hardware(replace(CPU_MACHINE, disks=(replace(disk, is_nvme=False),)))
-    assert state.fastest_nvme() is None
+    assert fastest_nvme(state) is None
 
 
 def test_only_scripts_that_make_an_engine_are_offered(tmp_path: Path) -> None:

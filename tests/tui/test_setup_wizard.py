@@ -370,15 +370,10 @@ def test_look_of_the_smallest_screen_without_any_answer(name: str, snap_compare:
 
 
 def still_app(hardware: Hardware, model: str = "", existing: str | None = None) -> SetupApp:
-    """Return the app on a fixed path, with cursors that do not blink."""
+    """Return the app on a fixed path."""
     base = Config.model_validate(tomlkit.parse(existing).unwrap()) if existing else Config()
     stated = {"strategy.zero_stage", "monitor.theme"} if existing else set()
 
-    class StillApp(SetupApp):
-        def on_mount(self) -> None:
-            for field in self.screen.query(Input):
-                field.cursor_blink = False
-
     state = WizardState(Path("/home/ada/run/distui.toml"), existing, base, stated)
     state.set_model(model)
-    return StillApp(state, hardware=hardware)
+    return SetupApp(state, hardware=hardware)

@@ -7,15 +7,21 @@ The cases hold the keys and values of the examples that both projects publish: A
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomlkit
 import yaml
 
+from distui.core.config import Config
 from distui.core.config_import.carried import Carried
 from distui.core.config_import.files import import_file
 from distui.core.errors import ConfigError, UserError
+from distui.core.hardware import parse_hardware
+from distui.tui.setup.changes import take_import
+from distui.tui.setup.model import WizardState
 
 FP16 = {
     "enabled": True,
@@ -152,6 +158,7 @@ def test_published_deepspeed_files(tmp_path: Path, theirs: dict[str, Any], ours:
     assert carried.values == ours
     assert carried.source == "DeepSpeed"
     assert not [note for note in carried.notes if note.kind == "unknown"]
+    _the_wizard_takes(carried, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +259,27 @@ def test_published_accelerate_files(tmp_path: Path, theirs: dict[str, Any], ours
     carried = import_file(_file(tmp_path, theirs, "theirs.yaml"))
     assert carried.values == ours
     assert not [note for note in carried.notes if note.kind == "unknown"]
+    _the_wizard_takes(carried, tmp_path)
+
+
+def _the_wizard_takes(carried: Carried, folder: Path) -> None:
+    """Resume a file with comments, as `distui setup --from` does, and read what it would write."""
+    path = folder / "distui.toml"
+    path.write_text("# ours\n[monitor]\ntheme = 'nord'  # dark\n")
+    state = WizardState.open(path)
+    take_import(state, carried, "theirs")
+    state.set_hardware(replace(parse_hardware("8xA100-80GB"), source="detected"))  # a name would bring its own nodes
+    choices = state.choices()
+    kept = state.kept()
+    assert kept is not None and any(choice.is_like(kept) for choice in choices)
+    state.choose(kept)
+    text = state.toml()
+    assert "# ours" in text and "# dark" in text
+    written = Config.model_validate(tomlkit.parse(text).unwrap())
+    for key, value in carried.values.items():
+        section, _, name = key.partition(".")
+        found = getattr(getattr(written, section), name)
+        assert found == value or (key == "batch.accumulation" and found is None), key
 
 
 def test_accelerate_file_that_names_a_deepspeed_file(tmp_path: Path) -> None:

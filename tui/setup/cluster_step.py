@@ -11,7 +11,7 @@ from textual.widgets import Input
 
 from distui.core.config import keys
 from distui.core.errors import Problem
-from distui.tui.setup.consequences import consequence
+from distui.tui.setup.consequences import consequence, fastest_nvme, needs_nvme
 from distui.tui.setup.step import Step, fill
 from distui.tui.setup.widgets import SettingField
 
@@ -50,14 +50,14 @@ class ClusterStep(Step):
 
     def enter(self) -> None:
         """Show the present values and what they lead to."""
-        if self.state.needs_nvme and not self.state.value("offload.nvme_path"):
-            fastest = self.state.fastest_nvme()
+        if needs_nvme(self.state) and not self.state.value("offload.nvme_path"):
+            fastest = fastest_nvme(self.state)
             if fastest is not None:
                 self.state.set_value("offload.nvme_path", fastest)
         for field in self.query(SettingField):
             fill(field.input, str(self.state.value(field.key)))
             if field.key == "offload.nvme_path":
-                field.display = self.state.needs_nvme
+                field.display = needs_nvme(self.state)
         self._explain()
         next(field for field in self.query(SettingField) if field.display).input.focus()
 
@@ -83,7 +83,7 @@ class ClusterStep(Step):
             if text != str(self.state.value(field.key)) and (problem := self.state.set_value(field.key, text)):
                 wrong[field.key] = problem
         self._explain(wrong)
-        if self.state.needs_nvme:
+        if needs_nvme(self.state):
             wrong |= {problem.path: problem for problem in self.state.problems() if problem.path == "offload.nvme_path"}
         return next(iter(wrong.values()), None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from distui.core.hardware import Disk
@@ -37,6 +38,19 @@ def prediction(state: WizardState) -> str:
 
 def _with(words: str, effect: str) -> str:
     return f"{words}\n  {effect}" if effect else words
+
+
+def needs_nvme(state: WizardState) -> bool:
+    """Return whether the strategy keeps states on a disk."""
+    return "nvme" in (state.value("offload.optimizer"), state.value("offload.params"))
+
+
+def fastest_nvme(state: WizardState) -> str | None:
+    """Return this machine's fastest, else roomiest, NVMe disk that can be written; None without one."""
+    disks = state.hardware.disks if state.hardware is not None and state.is_this_machine else ()
+    found = [disk for disk in disks if disk.is_nvme and os.access(disk.path, os.W_OK)]
+    best = max(found, key=lambda disk: (disk.read_rate or 0.0, disk.free_bytes or 0), default=None)
+    return best.path if best else None
 
 
 def disk_of(state: WizardState, folder: str) -> Disk | None:
@@ -98,7 +112,9 @@ def _scaled(state: WizardState) -> str:
     if state.choice is None:
         return ""
     nodes = int(state.value("cluster.nodes"))
-    plan = state.predict_with("cluster.nodes", 2 * nodes)
+    trial = replace(state, settings=dict(state.settings))
+    trial.set_value("cluster.nodes", str(2 * nodes))
+    plan = trial.predict(trial.config())
     if plan is None:
         return ""
     return (

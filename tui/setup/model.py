@@ -118,18 +118,6 @@ class WizardState:
             nproc = self.hardware.ranks_per_node
         return int(nproc) * int(self.value("cluster.nodes"))
 
-    @property
-    def needs_nvme(self) -> bool:
-        """Whether the strategy keeps states on a disk."""
-        return "nvme" in (self.value("offload.optimizer"), self.value("offload.params"))
-
-    def fastest_nvme(self) -> str | None:
-        """Return this machine's fastest, else roomiest, NVMe disk that can be written; None without one."""
-        disks = [disk for disk in (self.hardware.disks if self.hardware else ()) if disk.is_nvme]
-        disks = [disk for disk in disks if self.is_this_machine and os.access(disk.path, os.W_OK)]
-        best = max(disks, key=lambda disk: (disk.read_rate or 0.0, disk.free_bytes or 0), default=None)
-        return best.path if best else None
-
     def set_hardware(self, hardware: Hardware, text: str = "") -> None:
         """Plan for `hardware` from now on; `text` is what was typed, empty for this machine."""
         if hardware == self.hardware and text == self.hardware_text:
@@ -268,12 +256,6 @@ class WizardState:
             return plan_of(config, shaped, replace(self.hardware, nodes=nodes), world_size // nodes)
         except ConfigError:  # the batch does not divide: the check at Review and the fields say so
             return None
-
-    def predict_with(self, key: str, value: Any) -> Plan | None:
-        """Return what is predicted where `section.key` is `value`; nothing is changed."""
-        trial = replace(self, settings={**self.settings, key: value})
-        trial._follow_ranks()
-        return trial.predict(trial.config())
 
     def choose(self, choice: Choice) -> None:
         """Take a strategy."""

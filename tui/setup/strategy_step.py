@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from rich.console import Group, RenderableType
@@ -11,6 +12,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
 from textual.widgets import Checkbox, DataTable, Input, Static
+from textual.widgets.data_table import ColumnKey
 
 from distui.core.errors import Problem, UserError
 from distui.tui.format import NA, num_bytes, si
@@ -19,10 +21,18 @@ from distui.tui.setup.model import WizardState
 from distui.tui.setup.planning import Choice, terms_of
 from distui.tui.setup.step import Field, Step, fill, pass_scroll
 from distui.tui.setup.tune import TuneScreen
-from distui.tui.setup.widgets import memory_bar
+from distui.tui.setup.widgets import Filter, memory_bar
 
 MAX_ROWS = 300
 BAR_WIDTH = 8
+NAME_WIDTH, WIDE_NAME_WIDTH = 34, 46
+SHORTER = (
+    (re.compile(r"optimizer on (\w+), parameters on \1"), r"all on \1"),
+    (re.compile("checkpointing"), "ckpt"),
+    (re.compile("optimizer on"), "optim."),
+    (re.compile("parameters on"), "params"),
+)
+"""What may be shortened, one after the other, until a name fits into its column; the pane has the whole of it."""
 BATCH_KEYS = {"micro": "batch.micro_size", "global": "batch.global_size"}
 
 
@@ -63,8 +73,8 @@ class StrategyStep(Step):
             yield Field(placeholder="auto", id="micro", classes="short")
             yield Static("Global", classes="label tight second")
             yield Field(placeholder="auto", id="global", classes="short")
-            yield Checkbox("fits", False, compact=True, id="fits-only")
-            yield Checkbox("can run now", True, compact=True, id="runs-only")
+            yield Filter("fits", False, compact=True, id="fits-only")
+            yield Filter("can run now", True, compact=True, id="runs-only")
         yield Static("", id="batch-line", classes="sentence", markup=False)
         with Horizontal(id="strategy-panes"):
             yield DataTable(id="plans", cursor_type="row", zebra_stripes=False)
@@ -75,7 +85,7 @@ class StrategyStep(Step):
         """Make the columns."""
         table: DataTable[RenderableType] = self.query_one("#plans", DataTable)
         table.add_column(" ", width=1)
-        table.add_column("Strategy", width=34)
+        table.add_column("Strategy", width=NAME_WIDTH, key="name")
         table.add_column("Memory a rank", width=BAR_WIDTH + 18, key="memory")
         table.add_column("tokens/s", width=9)
 
@@ -110,8 +120,10 @@ class StrategyStep(Step):
         self._shown = found[:MAX_ROWS]
         table: DataTable[RenderableType] = self.query_one("#plans", DataTable)
         table.clear()
+        width = WIDE_NAME_WIDTH if self.screen.has_class("-wide") else NAME_WIDTH
+        table.columns[ColumnKey("name")].width = width
         for choice in self._shown:
-            table.add_row(*_cells(choice))
+            table.add_row(*_cells(choice, width))
         table.move_cursor(row=self._best(former))
         self._explain()
 
@@ -160,8 +172,8 @@ class StrategyStep(Step):
         self.query_one("#plans", DataTable).focus()
 
     def on_resize(self, event: events.Resize) -> None:
-        """Fold the explanation to the new width."""
-        self._explain()
+        """Fold the explanation to the new width, and give the names what room there is."""
+        self._filter(self._highlighted())
 
     def _explain(self) -> None:
         choice = self._highlighted()
@@ -234,9 +246,20 @@ class StrategyStep(Step):
         pass_scroll(self.query_one("#why-pane"), lines)
 
 
-def _cells(choice: Choice) -> tuple[Text, Text, Text, Text]:
+def fitted(name: str, width: int) -> str:
+    """Return the strategy's name, no more shortened than the width demands."""
+    for pattern, shorter in SHORTER:
+        if len(name) <= width:
+            break
+        name = pattern.sub(shorter, name)
+    return name
+
+
+def _cells(choice: Choice, width: int) -> tuple[Text, Text, Text, Text]:
     mark = "○" if not choice.available else {True: "✓", False: "✗", None: "?"}[choice.fits]
-    name = Text(choice.name, no_wrap=True, overflow="ellipsis", style="dim" if not choice.available else "")
+    name = Text(
+        fitted(choice.name, width), no_wrap=True, overflow="ellipsis", style="dim" if not choice.available else ""
+    )
     plan = choice.plan
     used, limit = (plan.memory_per_rank_bytes, plan.memory_limit_bytes) if plan else (None, None)
     speed = Text(si(plan.tokens_per_s) if plan else NA, justify="right")

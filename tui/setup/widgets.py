@@ -6,7 +6,7 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.reactive import reactive
-from textual.widgets import Input, Static
+from textual.widgets import Checkbox, Input, Static
 
 from distui.tui.format import num_bytes
 from distui.tui.setup.step import Field
@@ -69,6 +69,15 @@ class SettingField(Vertical):
         line = self.query_one(".consequence", Static)
         line.update(("✗ " if wrong else "→ ") + text)
         line.set_class(wrong, "wrong")
+
+
+class Filter(Checkbox):
+    """A checkbox that says without colour whether it is on."""
+
+    @property
+    def BUTTON_INNER(self) -> str:  # type: ignore[override]
+        """What stands between its sides: textual writes an X in both states and dims one of them."""
+        return "X" if self.value else " "
 
 
 def memory_bar(used: int | None, limit: int | None, width: int) -> Text:
