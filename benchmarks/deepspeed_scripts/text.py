@@ -13,6 +13,8 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--local_rank", type=int, default=-1)
 parser.add_argument("--out", type=str)
 parser.add_argument("--one_backward", action="store_true")
+parser.add_argument("--save_to", help="a checkpoint after the first epoch")
+parser.add_argument("--load_from", help="a checkpoint, from which the second epoch goes on")
 deepspeed.add_config_arguments(parser)
 args = parser.parse_args()
 
@@ -62,7 +64,9 @@ data = TensorDataset(ids)
 sampler = DistributedSampler(data, seed=3)
 loader = DataLoader(data, batch_size=engine.train_micro_batch_size_per_gpu(), sampler=sampler)
 losses, norms = [], []
-for epoch in range(2):
+if args.load_from:
+    _, client = engine.load_checkpoint(args.load_from)
+for epoch in range(client["epochs"] if args.load_from else 0, 2):
     sampler.set_epoch(epoch)
     for (batch,) in loader:
         outputs = engine(input_ids=batch.to(engine.device))
@@ -73,6 +77,8 @@ for epoch in range(2):
             engine.backward(outputs["z_loss"])
         engine.step()
         losses.append(outputs["loss"].item())
+    if args.save_to and epoch == 0:
+        engine.save_checkpoint(args.save_to, client_state={"epochs": 1})
 norm = engine.get_global_grad_norm()
 if torch.distributed.get_rank() == 0:
     with open(args.out, "w") as file:

@@ -173,13 +173,16 @@ class PlainBackend(Backend):
         return self._whole(self.known(model), writeback)
 
     def full_state_dict(self, model: nn.Module, only_rank_0: bool) -> dict[str, Any]:
-        """Return the model's whole state on the CPU. Collective."""
+        """Return the model's whole state on the CPU; tied names share one tensor, as in the model. Collective."""
         keep = not only_rank_0 or self.group is None or dist.get_rank(self.group) == 0
         state = {}
-        for name, value in self.known(model).state_dict().items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
+        wholes: dict[int, Any] = {}
+        for name, value in self.known(model).state_dict(keep_vars=True).items():
+            if id(value) not in wholes:
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                wholes[id(value)] = whole.detach().cpu().clone() if keep and isinstance(whole, torch.Tensor) else whole
             if keep:
-                state[name] = whole.detach().cpu().clone() if isinstance(whole, torch.Tensor) else whole
+                state[name] = wholes[id(value)]
         return state
 
     def load_full_state_dict(self, model: nn.Module, state: Mapping[str, Any], strict: bool) -> Any:
