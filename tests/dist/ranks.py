@@ -167,8 +167,10 @@ def _load(path: str, module_name: str, qualname: str) -> Callable[..., Any]:
         module = importlib.util.module_from_spec(spec)
         # Under the test's own name, so that its classes can travel in arguments and results.
         sys.modules[module_name] = module
-        for parent in itertools.accumulate(module_name.split(".")[:-1], "{}.{}".format):
-            sys.modules.setdefault(parent, types.ModuleType(parent)).__path__ = []
+        # Packages of that name, in whose folders the test finds what it imports from its neighbours.
+        packages = list(itertools.accumulate(module_name.split(".")[:-1], "{}.{}".format))
+        for package, folder in zip(reversed(packages), Path(path).parents, strict=False):
+            sys.modules.setdefault(package, types.ModuleType(package)).__path__ = [str(folder)]
         try:
             spec.loader.exec_module(module)
         except BaseException:

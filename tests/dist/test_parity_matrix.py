@@ -15,8 +15,6 @@ import functools
 import itertools
 import math
 import random
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -31,11 +29,12 @@ import distui
 from distui.core.precision import DTYPES
 from distui.core.sharding import partition
 from distui.core.sharding.transport import Transport
+from tests.dist.parity_models import MODELS, OPTIMIZERS, VOCAB, built, make_optimizers
 
 if TYPE_CHECKING:
     from tests.dist.ranks import RunRanks
 
-VOCAB, GLOBAL_BATCH, LENGTH, MAX_NORM = 37, 48, 8, 0.5
+GLOBAL_BATCH, LENGTH, MAX_NORM = 48, 8, 0.5
 NUM_STEPS = {"fp32": 3, "bf16": 3, "fp16": 7}
 LOSS_SCALES = {"awkward": 2.0**19, "llama": 2.0**22, "gpt2": 2.0**22}
 """High enough that the first steps overflow in fp16."""
@@ -58,80 +57,6 @@ class Case:
     optimizer: str
 
 
-# ---- models ------------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """A block with a list of its own in it, an unused parameter, and odd sizes."""
-
-    def __init__(self, dim: int, inner: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.ups = nn.ModuleList(nn.Linear(dim, inner) for _ in range(2))
-        self.down = nn.Linear(inner, dim, bias=False)
-        self.unused = nn.Parameter(torch.ones(3))
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        normed_BTD = self.norm(x_BTD)
-        return x_BTD + self.down(F.gelu(self.ups[0](normed_BTD)) * torch.tanh(self.ups[1](normed_BTD)))
-
-
-class AwkwardModel(nn.Module):
-    """Tied, frozen, unused, shared, integer and raw-read parameters, a buffer, a block called twice, uneven units."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        dim = 23
-        self.embedding = nn.Embedding(VOCAB, dim)
-        self.position = nn.Parameter(torch.randn(10, dim) * 0.1)
-        self.blocks = nn.ModuleList(Block(dim, inner) for inner in (31, 5, 67))
-        self.wide = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
-        self.wide[1].bias = self.wide[0].bias
-        self.frozen = nn.Linear(dim, dim).requires_grad_(False)
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, VOCAB, bias=False)
-        self.head.weight = self.embedding.weight
-        self.integers = nn.Parameter(torch.arange(4), requires_grad=False)
-        self.offset: torch.Tensor
-        self.register_buffer("offset", torch.randn(dim))
-
-    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        x_BTD = self.embedding(ids_BT) + self.position[: ids_BT.shape[1]]
-        for index in (0, 1, 0, 2):
-            x_BTD = self.blocks[index](x_BTD)
-        for layer in self.wide:
-            x_BTD = x_BTD + torch.tanh(layer(x_BTD))
-        return self.head(self.norm(self.frozen(x_BTD) + self.offset.to(x_BTD.dtype)))
-
-
-def _llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=24, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def _gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=VOCAB, n_positions=32, n_embd=24, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=1, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {"awkward": AwkwardModel, "llama": _llama, "gpt2": _gpt2}
-
-
-def _built(name: str, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return MODELS[name]().train()
-
-
 def _loss(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
     out = model(ids_BT[:, :-1])
     logits_BTV = out if isinstance(out, torch.Tensor) else out.logits
@@ -142,78 +67,12 @@ def _batch(step: int) -> torch.Tensor:
     return torch.randint(2, VOCAB, (GLOBAL_BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
 
 
-# ---- optimizers --------------------------------------------------------------------------------------------------
-
-
-class Lion(torch.optim.Optimizer):
-    """Chen et al., arXiv 2302.06675, a steep tanh for the sign, which flips where a gradient's last bit differs."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    average = self.state[param].setdefault("average", torch.zeros_like(param))
-                    param.sub_(torch.tanh(100.0 * torch.lerp(param.grad, average, 0.9)), alpha=group["lr"])
-                    average.lerp_(param.grad, 0.01)
-
-
-class OwnMuon(torch.optim.Optimizer):
-    """One optimizer with a group of matrices that it orthogonalises, and one of the rest that it steps like SGD."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                average = self.state[param].setdefault("average", torch.zeros_like(param))
-                average.mul_(0.9).add_(param.grad)
-                update = self._orthogonal(average) if group["orthogonal"] else average
-                param.sub_(update, alpha=group["lr"])
-
-    @staticmethod
-    def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-        x = matrix / (matrix.norm() + 1e-7)
-        for _ in range(3):
-            x = 1.5 * x - 0.5 * x @ x.T @ x
-        return x
-
-
-def _optimizers(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
-    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    matrices = [param for param in trained.values() if param.dim() > 1]
-    vectors = [param for param in trained.values() if param.dim() <= 1]
-    inner = [param for key, param in trained.items() if param.dim() == 2 and _INNER.search(key)]
-    rest = [param for param in trained.values() if not any(param is matrix for matrix in inner)]
-    if name == "adamw":
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-        return [torch.optim.AdamW(groups, lr=3e-3, eps=1e-6)]
-    if name == "adam":
-        return [torch.optim.Adam(trained.values(), lr=3e-3, amsgrad=True, eps=1e-6)]
-    if name == "sgd":
-        return [torch.optim.SGD(trained.values(), lr=0.05, momentum=0.9)]
-    if name == "lion":
-        return [Lion(trained.values(), lr=1e-3)]
-    if name == "muon":
-        return [torch.optim.Muon(inner, lr=0.02), torch.optim.AdamW(rest, lr=3e-3, eps=1e-6, weight_decay=0.0)]
-    assert name == "own_muon"
-    groups = [{"params": inner, "orthogonal": True}, {"params": rest, "orthogonal": False}]
-    return [OwnMuon(groups, {"lr": 0.02})]
-
-
-_INNER = re.compile(r"blocks|layers|\.h\.")
-OPTIMIZERS = ("adamw", "sgd", "adam", "lion", "muon", "own_muon")
+# ---- both sides --------------------------------------------------------------------------------------------------
 
 
 def _schedulers(optimizers: list[Any]) -> list[Any]:
     return [torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, total_iters=3) for optimizer in optimizers]
 
-
-# ---- both sides --------------------------------------------------------------------------------------------------
 
 Found = tuple[list[float], list[bool], dict[str, torch.Tensor]]
 """Losses, which steps were skipped, weights."""
@@ -221,7 +80,7 @@ Found = tuple[list[float], list[bool], dict[str, torch.Tensor]]
 
 @functools.cache
 def _plain(name: str, dtype: str, accumulation: int, world: int, optimizer: str) -> Found:
-    master = _built(name)
+    master = built(name)
     work = master
     if dtype != "fp32":
         work = copy.deepcopy(master)
@@ -229,7 +88,7 @@ def _plain(name: str, dtype: str, accumulation: int, world: int, optimizer: str)
             if param.is_floating_point():
                 param.data = param.data.to(DTYPES[dtype])
     pairs = [pair for pair in zip(work.parameters(), master.parameters(), strict=True) if pair[0].requires_grad]
-    optimizers = _optimizers(optimizer, master)
+    optimizers = make_optimizers(optimizer, master)
     schedulers = _schedulers(optimizers)
     scaler = torch.amp.GradScaler(
         "cpu", init_scale=LOSS_SCALES[name], growth_interval=SCALE_WINDOW, enabled=dtype == "fp16"
@@ -275,8 +134,8 @@ def _trained(case: Case) -> Found:
         precision={"dtype": case.dtype, **scaling},
         activation_checkpointing={"mode": case.recomputed},
     )
-    model = _built(case.model, seed=engine.process_index)  # rank 0's weights must win
-    optimizers = _optimizers(case.optimizer, model)
+    model = built(case.model, seed=engine.process_index)  # rank 0's weights must win
+    optimizers = make_optimizers(case.optimizer, model)
     model, *prepared = engine.prepare(model, *optimizers, *_schedulers(optimizers))
     losses, skipped = [], []
     for step in range(NUM_STEPS[case.dtype]):
@@ -316,7 +175,7 @@ def _deviations(cases: list[Case]) -> list[Deviation]:
             continue
         pieces = (1, 1) if case.dtype == "fp32" else (case.accumulation, case.world)
         plain_losses, plain_skipped, plain_state = _plain(case.model, case.dtype, *pieces, case.optimizer)
-        start = _built(case.model).state_dict()
+        start = built(case.model).state_dict()
         assert list(state) == list(plain_state)
         for key in [key for key in start if key.startswith("frozen")]:
             # What does not train is kept in the format that computes.
