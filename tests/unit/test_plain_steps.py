@@ -21,6 +21,7 @@ class Recorder:
         self.steps: list[dict[str, Any]] = []
         self.memories: list[dict[str, int]] = []
         self.started: list[tuple[Any, ...]] = []
+        self.own_strategy = False
         self.phases: list[str] = []
 
     def step(self, **fields: Any) -> None:
@@ -29,8 +30,9 @@ class Recorder:
     def memory(self, by_category_bytes: dict[str, int], **_: int) -> None:
         self.memories.append(by_category_bytes)
 
-    def rank_started(self, *fields: Any) -> None:
+    def rank_started(self, *fields: Any, own_strategy: bool) -> None:
         self.started.append(fields)
+        self.own_strategy = own_strategy
 
     def phase(self, name: str) -> None:
         self.phases.append(name)
@@ -55,7 +57,7 @@ def test_the_first_optimizer_is_the_clock_until_an_engine_is_there() -> None:
         assert [step["step"] for step in told.steps] == [1, 2, 3]
         assert told.steps[0]["step_s"] == 0.0 < told.steps[1]["optimizer_s"] <= told.steps[1]["step_s"]
         assert told.steps[0]["learning_rate"] == 0.5
-        assert told.started == [("cpu", "", 36)]
+        assert told.started == [("cpu", "", 36)] and told.own_strategy
         states = 2 * 36 * 4 + 2 * 4  # two moments, and a step for each parameter
         assert told.memories[-1] == {"parameters": 144, "gradients": 144, "optimizer_states": states}
         assert told.phases[-1] == "script"
