@@ -68,7 +68,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "--help",
         ),
         (["config", "import", "ds.json"], "cannot read ds.json", "JSON or YAML"),
-        (["monitor", "--web"], "--web is not available in this version", "distui monitor RUN"),
+        (["monitor", "--port", "8000"], "--port without --web", "add --web"),
         (["monitor", "host1", "host2"], "2 runs were named", "name one"),
     ],
 )
