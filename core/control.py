@@ -95,12 +95,13 @@ class StepControl:
         if verb == "checkpoint":
             self._save(command)
             return
-        if self._profile is not None:
-            if command is not None:
-                command.error(f"a profile is being taken already, until step {self._profile_until}")
-            return
-        self._profile_command = command
-        self._start_profile(value)
+        if self._profile is None:
+            self._profile_command = command
+            self._start_profile(value)
+        elif self._profile_command is None:
+            self._profile_command = command  # the other ranks' profile, which began before this rank was asked
+        elif command is not None:
+            command.error(f"a profile is being taken already, until step {self._profile_until}")
 
     def _save(self, command: ControlCommand | None) -> None:
         def answer(error: BaseException | None) -> None:

@@ -6,11 +6,13 @@ The wire format of the bus is in `distui.core.telemetry.control`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
+import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,8 @@ AHEAD_S = 0.2
 """Time that a command takes to reach the last rank, in steps on top of `AHEAD_STEPS` where they are short."""
 WEDGED_S = 3.0
 """A rank whose side thread has not noted its stack for so long has nobody to answer."""
-GREET_S = 2.0
-"""A rank that lives but has not greeted (the daemon has just started) is waited for so long."""
+GREET_S = 10.0
+"""A rank that runs but has not greeted (it or the daemon has just started) is waited for so long."""
 
 _log = logging.getLogger("distui.daemon")
 
@@ -121,19 +123,20 @@ class ControlBus:
         answers = self._answers[id_] = asyncio.Queue()
         deadline = time.monotonic() + deadline_s
         command = {"id": id_, "verb": verb, "arguments": arguments, "deadline_s": deadline_s}
+        peer = self._peers[run_id, rank]
         try:
-            identity = self._peers[run_id, rank].identity
-            await self._router.send_multipart([identity, json.dumps(command).encode()])
-            while True:
-                answer = await asyncio.wait_for(answers.get(), max(0.0, deadline - time.monotonic()))
-                yield pb.ControlReply(
-                    rank=rank,
-                    state=str(answer.get("state")),
-                    message=str(answer.get("message") or ""),
-                    payload=str(answer.get("payload") or "").encode(),
-                )
-                if answer.get("state") != "accepted":
-                    return
+            with _at_end_of(peer.pid, lambda: answers.put_nowait({})):
+                await self._router.send_multipart([peer.identity, json.dumps(command).encode()])
+                while answer := await asyncio.wait_for(answers.get(), max(0.0, deadline - time.monotonic())):
+                    yield pb.ControlReply(
+                        rank=rank,
+                        state=str(answer.get("state")),
+                        message=str(answer.get("message") or ""),
+                        payload=str(answer.get("payload") or "").encode(),
+                    )
+                    if answer.get("state") != "accepted":
+                        return
+            yield _error(rank, f"rank {rank} (pid {peer.pid}) ended before it answered")
         except asyncio.TimeoutError:
             yield _error(rank, f"rank {rank} did not answer within {deadline_s:g} s")
         finally:
@@ -169,7 +172,11 @@ class Control(rpc.ControlServicer):
         deadline_s = request.deadline_s if request.deadline_s > 0 else DEFAULT_DEADLINE_S
         deadline = time.monotonic() + deadline_s
         ranks = {rank.rank: rank for rank in observe(live.state, time.time())}
-        alive = [number for number, rank in ranks.items() if rank.process not in (DEAD, FINISHED)]
+        alive = [
+            number
+            for number, rank in ranks.items()
+            if rank.process not in (DEAD, FINISHED) and not _cannot_answer(live, rank)
+        ]
         await self._bus.wait_present(live.run.run_id, alive, min(GREET_S, deadline_s))
         arguments = dict(request.arguments)
         if request.verb in AT_STEP:
@@ -202,6 +209,28 @@ class Control(rpc.ControlServicer):
             live.num_watchers -= 1
             for task in tasks:
                 task.cancel()
+
+
+@contextlib.contextmanager
+def _at_end_of(pid: int, then: Callable[[], None]) -> Iterator[None]:
+    """Within, call `then` on the running loop once when process `pid` ends, where the system can tell."""
+    try:
+        fd = os.pidfd_open(pid)
+    except (AttributeError, OSError):  # not Linux; or gone already, which the deadline tells
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    def ended() -> None:
+        loop.remove_reader(fd)
+        then()
+
+    loop.add_reader(fd, ended)
+    try:
+        yield
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
 
 
 def read_only(config_toml: str) -> bool:

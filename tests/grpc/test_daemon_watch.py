@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
 import psutil
 import pytest
+import zmq
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from distui.core.errors import DaemonUnavailable, UserError
-from distui.core.paths import daemon_socket, default_runs_dir, runtime_dir
+from distui.core.paths import control_socket, daemon_socket, default_runs_dir, runtime_dir
 from distui.daemon.history import History
 from distui.daemon.runs import find_run
 from distui.daemon.spawn import daemon_alive, ensure_daemon
@@ -144,28 +148,42 @@ def test_absent_ranks_are_answered_for(node: Node, ranks: type[SimulatedRank]) -
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "stacks" in str(error.value.details())
 
 
-def test_a_rank_that_does_not_answer_is_an_error_at_the_deadline(node: Node, ranks: type[SimulatedRank]) -> None:
-    import json
-
-    import zmq
-
-    from distui.core.paths import control_socket
-
-    node.start()
-    run = node.run(world_size=1)
-    ranks(run, 0, world_size=1).steps(1, 9).publish()
+@contextlib.contextmanager
+def _greeted(run_id: str, pid: int) -> Iterator[zmq.Socket[bytes]]:
+    """Give the control bus's connection of rank 0, which process `pid` is said to be."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.connect(f"ipc://{control_socket()}")
         dealer.send(b"no json")
         dealer.send(b'{"type": "hello"}')
-        hello = {"type": "hello", "run_id": run.run_id, "rank": 0, "pid": os.getpid(), "node": "here"}
+        hello = {"type": "hello", "run_id": run_id, "rank": 0, "pid": pid, "node": "here"}
         dealer.send(json.dumps(hello).encode())
+        yield dealer
+
+
+def test_a_rank_that_does_not_answer_is_an_error_at_the_deadline(node: Node, ranks: type[SimulatedRank]) -> None:
+    node.start()
+    run = node.run(world_size=1)
+    ranks(run, 0, world_size=1).steps(1, 9).publish()
+    with _greeted(run.run_id, os.getpid()) as dealer:
         request = pb.ControlRequest(run_id=run.run_id, verb="profile", arguments={"steps": "2"}, deadline_s=0.4)
         (reply,) = node.control.Execute(request, timeout=20)
         assert reply.state == "error" and "did not answer" in reply.message
         command = json.loads(dealer.recv())
     assert command["verb"] == "profile" and command["arguments"] == {"steps": "2", "at_step": "13"}
+
+
+def test_a_rank_that_dies_over_a_command_is_told_at_once(node: Node, ranks: type[SimulatedRank]) -> None:
+    node.start()
+    run = node.run(world_size=1)
+    rank = node.process("sleep", "600")
+    ranks(run, 0, pid=rank.pid, world_size=1).steps(1, 9).publish()
+    with _greeted(run.run_id, rank.pid) as dealer:
+        call = node.control.Execute(pb.ControlRequest(run_id=run.run_id, verb="profile", deadline_s=3600), timeout=30)
+        assert json.loads(dealer.recv())["verb"] == "profile"
+        rank.kill()
+        (reply,) = call
+    assert reply.state == "error" and f"rank 0 (pid {rank.pid}) ended before it answered" in reply.message
 
 
 def test_health_and_reflection_name_the_services(node: Node) -> None:
