@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from distui.core.collectives import quiet
+from distui.core.sharding.profiling import hidden_from_profiler
 
 _TAG_ADDRESS, _TAG_SUMMED, _TAG_DONE = 7_011, 7_012, 7_013
 _PR_SET_PTRACER = 0x59616D61
@@ -174,8 +175,9 @@ class PeerMemory:
         chunks = [full[low:high] for low, high in itertools.pairwise(bounds)]
         offsets = [low * full.element_size() for low in bounds]
         summed = [torch.zeros(1, dtype=torch.uint8) for _ in self._peers]
-        works = [self._members.recv([one], peer, _TAG_SUMMED) for one, peer in zip(summed, self._peers, strict=True)]
         note, group = torch.zeros(1, dtype=torch.uint8), self._members
+        with hidden_from_profiler():
+            works = [group.recv([one], peer, _TAG_SUMMED) for one, peer in zip(summed, self._peers, strict=True)]
 
         def run(addresses: list[int]) -> None:
             own = chunks[self._rank]
@@ -208,9 +210,10 @@ class PeerMemory:
         address = torch.tensor([source.data_ptr()])
         addresses = [torch.zeros(1, dtype=torch.int64) for _ in peers]
         notes = [torch.zeros(1, dtype=torch.uint8) for _ in range(self._size)]
-        came = [group.recv([one], peer, _TAG_ADDRESS) for one, peer in zip(addresses, peers, strict=True)]
-        done = [group.recv([one], peer, _TAG_DONE) for one, peer in zip(notes, peers, strict=False)]
-        sent = [group.send([address], peer, _TAG_ADDRESS) for peer in peers]
+        with hidden_from_profiler():
+            came = [group.recv([one], peer, _TAG_ADDRESS) for one, peer in zip(addresses, peers, strict=True)]
+            done = [group.recv([one], peer, _TAG_DONE) for one, peer in zip(notes, peers, strict=False)]
+            sent = [group.send([address], peer, _TAG_ADDRESS) for peer in peers]
 
         def read() -> None:
             for work in came:

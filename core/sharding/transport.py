@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,11 +19,15 @@ import torch.distributed as dist
 from distui.core.collectives import group_label, one_collective, see_end
 from distui.core.sharding.peer_memory import PeerMemory, Reading
 from distui.core.sharding.pool import BufferPool
+from distui.core.sharding.profiling import hidden_from_profiler, shown_in_profile
 from distui.core.telemetry.source import NullSource, current
 
 _TAG_REDUCE_SCATTER = 7_001
 _TAG_ALL_GATHER = 7_002
 _TAG_ALL_TO_ALL = 7_003
+
+ByRank = Mapping[int, torch.Tensor] | Sequence[torch.Tensor] | torch.Tensor
+"""A tensor for each group rank."""
 
 
 class Work(Protocol):
@@ -53,11 +57,12 @@ class Pending:
         telemetry = transport.telemetry
         telemetry.waiting(self._token)
         start = time.perf_counter()
-        for work in works:
-            work.wait()
-        if self._finish is not None:
-            self._finish()
-            self._finish = None
+        with shown_in_profile(f"distui: wait for {transport.name}"):
+            for work in works:
+                work.wait()
+            if self._finish is not None:
+                self._finish()
+                self._finish = None
         seconds = time.perf_counter() - start
         transport.exposed_s += seconds
         telemetry.waiting(None)
@@ -104,6 +109,12 @@ class Transport:
         self.telemetry.collective_seen(token)
         return functools.partial(self.telemetry.collective_end, token)
 
+    def _exchange(self, received: ByRank, sent: ByRank, tag: int) -> list[Work]:
+        """Give each peer its tensor of `sent` and get its tensor into `received`, straight over gloo's connections."""
+        with hidden_from_profiler():
+            works = [self.group.recv([received[peer]], peer, tag) for peer in self.peers]
+            return [*works, *(self.group.send([sent[peer]], peer, tag) for peer in self.peers)]
+
     @one_collective
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
         """Sum `tensor` over the group, in place. Collective: all ranks of the group."""
@@ -147,8 +158,7 @@ class Transport:
         if (near := self._peer_memory(shard.nbytes)) is not None:
             return Pending(self, [near.all_gather(full, shard, self._end_of(token))], token, None)
         chunks = full.chunk(self.world_size)
-        works: list[Work] = [self.group.recv([chunks[peer]], peer, _TAG_ALL_GATHER) for peer in self.peers]
-        works += [self.group.send([shard], peer, _TAG_ALL_GATHER) for peer in self.peers]
+        works = self._exchange(chunks, [shard] * self.world_size, _TAG_ALL_GATHER)
         own = chunks[self.rank]
         if own.data_ptr() != shard.data_ptr():
             own.copy_(shard)
@@ -180,8 +190,7 @@ class Transport:
             work = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
             assert work is not None
             return Pending(self, [work], token, None)
-        works: list[Work] = [self.group.recv([received[peer]], peer, _TAG_ALL_TO_ALL) for peer in self.peers]
-        works += [self.group.send([sent[peer]], peer, _TAG_ALL_TO_ALL) for peer in self.peers]
+        works = self._exchange(received, sent, _TAG_ALL_TO_ALL)
         received[self.rank].copy_(sent[self.rank])
         return Pending(self, works, token, None)
 
@@ -211,10 +220,7 @@ class Transport:
             return Pending(self, [near.reduce_scatter(full, shard, accumulate, self._end_of(token))], token, None)
         chunks = full.chunk(self.world_size)
         parts = [self._pool.take(shard.numel(), full.dtype, full.device) for _ in self.peers]
-        works: list[Work] = [
-            self.group.recv([part], peer, _TAG_REDUCE_SCATTER) for part, peer in zip(parts, self.peers, strict=True)
-        ]
-        works += [self.group.send([chunks[peer]], peer, _TAG_REDUCE_SCATTER) for peer in self.peers]
+        works = self._exchange(dict(zip(self.peers, parts, strict=True)), chunks, _TAG_REDUCE_SCATTER)
         own = chunks[self.rank]
 
         def reduce() -> None:

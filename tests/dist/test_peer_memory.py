@@ -118,3 +118,25 @@ def _gone() -> str:
 
 def test_what_fails_on_the_reading_thread_is_raised_where_it_is_waited_for(run_ranks: RunRanks) -> None:
     assert run_ranks(_gone, 2) == ["raised", "raised"]
+
+
+def _profiled(min_read_bytes: int) -> tuple[set[str], list[float]]:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    group = dist.group.WORLD
+    assert group is not None
+    transport = Transport(group, "test", BufferPool())
+    transport.min_read_bytes = min_read_bytes
+    full, spent = torch.empty(1000 * ranks), torch.full((1000 * ranks,), float(rank))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        transport.reduce_scatter(spent, spent.view(ranks, -1)[rank]).wait()
+        pending = transport.all_gather(full, torch.full((1000,), float(rank)))
+    pending.wait()  # after the end, as weights are that were on their way between two steps
+    return {event.name for event in profile.events()}, full[::1000].tolist()
+
+
+@pytest.mark.parametrize("min_read_bytes", [0, 1 << 60], ids=["memory", "sockets"])
+def test_a_profile_may_end_while_weights_are_on_their_way(run_ranks: RunRanks, min_read_bytes: int) -> None:
+    for names, full in run_ranks(_profiled, 2, min_read_bytes):
+        assert full == [0.0, 1.0]
+        # Sends and receives that end after the profile would write into what it has freed.
+        assert "distui: wait for test" in names and not {name for name in names if "recv" in name or "send" in name}
