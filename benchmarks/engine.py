@@ -11,6 +11,7 @@ from before the model was built. DeepSpeed and Accelerate are left out where the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -285,11 +286,12 @@ def measure(variants: list[str], options: argparse.Namespace) -> dict[str, dict[
             for _ in range(options.rounds):
                 for variant, ranks in pairs.items():
                     for rank in ranks:
-                        rank.stdin.write(f"{options.steps}\n")
-                        rank.stdin.flush()
+                        with contextlib.suppress(BrokenPipeError):  # it has ended: its empty line says so below
+                            rank.stdin.write(f"{options.steps}\n")
+                            rank.stdin.flush()
                     lines = [rank.stdout.readline() for rank in ranks]
                     if not all(lines):
-                        log = open(f"{folder}/{variant}.0.log").read()[-3000:]  # noqa: SIM115
+                        log = "\n".join(open(f"{folder}/{variant}.{r}.log").read()[-1500:] for r in range(2))  # noqa: SIM115
                         raise SystemExit(f"{variant} failed:\n{log}")
                     figures = [json.loads(line) for line in lines]
                     found[variant].append(
@@ -303,7 +305,8 @@ def measure(variants: list[str], options: argparse.Namespace) -> dict[str, dict[
         finally:
             for ranks in pairs.values():
                 for rank in ranks:
-                    rank.stdin.close()
+                    with contextlib.suppress(BrokenPipeError):
+                        rank.stdin.close()
                     rank.terminate()
                 for rank in ranks:
                     rank.wait()
