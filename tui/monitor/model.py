@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import functools
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ CATEGORIES = ("parameters", "gradients", "optimizer_states", "buffers", "activat
 OTHER = "other"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MemoryUse:
     """One rank's memory now. Units: bytes; None is not available."""
 
@@ -31,7 +32,12 @@ class MemoryUse:
     limit: int | None
     peak: int | None
 
-    @property
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """The parts by name."""
+        return dict(self.parts)
+
+    @functools.cached_property
     def parts(self) -> list[tuple[str, int]]:
         """The categories in drawing order, then what the total holds beyond them as `other`."""
         names = [name for name in CATEGORIES if name in self.by_category]

@@ -49,18 +49,24 @@ class StackedBars(ScrollView, can_focus=False):
         self._legend, self._legend_first = legend, legend_first
         self._empty = empty
         self._bars: list[Bar] = []
+        self._label_width = self._text_width = 0
         self._names: list[str] = []
         self._values: dict[str, float] | None = None
         self._mark_name = ""
         self.brief = False
         """Whether the legend is one line: the largest categories with their shares."""
-        self._strips: list[Strip] | None = None
+        self._head: list[Strip] | None = None
+        """The legend, or what stands in place of bars; None where all must be drawn anew."""
+        self._drawn: dict[int, list[Strip]] = {}
+        """Lines of the bars that were in sight, by their number."""
 
     def show(
         self, bars: Sequence[Bar], values: dict[str, float] | None = None, mark_name: str = "", empty: str | None = None
     ) -> None:
         """Take new bars. `values` are the numbers of the legend: by default the first bar's."""
         self._bars = [bar for bar in bars if bar.parts]
+        self._label_width = max((len(bar.label) for bar in self._bars), default=0)
+        self._text_width = max((len(bar.text) for bar in self._bars), default=0)
         names = dict.fromkeys(name for bar in self._bars for name, _ in bar.parts)
         # Categories keep their pattern while others come and go.
         self._names = [name for name in self._names if name in names]
@@ -72,17 +78,24 @@ class StackedBars(ScrollView, can_focus=False):
         self._redraw()
 
     def _redraw(self) -> None:
-        self._strips = None
+        self._forget()
         if self.is_attached and self.size.width:
-            num_lines = len(self._lines())
+            num_lines = self._num_lines(self.size.width)
             if self.virtual_size.height != num_lines or self.virtual_size.width != self.size.width:
                 self.virtual_size = Size(self.size.width, num_lines)
                 self.refresh(layout=True)
         self.refresh()
 
+    def _forget(self) -> None:
+        self._head = None
+        self._drawn.clear()
+
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         """Return the lines that bars and legend need."""
-        return max(1, len(self._draw(width, ink_of(self)))) if width else 1
+        return self._num_lines(width) if width else 1
+
+    def _num_lines(self, width: int) -> int:
+        return len(self._draw_head(width, ink_of(self))) + len(self._bars) * self._thickness
 
     def on_resize(self) -> None:
         """Draw anew at the new size."""
@@ -91,34 +104,42 @@ class StackedBars(ScrollView, can_focus=False):
     def notify_style_update(self) -> None:
         """Draw anew in the new theme."""
         super().notify_style_update()
-        self._strips = None
-
-    def _lines(self) -> list[Strip]:
-        if self._strips is None:
-            self._strips = self._draw(self.size.width, ink_of(self))
-        return self._strips
+        self._forget()
 
     def render_line(self, y: int) -> Strip:
-        """Draw one line."""
-        lines, index = self._lines(), y + self.scroll_offset.y
-        return lines[index] if index < len(lines) else Strip.blank(self.size.width, ink_of(self).text)
+        """Draw one line; of a thousand bars only those in sight are drawn."""
+        width, ink = self.size.width, ink_of(self)
+        if self._head is None:
+            self._head = self._draw_head(width, ink)
+        index = y + self.scroll_offset.y
+        bars_first = self._bars and not self._legend_first
+        in_bars = index if bars_first else index - len(self._head)
+        in_head = index - len(self._bars) * self._thickness if bars_first else index
+        if 0 <= in_head < len(self._head):
+            return self._head[in_head]
+        number, part = divmod(in_bars, self._thickness)
+        if not 0 <= number < len(self._bars):
+            return Strip.blank(width, ink.text)
+        if number not in self._drawn:
+            self._drawn[number] = self._draw_bar(self._bars[number], width, ink)
+        return self._drawn[number][part]
 
-    def _draw(self, width: int, ink: Ink) -> list[Strip]:
+    def _draw_head(self, width: int, ink: Ink) -> list[Strip]:
         if not self._bars:
             return [line([(f" {cut(self._empty, width - 2)}", ink.muted)], width, ink.text)]
-        labels = max(len(bar.label) for bar in self._bars)
-        texts = max(len(bar.text) for bar in self._bars)
+        return self._legend_lines(width, ink) if self._legend else []
+
+    def _draw_bar(self, bar: Bar, width: int, ink: Ink) -> list[Strip]:
+        labels, texts = self._label_width, self._text_width
         room = width - labels - texts - 2 - bool(labels) - bool(texts)
+        cells = self._cells(bar, max(4, room), ink)
         strips = []
-        for bar in self._bars:
-            cells = self._cells(bar, max(4, room), ink)
-            for number in range(self._thickness):
-                first = number == 0
-                head = f" {bar.label.ljust(labels) if first else ' ' * labels}" + (" " if labels else "")
-                tail = f" {bar.text.rjust(texts)}" if texts and first else ""
-                strips.append(line([(head, ink.text), *cells, (tail, ink.text)], width, ink.text))
-        legend = self._legend_lines(width, ink) if self._legend else []
-        return legend + strips if self._legend_first else strips + legend
+        for number in range(self._thickness):
+            first = number == 0
+            head = f" {bar.label.ljust(labels) if first else ' ' * labels}" + (" " if labels else "")
+            tail = f" {bar.text.rjust(texts)}" if texts and first else ""
+            strips.append(line([(head, ink.text), *cells, (tail, ink.text)], width, ink.text))
+        return strips
 
     def _cells(self, bar: Bar, room: int, ink: Ink) -> list[tuple[str, Style]]:
         total = sum(size for _, size in bar.parts)

@@ -14,7 +14,7 @@ from distui.proto import telemetry_pb2 as pb
 from distui.tui.format import num_bytes
 from distui.tui.monitor.history import PHASE_NAMES
 from distui.tui.monitor.log_tail import ReadLog
-from distui.tui.monitor.model import CATEGORIES, OTHER, MemoryUse, RunModel, category_title, memory_of
+from distui.tui.monitor.model import CATEGORIES, OTHER, MemoryUse, RunModel, category_title
 from distui.tui.widgets.chart import LineChart, Mark, Series
 from distui.tui.widgets.stack import Bar, StackedBars
 
@@ -131,7 +131,7 @@ def draw_split(bars: StackedBars, frame: Frame) -> None:
 
 def memory_bar(label: str, use: MemoryUse, planned: int | None, scale: float | None, parts: Sequence[str]) -> Bar:
     """Return a rank's bar; `parts` fixes the order, so that all bars agree."""
-    sizes = dict(use.parts)
+    sizes = use.sizes
     pieces = [(category_title(name), float(sizes.get(name, 0))) for name in parts]
     if not sizes and use.total:
         pieces = [("in use", float(use.total))]
@@ -141,9 +141,10 @@ def memory_bar(label: str, use: MemoryUse, planned: int | None, scale: float | N
     return Bar(label, pieces if use.total or sizes else [], text, scale, float(planned) if planned else None)
 
 
-def draw_memory(bars: StackedBars, ranks: Sequence[pb.RankState], model: RunModel, labels: bool = True) -> None:
+def draw_memory(
+    bars: StackedBars, uses: Sequence[tuple[pb.RankState, MemoryUse]], model: RunModel, labels: bool = True
+) -> None:
     """Draw ranks' memory by category against the limit and the plan, all on one scale."""
-    uses = [(rank, memory_of(rank)) for rank in ranks]
     found = {name for _, use in uses for name, _ in use.parts}
     order = [name for name in CATEGORIES if name in found]
     order += sorted(found - set(CATEGORIES) - {OTHER}) + [OTHER] * (OTHER in found)

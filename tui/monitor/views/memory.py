@@ -24,7 +24,7 @@ class _Line:
     def of(self, category: str) -> int | None:
         if self.planned is not None:
             return self.planned.get(category)
-        return dict(self.use.parts).get(category) if self.use is not None else None
+        return self.use.sizes.get(category) if self.use is not None else None
 
     def total(self) -> int | None:
         if self.planned is not None:
@@ -67,8 +67,9 @@ class MemoryView(View):
     def show(self, frame: Frame) -> None:
         """Draw the frame."""
         model = frame.model
-        draw_memory(self.query_one("#memory-bars", StackedBars), model.ranks, model)
-        rows = [_Line(f"{rank.rank}", memory_of(rank), None) for rank in model.ranks]
+        uses = [(rank, memory_of(rank)) for rank in model.ranks]
+        draw_memory(self.query_one("#memory-bars", StackedBars), uses, model)
+        rows = [_Line(f"{rank.rank}", use, None) for rank, use in uses]
         planned = dict(model.run.planned_memory_bytes)
         if planned:
             rows.insert(0, _Line("plan", None, planned))

@@ -8,7 +8,7 @@ from textual.widget import Widget
 
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.format import NA, num_bytes, percent, scalar, seconds, si
-from distui.tui.monitor.model import optional
+from distui.tui.monitor.model import memory_of, optional
 from distui.tui.monitor.views.base import (
     Curve,
     Frame,
@@ -105,8 +105,8 @@ class OverviewView(View):
         for bars in (self.query_one("#overview-split", StackedBars), self.query_one("#overview-memory", StackedBars)):
             bars.brief = brief
         fullest = model.fullest_rank()
-        ranks = [fullest] if fullest is not None else []
-        draw_memory(self.query_one("#overview-memory", StackedBars), ranks, model, labels=False)
+        uses = [(fullest, memory_of(fullest))] if fullest is not None else []
+        draw_memory(self.query_one("#overview-memory", StackedBars), uses, model, labels=False)
         where = "memory"
         if fullest is not None and len(model.ranks) > 1:
             where = f"memory, rank {fullest.rank}" if brief else f"memory of rank {fullest.rank}, the fullest"
