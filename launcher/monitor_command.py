@@ -94,7 +94,7 @@ def _serve(arguments: list[str], run_id: str, port: int | None) -> None:
 
     with listen(port or 0) as listening:
         server = DashboardServer(dashboard_command(arguments), listening, f"distui {run_id}")
-        print(server.url, flush=True)
+        print(server.url)
         print("Whoever has this address sees the run, and acts on it where telemetry.control allows. Ctrl-C ends.")
         if (hint := tunnel_hint(server.port)) is not None:
             print(hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,27 +57,30 @@ class AwkwardModel(nn.Module):
         return self.head(self.norm(self.frozen(x_BTD) + self.offset.to(x_BTD.dtype)))
 
 
-def _llama() -> nn.Module:
+def llama(vocab_size: int, tied: bool = False) -> nn.Module:
+    """Return transformers' Llama, tiny; `tied`: the head is the embedding."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=24, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+        vocab_size=vocab_size, hidden_size=24, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1,
+        eos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
-def _gpt2() -> nn.Module:
+def gpt2(vocab_size: int) -> nn.Module:
+    """Return transformers' GPT-2, tiny and without dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=VOCAB, n_positions=32, n_embd=24, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
+        vocab_size=vocab_size, n_positions=32, n_embd=24, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"awkward": AwkwardModel, "llama": _llama, "gpt2": _gpt2}
+MODELS: dict[str, Callable[[], nn.Module]] = {"awkward": AwkwardModel, "llama": partial(llama, VOCAB), "gpt2": partial(gpt2, VOCAB)}
 
 
 def built(name: str, seed: int = 0) -> nn.Module:

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 import distui
 from distui.core.errors import UserError
 from distui.core.sharding import partition
+from tests.dist.parity_models import gpt2, llama
 
 if TYPE_CHECKING:
     from tests.dist.ranks import RunRanks
@@ -24,39 +26,10 @@ VOCAB, NUM_STEPS, GLOBAL_BATCH, MAX_NORM = 61, 4, 4, 0.3
 Build = Callable[[], nn.Module]
 
 
-def _llama(tied: bool) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=24,
-        intermediate_size=52,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
-
-
-def _gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=VOCAB, n_positions=32, n_embd=24, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=1, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
-
-
 BUILDS: dict[str, Build] = {
-    "llama": lambda: _llama(False),
-    "llama-tied": lambda: _llama(True),
-    "gpt2": _gpt2,
+    "llama": partial(llama, VOCAB),
+    "llama-tied": partial(llama, VOCAB, tied=True),
+    "gpt2": partial(gpt2, VOCAB),
 }
 
 
@@ -207,7 +180,7 @@ class _LowRank(nn.Module):
 
 
 def _adapted() -> nn.Module:
-    model: Any = _llama(False).requires_grad_(False)
+    model: Any = BUILDS["llama"]().requires_grad_(False)
     for layer in model.model.layers[1:]:
         layer.self_attn.q_proj = _LowRank(layer.self_attn.q_proj)
         layer.self_attn.v_proj = _LowRank(layer.self_attn.v_proj)
@@ -240,11 +213,11 @@ def _averages(stage: int) -> None:
     def average_of(model: nn.Module) -> Any:
         return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
 
-    plain = _seeded(lambda: _llama(True))
+    plain = _seeded(partial(llama, VOCAB, tied=True))
     plain_average = average_of(plain)
     _plain(plain, between=plain_average.update_parameters)
     engine = _engine(stage)
-    model = _seeded(lambda: _llama(True))
+    model = _seeded(partial(llama, VOCAB, tied=True))
     model, optimizer = engine.prepare(model, _optimizer(model))
     with engine.full_parameters(model):
         average = average_of(model)
@@ -275,7 +248,7 @@ def test_an_exponential_average_of_the_weights(run_ranks: RunRanks, stage: int) 
 def _guarded(stage: int) -> list[str]:
     """Reading or copying slots, or losing what was loaded, is refused or made right."""
     engine = _engine(stage, precision={"dtype": "bf16"})
-    model = _seeded(_gpt2)
+    model = _seeded(BUILDS["gpt2"])
     model, optimizer = engine.prepare(model, _optimizer(model))
     state = engine.get_state_dict(model)
     zeros = {name: torch.zeros_like(value) for name, value in state.items()}
@@ -316,12 +289,12 @@ def _compiled(stage: int) -> None:
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
     import torch._dynamo
 
-    expected = _plain(_seeded(_gpt2))
+    expected = _plain(_seeded(BUILDS["gpt2"]))
     for before_prepare in (False, True) if stage == 3 else (True,):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         engine = _engine(stage)
-        model: Any = _seeded(_gpt2)
+        model: Any = _seeded(BUILDS["gpt2"])
         optimizer = _optimizer(model)
         if not before_prepare:
             model, optimizer = engine.prepare(model, optimizer)

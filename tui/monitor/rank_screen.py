@@ -70,9 +70,9 @@ class RankScreen(Screen[None]):
             self.query_one("#rank-facts", Static).update(f" rank {self.rank}: nothing heard of it yet")
             return
         self.query_one("#rank-facts", Static).update(self._facts(state, frame))
-        draw_memory(self.query_one("#rank-memory", StackedBars), [(state, memory_of(state))], model, labels=False)
-        peak = memory_of(state).peak
-        self.query_one("#rank-memory-panel", Panel).tell("memory", f"peak {num_bytes(peak)}")
+        use = memory_of(state)
+        draw_memory(self.query_one("#rank-memory", StackedBars), [(state, use)], model, labels=False)
+        self.query_one("#rank-memory-panel", Panel).tell("memory", f"peak {num_bytes(use.peak)}")
         self._split(state)
         self.query_one("#rank-chart-panel", Panel).tell("step time", seconds(optional(state, "step_s")))
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from distui.compat.deepspeed.lr_schedules import check_params
+from distui.compat.deepspeed.optimizers import closure_loss
 from distui.compat.not_offered import NotOffered
 from distui.core.errors import ConfigError, Problem, UserError
 
@@ -87,10 +88,7 @@ class MuonWithAuxAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = closure_loss(closure)
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if group["use_muon"]:

@@ -62,6 +62,14 @@ def DeepSpeedCPUAdam(
     return FusedAdam(model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay, amsgrad)
 
 
+def closure_loss(closure: Callable[[], Any] | None) -> Any:
+    """Return what the closure of a step returns, with gradients on as it needs them; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class FusedLion(torch.optim.Optimizer):
     """Lion: the sign of an interpolated momentum (Chen et al., arXiv 2302.06675, algorithm 2)."""
 
@@ -73,10 +81,7 @@ class FusedLion(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = closure_loss(closure)
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if not params:
