@@ -36,8 +36,8 @@ def worker(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from distui.core.sharding.compression import Compression
     from distui.core.sharding.sharded import ShardedModel
+    from distui.core.sharding.transport.compression import Compression
     from distui.demo import ByteGPT, StdlibText
 
     torch.set_num_threads(1)

@@ -23,7 +23,7 @@ import grpc
 import psutil
 
 from distui.core.paths import RunFolder
-from distui.daemon.spawn import ensure_daemon
+from distui.daemon.node.spawn import ensure_daemon
 from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 

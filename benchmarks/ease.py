@@ -117,7 +117,7 @@ VARIANTS = [
             *PREPARED,
             ("    print(", "    engine.print("),
         ],
-        "distui.core.engine",
+        "distui.core.engine.engine",
         ["-m", "distui", "launch", "--no-tui", "--nproc", "2", "--zero", "1", "train.py"],
         ["--nproc", "--zero"],
     ),

@@ -122,9 +122,9 @@ def make_step(variant: str, model: Any, dtype: str) -> Any:
 
         return plain(net, ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, lr=1e-3, fused=True))
     if variant.startswith("native"):
-        from distui.core.precision import apply_border_casts
+        from distui.core.ranks.precision import apply_border_casts
         from distui.core.sharding.sharded import ShardedModel
-        from distui.core.sharding.transport import Transport
+        from distui.core.sharding.transport.transport import Transport
 
         if variant.endswith("_sockets"):
             Transport.min_read_bytes = 1 << 60
@@ -260,9 +260,13 @@ def start(variant: str, options: argparse.Namespace, folder: str) -> list[Any]:
         "MASTER_PORT": "0",
         "ACCELERATE_USE_CPU": "true",
     }
+    script, own = __file__, variant.removeprefix("before_")
+    if own != variant:
+        script = f"{options.before}/benchmarks/engine.py"
+        environment |= {"PYTHONPATH": options.before}
     ranks = []
     for rank in range(2):
-        command = [sys.executable, __file__, "--worker", "--variant", variant, "--rank", str(rank)]
+        command = [sys.executable, script, "--worker", "--variant", own, "--rank", str(rank)]
         command += ["--model", options.model, "--dtype", options.dtype, "--store", f"{folder}/{variant}"]
         ranks.append(
             subprocess.Popen(
@@ -322,6 +326,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="wide")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--variants", nargs="+", default=None, help=f"among {', '.join(ALL)}")
+    parser.add_argument("--before", metavar="CHECKOUT", help="an earlier version, for variants such as before_native3")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=3, help="steps a round")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

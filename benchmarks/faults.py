@@ -1,10 +1,11 @@
-"""Provokes each fault with real gloo ranks and a real daemon, and says what the daemon says of it, and when.
+"""Provokes what can happen to a job, with real gloo ranks and a real daemon: what is said of it, and when.
 
-    python benchmarks/faults.py [FAULT ...]       the matrix of docs/diagnosis.md, as Markdown
+    python benchmarks/faults.py [SITUATION ...]   the matrix of docs/diagnosis.md, as Markdown; all, where none is named
+    python benchmarks/faults.py --load 20         the same beside so many busy processes
     python benchmarks/faults.py --healthy 300     a run of so many seconds with pauses: any verdict is a false alarm
 
-The time is from the fault to the first answer of the daemon that names it. slow_link, memory_killed and disk_full need
-root.
+The time is from the fault to the first answer of the daemon that names it; healthy jobs are watched for a while,
+`--jobs` at a time. Some need root.
 """
 
 from __future__ import annotations
@@ -19,40 +20,24 @@ import tempfile
 import time
 from pathlib import Path
 
+from situations.job import SITUATIONS
+
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-from distui.core.errors import DaemonUnavailable
+from distui.core.errors import DaemonUnavailable, UserError
 from distui.core.paths import RunFolder, daemon_socket, default_runs_dir
-from distui.daemon.spawn import ensure_daemon
-from distui.daemon.store import read_batches
-from distui.launcher.daemon_client import get_snapshot
-from distui.launcher.daemon_keeper import DaemonKeeper
+from distui.daemon.node.spawn import ensure_daemon
+from distui.daemon.runs.store import read_batches
+from distui.launcher.job.daemon_client import get_snapshot
+from distui.launcher.job.daemon_keeper import DaemonKeeper
 from distui.proto import telemetry_pb2 as pb
 
-EXPECTED = {
-    "asleep": ("hang", 6.0),
-    "stopped": ("hang", 6.0),
-    "holding_the_gil": ("hang", 6.0),
-    "killed": ("dead_rank", 1.0),
-    "memory_error": ("out_of_memory", 1.0),
-    "memory_killed": ("out_of_memory", 1.0),
-    "operation": ("mismatch", 6.0),
-    "size": ("mismatch", 6.0),
-    "order": ("hang", 6.0),
-    "straggler": ("straggler", 20.0),
-    "slow_link": ("slow_link", 20.0),
-    "data_stall": ("data_stall", 6.0),
-    "nan_loss": ("nan_loss", 2.0),
-    "disk_full": ("disk_full", 2.0),
-}
-"""The verdict on each fault, and the goal for its time."""
 DAEMON_KILLED = "daemon_killed"
 DAEMON_GOAL_S = 6.0
 MIN_STEPS = 30
 POLL_S = 0.1
 LIMIT_S = 40.0
-NEEDS_ROOT = frozenset({"slow_link", "memory_killed", "disk_full"})
-WORLD = 3
+SUSPENDED_S = 10.0
 
 
 class Bench:
@@ -68,8 +53,8 @@ class Bench:
         self.ranks = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, text=True, env=environ)
         self.mounts: list[Path] = []
 
-    def start(self, fault: str, world: int = WORLD) -> RunFolder:
-        """Start a job with a fault."""
+    def start(self, fault: str) -> RunFolder:
+        """Start a job that something happens to."""
         folder = default_runs_dir()
         if fault == "disk_full":
             folder = self.folder / "small"
@@ -78,38 +63,52 @@ class Bench:
             self.mounts.append(folder)
         run = RunFolder(folder / f"{fault}-{time.time_ns()}")
         run.create()
-        spec = {"run_id": run.run_id, "name": fault, "strategy": "plain", "command": [fault], "world_size": world}
+        spec = {"run_id": run.run_id, "name": fault, "strategy": "plain", "command": [fault]}
+        spec["world_size"] = SITUATIONS[fault].world
         run.spec.write_text(json.dumps({**spec, "num_nodes": 1, "started_s": time.time(), "config_toml": ""}))
-        self._ask(run, fault, world)
+        self.ask(run, fault)
         return run
 
     def end(self, run: RunFolder) -> None:
         """Kill a job."""
-        self._ask(run, "end", 0)
+        self.ask(run, "end")
 
-    def _ask(self, run: RunFolder, fault: str, world: int) -> None:
+    def ask(self, run: RunFolder, what: str) -> None:
+        """Have a job's ranks started, ended, stopped, or let go on."""
         assert self.ranks.stdin is not None
-        self.ranks.stdin.write(json.dumps({"run": str(run.path), "fault": fault, "world": world}) + "\n")
+        self.ranks.stdin.write(json.dumps({"run": str(run.path), "fault": what}) + "\n")
         self.ranks.stdin.flush()
 
     def snapshot(self, run: RunFolder) -> pb.Snapshot:
-        """Return what the daemon says now."""
-        return get_snapshot(daemon_socket(), str(run.path))
+        """Return what the daemon says now; nothing before it has heard of the run."""
+        try:
+            return get_snapshot(daemon_socket(), run.run_id, timeout_s=60.0)
+        except UserError:
+            return pb.Snapshot()
 
-    def verdict(self, run: RunFolder, kind: str = "") -> tuple[float, pb.Diagnosis | None, str]:
+    def daemon_pid(self) -> int:
+        """Return the process of the daemon."""
+        return int((self.folder / "rt" / "daemon.lock").read_text())
+
+    def happened_s(self, run: RunFolder) -> float:
+        """Return when it happened, 0 where it has not. Units: Unix seconds."""
+        path = run.path / "fault"
+        return float(path.read_text()) if path.exists() else 0.0
+
+    def verdict(
+        self, run: RunFolder, kind: str = "", limit_s: float = LIMIT_S
+    ) -> tuple[float, pb.Diagnosis | None, str]:
         """Wait for the fault and the first verdict after it: seconds between, the verdict, a false alarm before.
 
         With `kind`, for the first of that kind: on a machine with much to do, another may come before.
         """
-        limit_s = LIMIT_S
         until = time.monotonic() + limit_s
         early = ""
         fault_s = 0.0
         while time.monotonic() < until:
-            if not fault_s and (run.path / "fault").exists():
-                fault_s = float((run.path / "fault").read_text())
+            fault_s = fault_s or self.happened_s(run)
             found = self.snapshot(run).diagnosis
-            if found and not fault_s and not (run.path / "fault").exists():
+            if found and not fault_s and not self.happened_s(run):
                 early = f"{found[0].kind}: {found[0].message}"
             if found and fault_s and kind in ("", found[0].kind):
                 return time.time() - fault_s, found[0], early
@@ -125,7 +124,7 @@ class Bench:
         while min((rank.step for rank in self.snapshot(run).ranks), default=0) < MIN_STEPS:
             time.sleep(POLL_S)
         before = self.snapshot(run)
-        os.kill(int((self.folder / "rt" / "daemon.lock").read_text()), 9)
+        os.kill(self.daemon_pid(), 9)
         killed_s = time.time()
         with DaemonKeeper(daemon_socket()):
             while time.monotonic() < until:
@@ -150,7 +149,7 @@ class Bench:
         assert self.ranks.stdin is not None
         self.ranks.stdin.close()
         self.ranks.wait(20)
-        pid = int((self.folder / "rt" / "daemon.lock").read_text())
+        pid = self.daemon_pid()
         os.kill(pid, 15)
         for _ in range(100):
             if not Path(f"/proc/{pid}").exists():
@@ -161,32 +160,69 @@ class Bench:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def matrix(bench: Bench, faults: list[str]) -> int:
-    """Print the table; return how many goals were missed."""
+def matrix(bench: Bench, names: list[str]) -> int:
+    """Print the table of sick jobs; return how many goals were missed."""
     missed = 0
-    print("| fault | verdict | ranks | after | goal | what it says |\n|---|---|---|---|---|---|", flush=True)
-    for fault in faults:
-        if fault == DAEMON_KILLED:
+    print("| situation | verdict | ranks | after | goal | what it says |\n|---|---|---|---|---|---|", flush=True)
+    for name in names:
+        if name == DAEMON_KILLED:
             run = bench.start("pauses")
             seconds, told = bench.kill_daemon(run)
             bench.end(run)
             missed += seconds > DAEMON_GOAL_S
-            print(f"| {fault} | none |  | {seconds:.1f} s | {DAEMON_GOAL_S:g} s | {told or 'nothing'} |", flush=True)
+            print(f"| {name} | none |  | {seconds:.1f} s | {DAEMON_GOAL_S:g} s | {told or 'nothing'} |", flush=True)
             continue
-        kind, goal_s = EXPECTED[fault]
-        run = bench.start(fault)
-        seconds, found, early = bench.verdict(run)
+        right = SITUATIONS[name]
+        run = bench.start(name)
+        seconds, found, early = bench.verdict(run, limit_s=LIMIT_S + right.goal_s)
         bench.end(run)
-        good = found is not None and found.kind == kind and seconds <= goal_s and not early
-        missed += not good
+        wrong = [] if found is not None else ["no verdict"]
+        if found is not None:
+            wrong += [f"not {right.kind}"] * (found.kind != right.kind)
+            wrong += [f"not ranks {right.ranks}"] * (right.ranks != () and tuple(found.ranks) != right.ranks)
+        wrong += ["late"] * (seconds > right.goal_s) + [f"before it: {early}"] * bool(early)
+        missed += bool(wrong)
         ranks = ",".join(map(str, found.ranks)) if found else ""
-        told = found.message if found else f"nothing within {LIMIT_S:g} s"
-        mark = "" if good else f" **missed**{f' (before: {early})' if early else ''}"
-        print(
-            f"| {fault} | {found.kind if found else 'none'} | {ranks} | {seconds:.1f} s{mark} | {goal_s:g} s | {told} |"
-        )
-        sys.stdout.flush()
+        told = found.message if found else f"nothing within {LIMIT_S + right.goal_s:g} s"
+        mark = f" **missed: {'; '.join(wrong)}**" if wrong else ""
+        after = f"{seconds:.1f} s{mark} | {right.goal_s:g} s"
+        print(f"| {name} | {found.kind if found else 'none'} | {ranks} | {after} | {told} |", flush=True)
     return missed
+
+
+def watch_healthy(bench: Bench, names: list[str], jobs: int) -> int:
+    """Print what is said of jobs that are well, `jobs` at a time; return of how many anything is said."""
+    alarms: dict[str, str] = {}
+    print("| healthy situation | watched for | steps | said of it |\n|---|---|---|---|", flush=True)
+    for at in range(0, len(names), jobs):
+        runs = {name: bench.start(name) for name in names[at : at + jobs]}
+        while runs:
+            for name, run in list(runs.items()):
+                snapshot, since_s = bench.snapshot(run), bench.happened_s(run)
+                for found in snapshot.diagnosis:
+                    alarms.setdefault(
+                        name, f"after {time.time() - (since_s or time.time()):.0f} s: {found.kind}: {found.message}"
+                    )
+                if name == "suspended" and since_s and not (run.path / "woken").exists():
+                    _suspend(bench, run)
+                if since_s and time.time() - since_s > SITUATIONS[name].goal_s:
+                    steps = min((rank.step for rank in snapshot.ranks), default=0)
+                    said = f"**{alarms[name]}**" if name in alarms else "nothing"
+                    print(f"| {name} | {SITUATIONS[name].goal_s:g} s | {steps} | {said} |", flush=True)
+                    bench.end(runs.pop(name))
+            time.sleep(POLL_S)
+    return len(alarms)
+
+
+def _suspend(bench: Bench, run: RunFolder) -> None:
+    """Stop ranks and daemon as a closed laptop does, and let them go on."""
+    time.sleep(2.0)
+    bench.ask(run, "stop")
+    os.kill(bench.daemon_pid(), 19)
+    time.sleep(SUSPENDED_S)
+    bench.ask(run, "continue")
+    os.kill(bench.daemon_pid(), 18)
+    (run.path / "woken").touch()
 
 
 def healthy(bench: Bench, seconds: float) -> int:
@@ -210,18 +246,39 @@ def healthy(bench: Bench, seconds: float) -> int:
 def main() -> int:
     """Return 1 where a goal was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("faults", nargs="*", choices=[*EXPECTED, DAEMON_KILLED, []], metavar="FAULT")
-    parser.add_argument("--healthy", type=float, metavar="SECONDS")
+    parser.add_argument("situations", nargs="*", choices=[*SITUATIONS, DAEMON_KILLED, []], metavar="SITUATION")
+    parser.add_argument("--healthy", type=float, metavar="SECONDS", help="one run with pauses, for so long")
+    parser.add_argument("--load", type=int, default=0, metavar="N", help="beside so many busy processes")
+    parser.add_argument("--jobs", type=int, default=3, metavar="N", help="healthy jobs at a time")
     options = parser.parse_args()
+    root = os.geteuid() == 0
+    names = options.situations or [
+        name for name, one in SITUATIONS.items() if name != "suspended" and (root or not one.needs_root)
+    ]
+    sick = [name for name in names if name == DAEMON_KILLED or SITUATIONS[name].kind]
+    well = [name for name in names if name not in sick]
+    if not options.situations:
+        sick.append(DAEMON_KILLED)
+        well.append("suspended")  # by itself: it stops the daemon
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(options.load)]
     bench = Bench()
     try:
-        missed = (
-            healthy(bench, options.healthy)
-            if options.healthy
-            else matrix(bench, options.faults or [*EXPECTED, DAEMON_KILLED])
-        )
+        if options.healthy:
+            missed = healthy(bench, options.healthy)
+        else:
+            missed = matrix(bench, sick) if sick else 0
+            alone = [name for name in well if name == "suspended"]
+            beside = [name for name in well if name != "suspended"]
+            alarms = watch_healthy(bench, beside, options.jobs) + watch_healthy(bench, alone, 1) if well else 0
+            print(
+                f"{len(sick)} sick: {len(sick) - missed} as they should be; {len(well)} healthy: {alarms} false alarms"
+            )
+            missed += alarms
     finally:
         bench.close()
+        for process in busy:
+            process.kill()
+            process.wait()
     return min(missed, 1)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -220,6 +221,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="format of weights")
     parser.add_argument("--numel", type=int, default=1 << 26, help="elements of a tensor")
     parser.add_argument("--rounds", type=int, default=30, help="launches of each")
+    parser.add_argument("--json", action="store_true", help="the figures once more as the last line, as JSON")
     args = parser.parse_args()
     import torch
 
@@ -250,6 +252,7 @@ def main() -> int:
     print(f"{'':44}{'us':>10}{'TB/s':>8}{'of copy':>9}{'torch':>8}")
     wanted = [word for word in args.only.split(",") if word]
     chosen = [case for case in cases(args) if not wanted or any(word in case.name for word in wanted)]
+    figures = []
     for case in chosen:
         ours_s, *theirs_s = timed([case.ours, *([case.theirs] if case.theirs else [])], args.rounds)
         rate = (
@@ -258,6 +261,11 @@ def main() -> int:
         versus = f"{theirs_s[0] / ours_s:7.2f}{'*' if case.eager else ' '}" if theirs_s else f"{'n/a':>7} "
         note = "" if case.bound == "memory" else f"  ({case.bound})"
         print(f"{case.name:44}{ours_s * 1e6:10.1f}{rate}{versus}{note}")
+        of_copy = case.nbytes / ours_s / copy_rate if case.nbytes else None
+        versus_torch = theirs_s[0] / ours_s if theirs_s else None
+        figures.append({"name": case.name, "us": ours_s * 1e6, "of_copy": of_copy, "torch": versus_torch})
+    if args.json:
+        print(json.dumps(figures))
     return 0 if chosen else 2
 
 

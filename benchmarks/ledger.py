@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from distui.core import collectives
-from distui.core.config import TelemetrySection
+from distui.core.config.schema import TelemetrySection
 from distui.core.paths import RunFolder
+from distui.core.telemetry import collectives
 from distui.core.telemetry.source import open_source
 
 GOAL_US = 10.0

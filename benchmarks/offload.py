@@ -219,8 +219,8 @@ def compare(options: argparse.Namespace) -> None:
 
 def plain_rate(folder: str, nbytes: int, write: bool) -> float:
     """Return bytes/s of a plain O_DIRECT reader or writer with the engine's threads and chunks."""
-    from distui.core.offload.home import page_buffer
-    from distui.core.offload.nvme import CHUNK_BYTES, NUM_THREADS
+    from distui.core.ranks.host_memory import page_buffer
+    from distui.core.sharding.homes.nvme import CHUNK_BYTES, NUM_THREADS
 
     nbytes = nbytes // CHUNK_BYTES * CHUNK_BYTES
     handle = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_DIRECT, 0o600)

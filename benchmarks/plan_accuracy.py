@@ -26,7 +26,7 @@ from operator import truediv
 from pathlib import Path
 from typing import Any
 
-from distui.core.hardware import Hardware, detect
+from distui.core.hardware.detect import Hardware, detect
 from distui.core.plan.memory import Strategy, footprint
 from distui.core.plan.rates import rates_of
 from distui.core.plan.shapes import gpt
@@ -106,10 +106,10 @@ def train(options: argparse.Namespace) -> None:
     import torch.distributed as dist
     from torch.nn import functional as F
 
-    from distui.core.activation_checkpointing import apply_activation_checkpointing
-    from distui.core.precision import apply_border_casts
+    from distui.core.model.activation_checkpointing import apply_activation_checkpointing
+    from distui.core.ranks.precision import apply_border_casts
     from distui.core.sharding.sharded import ShardedModel
-    from distui.launcher.calibrate_bench import GPT
+    from distui.launcher.probes.calibrate_bench import GPT
 
     torch.set_num_threads(1)
     width, dtype, micro, stage, mode, accumulation = CASES[options.case]
@@ -178,7 +178,7 @@ def measure(index: int, folder: str, options: argparse.Namespace) -> dict[str, A
 
 def compare(case: Case, real: dict[str, Any], hardware: Hardware) -> dict[str, tuple[float, float]]:
     """Return planned and measured bytes of states and of the whole, and seconds of a step."""
-    from distui.launcher.calibrate_bench import spec_of as calibration_model
+    from distui.launcher.probes.calibrate_bench import spec_of as calibration_model
 
     width, dtype, micro, stage, mode, accumulation = case
     model = spec_of(width)
@@ -211,7 +211,7 @@ def main() -> None:
     if options.rank is not None:
         train(options)
         return
-    from distui.launcher.calibrate import calibrate, report
+    from distui.launcher.probes.calibrate import calibrate, report
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DISTUI_STATE_DIR"] = f"{folder}/state"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 
-from distui.core.hardware import parse_hardware
+from distui.core.hardware.detect import parse_hardware
 from distui.core.plan.memory import footprint
 from distui.core.plan.models import load_model
 from distui.core.plan.rates import rates_of

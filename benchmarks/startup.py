@@ -23,7 +23,7 @@ COMMANDS = {
     "distui --help": [str(BIN / "distui"), "--help"],
     "torchrun --help": [str(BIN / "torchrun"), "--help"],
     "import distui": [sys.executable, "-c", "import distui"],
-    "import distui.core.config": [sys.executable, "-c", "import distui.core.config"],
+    "import distui.core.config.schema": [sys.executable, "-c", "import distui.core.config.schema"],
     "import torch": [sys.executable, "-c", "import torch"],
 }
 

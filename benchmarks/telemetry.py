@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 
-from distui.core.config import TelemetrySection
+from distui.core.config.schema import TelemetrySection
 from distui.core.paths import RunFolder, daemon_socket
 from distui.core.telemetry.source import NullSource, TelemetrySource, open_source
 

@@ -6,11 +6,16 @@
     ├── RankFailed         a rank ended badly; exit status 3
     └── DaemonUnavailable  no daemon answers and none could be started
 
+    PermissionError
+    └── NotOwn             a part of a run that does not count; told as the user's mistake
+
 Anything else that escapes is a bug in distui: exit status 1.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,3 +96,23 @@ class RankFailed(DistuiError):
 
 class DaemonUnavailable(DistuiError):
     """No daemon answers on the socket and none could be started."""
+
+
+class NotOwn(PermissionError):
+    """A part of a run that does not count: not this user's, open to others' writing, a link, or no plain file."""
+
+    def __init__(self, path: os.PathLike[str] | str, why: str) -> None:
+        super().__init__(errno.EPERM, why, os.fspath(path))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by path and reason, so that the error can come from another process."""
+        return type(self), (self.filename, self.strerror)
+
+    def told(self) -> UserError:
+        """Return the error as users read it."""
+        return UserError(
+            f"{self.filename} is not yours alone",
+            str(self.strerror),
+            "a run is kept in a folder that you own and nobody else can write to: cp -r makes one of another user's, "
+            "and run.dir or DISTUI_STATE_DIR names a place for new ones",
+        )

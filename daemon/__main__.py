@@ -6,14 +6,15 @@ import argparse
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distui.core.config import MonitorSection, TelemetrySection
-from distui.core.errors import EXIT_OK, UserError
+from distui.core.config.schema import MonitorSection, TelemetrySection
+from distui.core.errors import EXIT_OK, NotOwn, UserError
 
 if TYPE_CHECKING:
-    from distui.daemon.server import DaemonOptions
+    from distui.daemon.serve.server import DaemonOptions
 
 ENDING_S = 3.0
 
@@ -24,9 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.umask(0o077)
     try:
         return _serve(options)
-    except UserError as error:
-        print(error.report(), file=sys.stderr)
-        return error.exit_status
+    except (UserError, NotOwn) as error:
+        told = error if isinstance(error, UserError) else error.told()
+        print(told.report(), file=sys.stderr)
+        return told.exit_status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--forward-token", type=Path, metavar="FILE", help="the head's token")
     add("--forward-ca", type=Path, metavar="FILE", help="the head's certificate, or what signed it")
     add("--metrics", metavar="HOST:PORT", help="serve /metrics for Prometheus; beyond loopback with TLS and the token")
+    add("--metrics-token", action="store_true", help="ask for the token on loopback too")
     add("--keep-days", type=float, default=TelemetrySection().keep_days, help="delete older telemetry; 0: never")
     add("--keep-gib", type=float, default=TelemetrySection().keep_gib, help="delete the oldest above this; 0: never")
     add(
@@ -70,7 +73,7 @@ def _serve(options: argparse.Namespace) -> int:
         os.setsid()
     import asyncio
 
-    from distui.daemon.server import claim_node, run_daemon
+    from distui.daemon.serve.server import claim_node, run_daemon
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     # Who starts a daemon because none answers may meet one that is just ending.
@@ -90,8 +93,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _options(options: argparse.Namespace) -> DaemonOptions:
     """Return what is asked for, refused before anything starts where it cannot be."""
-    from distui.daemon.retention import DAY_S, GIB, Retention
-    from distui.daemon.server import DaemonOptions
+    from distui.daemon.runs.retention import DAY_S, GIB, Retention
+    from distui.daemon.serve.server import DaemonOptions
 
     retention = Retention(options.keep_days * DAY_S, int(options.keep_gib * GIB))
     tcp = metrics = head = None
@@ -102,7 +105,7 @@ def _options(options: argparse.Namespace) -> DaemonOptions:
                 raise UserError(f"{flag} without --listen", "it is about TCP clients", "add --listen HOST:PORT")
     if options.listen is not None or options.metrics is not None:
         from distui.core.telemetry.endpoint import is_loopback, split_address
-        from distui.daemon.security import tcp_options
+        from distui.daemon.serve.security import tcp_options
 
         files = {
             "token_file": options.token_file,
@@ -118,7 +121,12 @@ def _options(options: argparse.Namespace) -> DaemonOptions:
                 **files,
             )
         if options.metrics is not None:
-            metrics = tcp_options(options.metrics, plaintext=is_loopback(split_address(options.metrics)[0]), **files)
+            local = is_loopback(split_address(options.metrics)[0])
+            metrics = tcp_options(options.metrics, plaintext=local, **files)
+            if local and not options.metrics_token:
+                metrics = replace(metrics, token="")
+    if options.metrics_token and options.metrics is None:
+        raise UserError("--metrics-token without --metrics", "it is about who reads them", "add --metrics HOST:PORT")
     if options.forward is not None:
         from distui.core.telemetry.endpoint import Endpoint, is_loopback, split_address
 

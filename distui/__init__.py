@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Engine": "distui.core.engine",
+    "Engine": "distui.core.engine.engine",
     "DistuiError": "distui.core.errors",
     "UserError": "distui.core.errors",
-    "notebook_launcher": "distui.launcher.notebook",
+    "init_empty_weights": "distui.core.sharding.start.empty",
+    "notebook_launcher": "distui.launcher.notebook.launcher",
 }
 
-__all__ = ["DistuiError", "Engine", "UserError", "__version__", "notebook_launcher"]
+__all__ = ["DistuiError", "Engine", "UserError", "__version__", "init_empty_weights", "notebook_launcher"]
 
 if TYPE_CHECKING:
-    from distui.core.engine import Engine
+    from distui.core.engine.engine import Engine
     from distui.core.errors import DistuiError, UserError
-    from distui.launcher.notebook import notebook_launcher
+    from distui.core.sharding.start.empty import init_empty_weights
+    from distui.launcher.notebook.launcher import notebook_launcher
 
 
 def __getattr__(name: str) -> Any:

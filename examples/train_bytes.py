@@ -38,7 +38,7 @@ def warmup_cosine(step: int, num_steps: int) -> float:
 
 def main() -> None:
     options = parse_options()
-    engine = distui.Engine(batch={"global_size": options.batch})
+    engine = distui.Engine(total_steps=options.steps, batch={"global_size": options.batch})
     torch.manual_seed(options.seed)
     dataset = distui.demo.StdlibText(options.context)
     model = distui.demo.ByteGPT(options.layers, options.dim, context=options.context)

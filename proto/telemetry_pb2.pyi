@@ -20,18 +20,20 @@ class Source(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class Batch(_message.Message):
-    __slots__ = ("run_id", "run_dir", "source", "records", "dropped")
+    __slots__ = ("run_id", "run_dir", "source", "records", "dropped", "last")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_DIR_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     run_dir: str
     source: Source
     records: _containers.RepeatedCompositeFieldContainer[Record]
     dropped: int
-    def __init__(self, run_id: _Optional[str] = ..., run_dir: _Optional[str] = ..., source: _Optional[_Union[Source, _Mapping]] = ..., records: _Optional[_Iterable[_Union[Record, _Mapping]]] = ..., dropped: _Optional[int] = ...) -> None: ...
+    last: bool
+    def __init__(self, run_id: _Optional[str] = ..., run_dir: _Optional[str] = ..., source: _Optional[_Union[Source, _Mapping]] = ..., records: _Optional[_Iterable[_Union[Record, _Mapping]]] = ..., dropped: _Optional[int] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class Ack(_message.Message):
     __slots__ = ("seq", "flush_s")
@@ -107,7 +109,7 @@ class RunFinished(_message.Message):
     def __init__(self, state: _Optional[str] = ..., exit_status: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class RankStarted(_message.Message):
-    __slots__ = ("world_size", "local_rank", "device", "device_name", "num_parameters", "peak_flops", "device_uuid", "own_strategy")
+    __slots__ = ("world_size", "local_rank", "device", "device_name", "num_parameters", "peak_flops", "device_uuid", "own_strategy", "strategy")
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     LOCAL_RANK_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +118,7 @@ class RankStarted(_message.Message):
     PEAK_FLOPS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
     OWN_STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    STRATEGY_FIELD_NUMBER: _ClassVar[int]
     world_size: int
     local_rank: int
     device: str
@@ -124,7 +127,8 @@ class RankStarted(_message.Message):
     peak_flops: float
     device_uuid: str
     own_strategy: bool
-    def __init__(self, world_size: _Optional[int] = ..., local_rank: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., num_parameters: _Optional[int] = ..., peak_flops: _Optional[float] = ..., device_uuid: _Optional[str] = ..., own_strategy: _Optional[bool] = ...) -> None: ...
+    strategy: str
+    def __init__(self, world_size: _Optional[int] = ..., local_rank: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., num_parameters: _Optional[int] = ..., peak_flops: _Optional[float] = ..., device_uuid: _Optional[str] = ..., own_strategy: _Optional[bool] = ..., strategy: _Optional[str] = ...) -> None: ...
 
 class RankFinished(_message.Message):
     __slots__ = ("exit_status", "error")
@@ -135,7 +139,7 @@ class RankFinished(_message.Message):
     def __init__(self, exit_status: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "step_s", "data_wait_s", "forward_s", "backward_s", "exposed_comm_s", "optimizer_s", "tokens", "samples", "loss", "grad_norm", "learning_rate", "loss_scale", "flops", "micro_batches", "skipped")
+    __slots__ = ("step", "step_s", "data_wait_s", "forward_s", "backward_s", "exposed_comm_s", "optimizer_s", "tokens", "samples", "loss", "grad_norm", "learning_rate", "loss_scale", "flops", "micro_batches", "skipped", "total_steps")
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     DATA_WAIT_S_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +156,7 @@ class Step(_message.Message):
     FLOPS_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     step: int
     step_s: float
     data_wait_s: float
@@ -168,7 +173,8 @@ class Step(_message.Message):
     flops: float
     micro_batches: int
     skipped: bool
-    def __init__(self, step: _Optional[int] = ..., step_s: _Optional[float] = ..., data_wait_s: _Optional[float] = ..., forward_s: _Optional[float] = ..., backward_s: _Optional[float] = ..., exposed_comm_s: _Optional[float] = ..., optimizer_s: _Optional[float] = ..., tokens: _Optional[int] = ..., samples: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., loss_scale: _Optional[float] = ..., flops: _Optional[float] = ..., micro_batches: _Optional[int] = ..., skipped: _Optional[bool] = ...) -> None: ...
+    total_steps: int
+    def __init__(self, step: _Optional[int] = ..., step_s: _Optional[float] = ..., data_wait_s: _Optional[float] = ..., forward_s: _Optional[float] = ..., backward_s: _Optional[float] = ..., exposed_comm_s: _Optional[float] = ..., optimizer_s: _Optional[float] = ..., tokens: _Optional[int] = ..., samples: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., loss_scale: _Optional[float] = ..., flops: _Optional[float] = ..., micro_batches: _Optional[int] = ..., skipped: _Optional[bool] = ..., total_steps: _Optional[int] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("by_category_bytes", "allocated_bytes", "reserved_bytes", "peak_allocated_bytes", "rss_bytes", "peak_rss_bytes", "device_total_bytes")
@@ -287,20 +293,22 @@ class Metrics(_message.Message):
     def __init__(self, step: _Optional[int] = ..., values: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class HardwareSample(_message.Message):
-    __slots__ = ("cpu_percent", "memory_used_bytes", "memory_total_bytes", "gpus", "network_sent_bytes", "network_received_bytes")
+    __slots__ = ("cpu_percent", "memory_used_bytes", "memory_total_bytes", "gpus", "network_sent_bytes", "network_received_bytes", "cpu_nice_percent")
     CPU_PERCENT_FIELD_NUMBER: _ClassVar[int]
     MEMORY_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     GPUS_FIELD_NUMBER: _ClassVar[int]
     NETWORK_SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     NETWORK_RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CPU_NICE_PERCENT_FIELD_NUMBER: _ClassVar[int]
     cpu_percent: float
     memory_used_bytes: int
     memory_total_bytes: int
     gpus: _containers.RepeatedCompositeFieldContainer[Gpu]
     network_sent_bytes: int
     network_received_bytes: int
-    def __init__(self, cpu_percent: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., gpus: _Optional[_Iterable[_Union[Gpu, _Mapping]]] = ..., network_sent_bytes: _Optional[int] = ..., network_received_bytes: _Optional[int] = ...) -> None: ...
+    cpu_nice_percent: float
+    def __init__(self, cpu_percent: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., gpus: _Optional[_Iterable[_Union[Gpu, _Mapping]]] = ..., network_sent_bytes: _Optional[int] = ..., network_received_bytes: _Optional[int] = ..., cpu_nice_percent: _Optional[float] = ...) -> None: ...
 
 class Gpu(_message.Message):
     __slots__ = ("index", "name", "utilization_percent", "memory_used_bytes", "memory_total_bytes", "power_w", "temperature_c", "ecc_corrected", "ecc_uncorrected", "nvlink_errors", "pcie_replays", "xid_errors", "last_xid", "uuid", "throttle_reasons")
@@ -394,7 +402,7 @@ class SnapshotRequest(_message.Message):
     def __init__(self, run_id: _Optional[str] = ...) -> None: ...
 
 class RankState(_message.Message):
-    __slots__ = ("rank", "node", "pid", "state", "step", "loss", "step_s", "tokens_per_s", "memory_bytes", "last_step", "memory", "heartbeat", "last_seen_s", "device", "device_name", "num_parameters", "error")
+    __slots__ = ("rank", "node", "pid", "state", "step", "loss", "step_s", "tokens_per_s", "memory_bytes", "last_step", "memory", "heartbeat", "last_seen_s", "device", "device_name", "num_parameters", "error", "busy", "samples_per_s")
     RANK_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -412,6 +420,8 @@ class RankState(_message.Message):
     DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    BUSY_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_PER_S_FIELD_NUMBER: _ClassVar[int]
     rank: int
     node: str
     pid: int
@@ -429,7 +439,9 @@ class RankState(_message.Message):
     device_name: str
     num_parameters: int
     error: str
-    def __init__(self, rank: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., loss: _Optional[float] = ..., step_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., last_step: _Optional[_Union[Step, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., last_seen_s: _Optional[float] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., num_parameters: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    busy: str
+    samples_per_s: float
+    def __init__(self, rank: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., loss: _Optional[float] = ..., step_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., last_step: _Optional[_Union[Step, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., last_seen_s: _Optional[float] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., num_parameters: _Optional[int] = ..., error: _Optional[str] = ..., busy: _Optional[str] = ..., samples_per_s: _Optional[float] = ...) -> None: ...
 
 class Diagnosis(_message.Message):
     __slots__ = ("kind", "ranks", "collective", "group", "seq", "since_s", "message")
@@ -486,20 +498,26 @@ class CollectiveSummary(_message.Message):
     def __init__(self, group: _Optional[str] = ..., op: _Optional[str] = ..., count: _Optional[int] = ..., bytes: _Optional[int] = ..., mean_s: _Optional[float] = ..., max_s: _Optional[float] = ..., blocked_s: _Optional[float] = ..., last_seq: _Optional[_Mapping[int, int]] = ..., lateness_s: _Optional[_Mapping[int, float]] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("run", "ranks", "diagnosis", "dropped", "collectives", "nodes")
+    __slots__ = ("run", "ranks", "diagnosis", "dropped", "collectives", "nodes", "step", "total_steps", "left_s")
     RUN_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     DIAGNOSIS_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVES_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_S_FIELD_NUMBER: _ClassVar[int]
     run: RunInfo
     ranks: _containers.RepeatedCompositeFieldContainer[RankState]
     diagnosis: _containers.RepeatedCompositeFieldContainer[Diagnosis]
     dropped: int
     collectives: _containers.RepeatedCompositeFieldContainer[CollectiveSummary]
     nodes: _containers.RepeatedCompositeFieldContainer[NodeState]
-    def __init__(self, run: _Optional[_Union[RunInfo, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., diagnosis: _Optional[_Iterable[_Union[Diagnosis, _Mapping]]] = ..., dropped: _Optional[int] = ..., collectives: _Optional[_Iterable[_Union[CollectiveSummary, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[NodeState, _Mapping]]] = ...) -> None: ...
+    step: int
+    total_steps: int
+    left_s: float
+    def __init__(self, run: _Optional[_Union[RunInfo, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., diagnosis: _Optional[_Iterable[_Union[Diagnosis, _Mapping]]] = ..., dropped: _Optional[int] = ..., collectives: _Optional[_Iterable[_Union[CollectiveSummary, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[NodeState, _Mapping]]] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., left_s: _Optional[float] = ...) -> None: ...
 
 class NodeState(_message.Message):
     __slots__ = ("node", "hardware", "last_seen_s")
@@ -512,7 +530,7 @@ class NodeState(_message.Message):
     def __init__(self, node: _Optional[str] = ..., hardware: _Optional[_Union[HardwareSample, _Mapping]] = ..., last_seen_s: _Optional[float] = ...) -> None: ...
 
 class StepSummary(_message.Message):
-    __slots__ = ("step", "time_s", "loss", "grad_norm", "learning_rate", "step_s", "data_wait_s", "forward_s", "backward_s", "exposed_comm_s", "optimizer_s", "tokens_per_s", "slowest_rank", "mfu", "skipped", "rank_step_s")
+    __slots__ = ("step", "time_s", "loss", "grad_norm", "learning_rate", "step_s", "data_wait_s", "forward_s", "backward_s", "exposed_comm_s", "optimizer_s", "tokens_per_s", "slowest_rank", "mfu", "skipped", "rank_step_s", "samples_per_s")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TIME_S_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -529,6 +547,7 @@ class StepSummary(_message.Message):
     MFU_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
     RANK_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_PER_S_FIELD_NUMBER: _ClassVar[int]
     step: int
     time_s: float
     loss: float
@@ -545,7 +564,8 @@ class StepSummary(_message.Message):
     mfu: float
     skipped: bool
     rank_step_s: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, step: _Optional[int] = ..., time_s: _Optional[float] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., step_s: _Optional[float] = ..., data_wait_s: _Optional[float] = ..., forward_s: _Optional[float] = ..., backward_s: _Optional[float] = ..., exposed_comm_s: _Optional[float] = ..., optimizer_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., slowest_rank: _Optional[int] = ..., mfu: _Optional[float] = ..., skipped: _Optional[bool] = ..., rank_step_s: _Optional[_Iterable[float]] = ...) -> None: ...
+    samples_per_s: float
+    def __init__(self, step: _Optional[int] = ..., time_s: _Optional[float] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., step_s: _Optional[float] = ..., data_wait_s: _Optional[float] = ..., forward_s: _Optional[float] = ..., backward_s: _Optional[float] = ..., exposed_comm_s: _Optional[float] = ..., optimizer_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., slowest_rank: _Optional[int] = ..., mfu: _Optional[float] = ..., skipped: _Optional[bool] = ..., rank_step_s: _Optional[_Iterable[float]] = ..., samples_per_s: _Optional[float] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ("run_id", "interval_s", "max_points")

@@ -1,8 +1,10 @@
 #!/bin/sh
-# Makes the virtual environment $1 and installs distui into it, editable, with the versions of constraints.txt.
+# Makes the virtual environment $1 and installs into it, with the versions of constraints.txt, the wheel $2; without one,
+# distui itself, editable, with all that its tests need.
 # On Linux, PyPI's torch brings gigabytes of CUDA packages; a machine without an NVIDIA GPU gets the CPU build.
 set -eu
 venv=$1
+wheel=${2:-}
 python=${PYTHON:-python3}
 
 "$python" - <<'PY' || exit 2
@@ -24,8 +26,12 @@ if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then
         fi
     fi
     # torch's CUDA build brings the Triton that it needs; the CPU build brings none, and kernels are tested interpreted.
-    if ! "$venv/bin/python" -c 'import triton' 2>/dev/null; then
+    if [ -z "$wheel" ] && ! "$venv/bin/python" -c 'import triton' 2>/dev/null; then
         $pip install --quiet "triton==3.9.0; python_version >= '3.11'" "triton==3.8.0; python_version < '3.11'"
     fi
 fi
-$pip install --quiet -c constraints.txt -e ".[dev]"
+if [ -n "$wheel" ]; then
+    $pip install --quiet -c constraints.txt "$wheel"
+else
+    $pip install --quiet -c constraints.txt -e ".[dev]"
+fi

@@ -23,6 +23,7 @@ import grpc
 
 from distui.core.errors import DaemonUnavailable
 from distui.core.telemetry.endpoint import Endpoint
+from distui.core.telemetry.harmless import make_harmless
 from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
@@ -64,6 +65,7 @@ class MonitorClient:
     def __init__(self, daemon: Path | Endpoint, clock: Callable[[], float] = time.time) -> None:
         """Read from a daemon's socket, or from wherever else one answers."""
         endpoint = Endpoint.unix(daemon) if isinstance(daemon, Path) else daemon
+        self._why = endpoint.why
         self._channel = endpoint.aio_channel(_OPTIONS)
         self._metadata = endpoint.metadata
         self._monitor = rpc.MonitorStub(self._channel)
@@ -94,7 +96,7 @@ class MonitorClient:
                         return
                 self._lost("the daemon ended the stream")
             except grpc.aio.AioRpcError as error:
-                self._lost(error.details() or error.code().name, error.code() is grpc.StatusCode.NOT_FOUND)
+                self._lost(self._told(error), error.code() is grpc.StatusCode.NOT_FOUND)
             finally:
                 call.cancel()
             await asyncio.sleep(_RETRY_S)
@@ -112,6 +114,7 @@ class MonitorClient:
             update = reading.result()
             if not isinstance(update, pb.Update):  # the end of the stream
                 return
+            make_harmless(update)
             yield update
 
     async def _probe(self) -> None:
@@ -119,7 +122,10 @@ class MonitorClient:
             await self._monitor.GetDaemonInfo(pb.DaemonInfoRequest(), timeout=2.0, metadata=self._metadata)
             self.away_since_s = None
         except grpc.aio.AioRpcError as error:
-            self._lost(error.details() or error.code().name)
+            self._lost(self._told(error))
+
+    def _told(self, error: grpc.aio.AioRpcError) -> str:
+        return self._why(error.details() or error.code().name)
 
     def _lost(self, problem: str, answered: bool = False) -> None:
         self.problem = problem
@@ -132,9 +138,11 @@ class MonitorClient:
         """Return the runs the daemon knows, newest first. Raises: DaemonUnavailable."""
         request = pb.ListRunsRequest(limit=limit)
         try:
-            return list((await self._monitor.ListRuns(request, timeout=5.0, metadata=self._metadata)).runs)
+            response = await self._monitor.ListRuns(request, timeout=5.0, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise DaemonUnavailable(error.details() or error.code().name) from error
+            raise DaemonUnavailable(self._told(error)) from error
+        make_harmless(response)
+        return list(response.runs)
 
     async def read_log(self, run_id: str, rank: int, offset: int, max_bytes: int = 65536) -> pb.ReadLogResponse:
         """Return a piece of a rank's log from `offset`, or from the end where it is negative.
@@ -145,7 +153,7 @@ class MonitorClient:
         try:
             response: pb.ReadLogResponse = await self._monitor.ReadLog(request, timeout=5.0, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise DaemonUnavailable(error.details() or error.code().name) from error
+            raise DaemonUnavailable(self._told(error)) from error
         return response
 
     async def execute(
@@ -155,6 +163,7 @@ class MonitorClient:
         request = pb.ControlRequest(run_id=run_id, verb=verb, arguments=arguments or {}, deadline_s=deadline_s)
         try:
             async for reply in self._control.Execute(request, timeout=deadline_s + 5.0, metadata=self._metadata):
+                make_harmless(reply)
                 yield reply
         except grpc.aio.AioRpcError as error:
-            raise DaemonUnavailable(error.details() or error.code().name) from error
+            raise DaemonUnavailable(self._told(error)) from error

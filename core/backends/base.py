@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from distui.core.backends.optimizer import PreparedOptimizer
-from distui.core.config import Config
+from distui.core.backends.beside import Beside
+from distui.core.config.schema import Config
 from distui.core.errors import Problem
-from distui.core.precision import LossScaler
+from distui.core.sharding.optim.prepared import PreparedOptimizer
+from distui.core.sharding.start.start import Start
 
 Part = tuple[int, int]
 """Which of how many equal parts a rank writes of what every rank holds; load has none and takes the whole."""
 
 
-class Backend(ABC):
+class Backend(Beside, ABC):
     """Prepares models and optimizers, and owns what happens between `backward` and `step`.
 
     One instance serves one `distui.Engine`. Methods marked Collective must be called by all ranks. A backend whose
     models keep plain tensors has most of this in `distui.core.backends.plain.PlainBackend`.
     """
 
-    name: str
+    brings_models = False
+    """Whether `prepare_model` brings the model of `start` to the device itself; else it finds it there, whole."""
+    start: Start | None = None
+    """Where the numbers of the model that is being prepared come from, and which device they go to."""
+    optimizer_of: Mapping[int, int] = MappingProxyType({})
+    """Which of the optimizers that are prepared together with a model steps a parameter, by its identity."""
 
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
         """`group` is the data-parallel group; None where the script runs as one process."""
@@ -35,7 +42,7 @@ class Backend(ABC):
 
     @classmethod
     def check(cls, config: Config, num_ranks: int) -> list[Problem]:
-        """Return what this backend cannot do of `config`; of ours `core.backend_check` tells it sooner."""
+        """Return what this backend cannot do of `config`; of ours `core.config.backends` tells it sooner."""
         return []
 
     # ---- training ------------------------------------------------------------------------------------------------
@@ -55,26 +62,28 @@ class Backend(ABC):
     def set_sync(self, sync: bool) -> None:
         """Say whether the coming forward and backward are the last before the step."""
 
-    def loss_scaler(self) -> LossScaler | None:
-        """Return the loss scale of fp16; None under the other formats."""
-        precision = self.config.precision
-        if precision.dtype != "fp16":
-            return None
-        return LossScaler(precision.initial_loss_scale, precision.loss_scale_window)
-
-    def before_backward(self) -> None:  # noqa: B027
+    def before_backward(self) -> None:
         """Get ready for a backward."""
 
     def backward(self, loss: torch.Tensor, factor: float, **kwargs: Any) -> None:
         """Compute the gradients of `loss` times `factor`. Collective."""
         (loss * factor if factor != 1.0 else loss).backward(**kwargs)
 
-    def end_backward(self) -> None:  # noqa: B027
+    def end_backward(self) -> None:
         """Finish a backward, also for parameters that took no part in it. Collective."""
 
     @abstractmethod
     def clip_grad_norm_(self, params: Iterable[torch.Tensor], max_norm: float, norm_type: float) -> torch.Tensor:
         """Clip by the global norm over all ranks, and return the norm before. Collective."""
+
+    @contextmanager
+    def gradients(self, model: nn.Module) -> Iterator[dict[str, Any]]:
+        """Give the gradients that the next step uses by name; what is changed or replaced in it is kept. Collective."""
+        params = dict(nn.Module.named_parameters(model))
+        found = {name: param.grad for name, param in params.items() if param.grad is not None}
+        yield found
+        for name, grad in found.items():
+            params[name].grad = grad
 
     # ---- whole weights -------------------------------------------------------------------------------------------
 
@@ -101,12 +110,12 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def optimizer_items(self, optimizer: PreparedOptimizer, part: Part | None) -> dict[str, torch.Tensor]:
-        """Return optimizer states by `<parameter>.<state>`: `FlatShard`s like the parameters', and numbers."""
+    def optimizer_items(self, optimizer: PreparedOptimizer, part: Part | None) -> dict[str, Any]:
+        """Return states by `<parameter>.<state>`: `FlatShard`s as of parameters, other tensors whole, and numbers."""
 
     @abstractmethod
     def allocate_states(self, optimizer: PreparedOptimizer, saved: Mapping[str, Any]) -> None:
-        """Make room for the states in `saved` (name -> size and properties) that an optimizer lacks before a step."""
+        """Let an optimizer have exactly the states in `saved`, by name: of that size and dtype, or with a number."""
 
     @abstractmethod
     def loaded(self, model: nn.Module) -> None:
@@ -126,5 +135,5 @@ class Backend(ABC):
         """Return the seconds that this rank was seen blocked in collectives since the last call."""
         return 0.0
 
-    def free(self) -> None:  # noqa: B027
+    def free(self) -> None:
         """Let go of all models and optimizers."""

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from distui.core.backends.forward import Body, Through, restore_forward
 from distui.core.backends.plain import PlainBackend
 from distui.core.errors import UserError
-from distui.core.precision import DTYPES
-from distui.core.sharding.alike import start_alike
+from distui.core.ranks.precision import DTYPES
+from distui.core.sharding.transport.alike import start_alike
 
 _SYNC_BUFFERS = (
     "forward_sync_buffers"
@@ -28,6 +28,8 @@ class DDPBackend(PlainBackend):
     """Runs the model's forward through DDP; under bf16 and fp16 by autocast over fp32 parameters."""
 
     name = "ddp"
+    comm_hook: tuple[Any, Any] | None = None
+    """What DDP's `register_comm_hook` takes (state, hook), in place of a plain average; set before a model comes."""
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Send the forward of `model` through DDP. Collective."""
@@ -46,7 +48,7 @@ class DDPBackend(PlainBackend):
                     gradient_as_bucket_view=True,
                     find_unused_parameters=self.config.strategy.find_unused_parameters,
                 )
-                wrapper.register_comm_hook(self.group, _average)
+                wrapper.register_comm_hook(*(self.comm_hook or (self.group, _average)))
         Through(model, wrapper)
         return super().prepare_model(model)
 

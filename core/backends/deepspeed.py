@@ -20,12 +20,12 @@ from torch import nn
 from distui.core.backends import deepspeed_items as items
 from distui.core.backends.base import Part
 from distui.core.backends.forward import Body, Through, restore_forward
-from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.backends.plain import PlainBackend, PlainOptimizer
 from distui.core.backends.plain_items import count_bytes
 from distui.core.errors import UserError
-from distui.core.precision import DTYPES, apply_border_casts
-from distui.core.sharding.alike import start_alike
+from distui.core.ranks.precision import DTYPES, apply_border_casts
+from distui.core.sharding.optim.prepared import PreparedOptimizer
+from distui.core.sharding.transport.alike import start_alike
 
 MAX_BUCKET_NUMEL = 500_000_000
 """DeepSpeed's own default; it allocates the whole bucket, so a smaller model gets a smaller one."""
@@ -168,6 +168,10 @@ class DeepSpeedBackend(PlainBackend):
         self.optimizers.append(prepared)
         return prepared
 
+    def why_not_left_out(self, param: torch.Tensor) -> str:
+        """Return why only a prepared optimizer may step `param`."""
+        return "DeepSpeed's engine reduces gradients for its own optimizer" if self.group is not None else ""
+
     def _settings(self, model: nn.Module) -> dict[str, Any]:
         numel = sum(param.numel() for param in model.parameters())
         precision = self.config.precision
@@ -271,14 +275,14 @@ class DeepSpeedBackend(PlainBackend):
             return super().model_items(model, part)
         return {**items.model_items(model, self.engine.optimizer, self.stage, part)}
 
-    def optimizer_items(self, optimizer: PreparedOptimizer, part: Part | None) -> dict[str, torch.Tensor]:
+    def optimizer_items(self, optimizer: PreparedOptimizer, part: Part | None) -> dict[str, Any]:
         """Return what this rank holds of the optimizer's states."""
         if not isinstance(optimizer, DeepSpeedOptimizer) or not self.stage:
             return super().optimizer_items(optimizer, part)
         return items.optimizer_items(self.engine.optimizer, optimizer.params(), self._names(), self.stage)
 
     def allocate_states(self, optimizer: PreparedOptimizer, saved: Mapping[str, Any]) -> None:
-        """Make room for states that the checkpoint has."""
+        """Let the optimizer have exactly the states that the checkpoint has."""
         if not isinstance(optimizer, DeepSpeedOptimizer) or not self.stage:
             super().allocate_states(optimizer, saved)
         else:

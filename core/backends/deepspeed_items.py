@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distui.core.backends.base import Part
-from distui.core.backends.plain_items import states_of
+from distui.core.backends.plain_items import forget_others, states_by_name
 from distui.core.checkpoint.flat import FlatShard
 
 Place = tuple[torch.Tensor, int, int, int]
@@ -94,11 +94,13 @@ def _states(zero: Any, params: Iterable[Any], names: dict[int, str], stage: int)
             yield names[id(param)], param, place
 
 
-def optimizer_items(zero: Any, params: Iterable[Any], names: dict[int, str], stage: int) -> dict[str, torch.Tensor]:
+def optimizer_items(zero: Any, params: Iterable[Any], names: dict[int, str], stage: int) -> dict[str, Any]:
     """Return states by `<parameter>.<state>`."""
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Any] = {}
     for name, param, place in _states(zero, params, names, stage):
         for key, value in zero.optimizer.state.get(place[0], {}).items():
+            if isinstance(value, (int, float)):
+                found[f"{name}.{key}"] = value
             if isinstance(value, torch.Tensor):
                 found[f"{name}.{key}"] = _shard(value, place, _numel(param)) if value.dim() else value
     return found
@@ -107,13 +109,20 @@ def optimizer_items(zero: Any, params: Iterable[Any], names: dict[int, str], sta
 def allocate_states(
     zero: Any, params: Iterable[Any], names: dict[int, str], stage: int, saved: Mapping[str, Any]
 ) -> None:
-    """Make room for the states that a checkpoint has."""
+    """Let every master have exactly the states that a checkpoint has of the parameters in it."""
+    by_name, kept = states_by_name(saved), dict[Any, set[str]]()
     for name, _, place in _states(zero, params, names, stage):
-        state = zero.optimizer.state[place[0]]
-        for key, meta in states_of(name, saved):
-            if key not in state:
+        kept.setdefault(place[0], set()).update(key for key in by_name.get(name, ()))
+    for master, keys in kept.items():
+        forget_others(zero.optimizer.state, master, keys)
+    for name, _, place in _states(zero, params, names, stage):
+        for key, meta in by_name.get(name, {}).items():
+            state = zero.optimizer.state[place[0]]
+            if meta.number is not None:
+                state[key] = meta.number
+            elif key not in state:
                 like = place[0].detach() if meta.size else torch.zeros(())
-                state[key] = torch.zeros_like(like, dtype=meta.properties.dtype)
+                state[key] = torch.zeros_like(like, dtype=meta.dtype)
 
 
 def publish(zero: Any, stage: int) -> None:

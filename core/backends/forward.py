@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distui.core.precision import cast_floating
+from distui.core.ranks.precision import cast_floating
 
 
 class Body(nn.Module):

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from distui.core.backends.forward import Body, Through, restore_forward
 from distui.core.backends.plain import PlainBackend, PlainOptimizer
 from distui.core.backends.plain_items import local
-from distui.core.precision import DTYPES, apply_border_casts
-from distui.core.sharding.alike import start_alike
-from distui.core.sharding.partition import partition, shared_params
+from distui.core.ranks.precision import DTYPES, apply_border_casts
+from distui.core.sharding.transport.alike import start_alike
+from distui.core.sharding.units.partition import partition, shared_params
 
 
 class FSDP2Optimizer(PlainOptimizer):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,21 +11,25 @@ import torch.distributed as dist
 from torch import nn
 
 from distui.core.backends.base import Backend, Part
-from distui.core.backends.optimizer import PreparedOptimizer
-from distui.core.config import Config
-from distui.core.config_check import offload_problems
+from distui.core.backends.native_beside import NativeBeside
+from distui.core.config.check import offload_problems
+from distui.core.config.schema import Config
 from distui.core.errors import ConfigError, UserError
-from distui.core.offload.homes import Offload
-from distui.core.precision import DTYPES, apply_border_casts
-from distui.core.sharding.compression import Compression
-from distui.core.sharding.optim import ShardedOptimizer
+from distui.core.ranks.precision import DTYPES, apply_border_casts
+from distui.core.sharding.homes.homes import Offload
+from distui.core.sharding.optim.growth import can_grow
+from distui.core.sharding.optim.optim import ShardedOptimizer
+from distui.core.sharding.optim.prepared import PreparedOptimizer
 from distui.core.sharding.sharded import ShardedModel
+from distui.core.sharding.start.weight_files import WeightFiles
+from distui.core.sharding.transport.compression import Compression
 
 
-class NativeBackend(Backend):
+class NativeBackend(NativeBeside, Backend):
     """One `ShardedModel` a model; an optimizer steps one of them."""
 
     name = "native"
+    brings_models = True
 
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
         super().__init__(config, group)
@@ -33,7 +37,8 @@ class NativeBackend(Backend):
         self._casts: list[Any] = []
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Lay `model` out in flat buffers, in place. Collective."""
+        """Lay `model` out in flat buffers, in place, a unit at a time. Collective."""
+        start, self.start = self.start, None
         if id(model) not in self._models:
             # A script that runs without `distui launch` has not been checked.
             if problems := list(offload_problems(self.config)):
@@ -47,6 +52,9 @@ class NativeBackend(Backend):
                 reduce_in_fp32=precision.reduce_dtype == "fp32",
                 offload=Offload(home.optimizer, home.params, home.nvme_path),
                 compression=Compression.of(self.config.compression),
+                zero_missing=self.config.optimizer.zero_missing_gradients,
+                start=start,
+                optimizer_of=self.optimizer_of,
             )
             if precision.dtype != "fp32":
                 self._casts += apply_border_casts(model, DTYPES[precision.dtype])
@@ -54,14 +62,26 @@ class NativeBackend(Backend):
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
         """Rebind `optimizer` to the flat shards of the model that holds its parameters. Collective."""
-        first = next((param for group in optimizer.param_groups for param in group["params"]), None)
-        for sharded in self._models.values():
-            if any(param is first for param in sharded.model.parameters()):
-                return sharded.prepare_optimizer(optimizer, self.config.optimizer.state_bits)
+        given = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        held = [
+            sharded
+            for sharded in self._models.values()
+            if any(id(param) in given for param in nn.Module.parameters(sharded.model))
+        ]
+        if len(held) == 1:
+            return held[0].prepare_optimizer(optimizer, self.config.optimizer.state_bits)
+        if held:
+            names = " and ".join(type(sharded.model).__name__ for sharded in held)
+            raise UserError(
+                f"one {type(optimizer).__name__} has parameters of {len(held)} prepared models, {names}",
+                "each model's shards are stepped by optimizers of its own",
+                "give each model an optimizer, or prepare one nn.ModuleList of both with this one",
+            )
         raise UserError(
             "the optimizer's parameters belong to no prepared model",
-            f"{len(self._models)} models are prepared, and none holds the optimizer's first parameter",
-            "prepare them together: model, optimizer = engine.prepare(model, optimizer)",
+            f"{len(self._models)} models are prepared, and none holds one of its {len(given)} parameters",
+            "prepare a model before its optimizer, or both together: "
+            "model, optimizer = engine.prepare(model, optimizer)",
         )
 
     def sharded(self, model: nn.Module) -> ShardedModel:
@@ -89,6 +109,11 @@ class NativeBackend(Backend):
         """Take the gradients that plain code may see back from the parameters."""
         for sharded in self._models.values():
             sharded.schedule.hide_gradients()
+            sharded.follow_requires_grad()
+            sharded.schedule.weigh(self._weight)
+            if len(self._models) == 1:
+                # This backward is this model's, even where its loss reaches no parameter on this rank.
+                sharded.schedule.open()
 
     def end_backward(self) -> None:
         """Reduce what is left of a backward. Collective."""
@@ -127,6 +152,15 @@ class NativeBackend(Backend):
                         optimizer.scale_gradients(max_norm / (norm + 1e-6), place)
         return total
 
+    @contextmanager
+    def gradients(self, model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+        """Give whole gradients by name; changes are kept. Collective."""
+        sharded = self.sharded(model)
+        for optimizer in sharded.optimizers:
+            optimizer.settle_factor()
+        with sharded.gradients() as found:
+            yield found
+
     def full_parameters(self, model: nn.Module, writeback: bool) -> AbstractContextManager[nn.Module]:
         """Give the model with whole, current parameters. Collective."""
         return self.sharded(model).full_parameters(writeback)
@@ -137,17 +171,18 @@ class NativeBackend(Backend):
 
     def load_full_state_dict(self, model: nn.Module, state: Mapping[str, Any], strict: bool) -> Any:
         """Take the model's whole state. Collective."""
+        if isinstance(state, WeightFiles):
+            self.sharded(model).load_files(state)
+            return self.loaded(model)
         return self.sharded(model).load_full_state_dict(state, strict)
 
     def model_items(self, model: nn.Module, part: Part | None) -> dict[str, torch.Tensor]:
         """Return what this rank holds of parameters and buffers. Collective."""
         from distui.core.backends import native_items
 
-        sharded = self.sharded(model)
-        sharded.schedule.finish_gathers()
-        return native_items.model_items(sharded, part)
+        return native_items.model_items(self.sharded(model), part)
 
-    def optimizer_items(self, optimizer: PreparedOptimizer, part: Part | None) -> dict[str, torch.Tensor]:
+    def optimizer_items(self, optimizer: PreparedOptimizer, part: Part | None) -> dict[str, Any]:
         """Return what this rank holds of the optimizer's states."""
         from distui.core.backends import native_items
 
@@ -155,11 +190,22 @@ class NativeBackend(Backend):
         return native_items.optimizer_items(optimizer, part)
 
     def allocate_states(self, optimizer: PreparedOptimizer, saved: Mapping[str, Any]) -> None:
-        """Make room for states that the checkpoint has."""
+        """Let the optimizer have exactly the states that the checkpoint has."""
         from distui.core.backends import native_items
 
         assert isinstance(optimizer, ShardedOptimizer)
         native_items.allocate_states(optimizer, saved)
+
+    def take_in(self, optimizer: PreparedOptimizer, names: Collection[str]) -> None:
+        """Hold the parameters in `names` as unfrozen ones are, where the optimizer's states can grow. All ranks, alike.
+
+        Else what the script unfreezes after the load would go on without its moments and its count of steps.
+        """
+        assert isinstance(optimizer, ShardedOptimizer)
+        can = {id(param) for param in can_grow(optimizer)}
+        for sharded in self._models.values():
+            if any(optimizer is other for other in sharded.optimizers):
+                sharded.follow_requires_grad(lambda name, param: name in names and id(param) in can)
 
     def loaded(self, model: nn.Module) -> None:
         """Bring what was loaded into shards and masters to all ranks. Collective."""

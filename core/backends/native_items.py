@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from distui.core.backends.base import Part
-from distui.core.backends.plain_items import states_of
+from distui.core.backends.plain_items import forget_others, states_by_name
 from distui.core.checkpoint.flat import CellShard, FlatShard
-from distui.core.offload.home import CellSlice
-from distui.core.sharding.optim import ShardedOptimizer
-from distui.core.sharding.runs import FlatRun
+from distui.core.sharding.homes.home import CellSlice
+from distui.core.sharding.optim.optim import ShardedOptimizer
+from distui.core.sharding.optim.runs import FlatRun
 from distui.core.sharding.sharded import ShardedModel
-from distui.core.sharding.unit import Unit
+from distui.core.sharding.units.unit import Unit
 
 
 def _held(unit: Unit, index: int, base: int, end: int, part: Part | None) -> tuple[int, int]:
@@ -45,6 +45,7 @@ def _range(source: torch.Tensor | CellSlice, at: int, length: int, start: int, n
 
 def model_items(sharded: ShardedModel, part: Part | None) -> dict[str, torch.Tensor]:
     """Return the tensors of a model by key: flat shards of what is in units, plain tensors of the rest."""
+    sharded.schedule.take_writes()
     items: dict[str, torch.Tensor] = {}
     in_units: set[int] = set()
     for unit in sharded.units:
@@ -64,13 +65,15 @@ def model_items(sharded: ShardedModel, part: Part | None) -> dict[str, torch.Ten
     return items
 
 
-def optimizer_items(optimizer: ShardedOptimizer, part: Part | None) -> dict[str, torch.Tensor]:
-    """Return optimizer states by key: `<parameter>.<state>`, flat shards or whole scalars."""
-    items: dict[str, torch.Tensor] = {}
+def optimizer_items(optimizer: ShardedOptimizer, part: Part | None) -> dict[str, Any]:
+    """Return optimizer states by key: `<parameter>.<state>`, flat shards, whole tensors or numbers."""
+    items: dict[str, Any] = {}
     for runs in optimizer.runs:
         for run in runs:
             state = optimizer.state_of(run)
             for key, value in state.items():
+                if isinstance(value, (int, float)):
+                    items |= {f"{name}.{key}": value for name, _ in _params_of(run)}
                 if not isinstance(value, torch.Tensor | CellSlice):
                     continue
                 for name, index in _params_of(run):
@@ -97,16 +100,32 @@ def _state_item(run: FlatRun, index: int, value: torch.Tensor | CellSlice, part:
 
 
 def allocate_states(optimizer: ShardedOptimizer, saved: Mapping[str, Any]) -> None:
-    """Make room for the states that the checkpoint has and the optimizer, not having stepped, lacks."""
+    """Let every run have exactly the states that the checkpoint has of its parameters, and be of one count of steps."""
     if optimizer.flat is not None:
         optimizer.flat.forget()
+    by_name = states_by_name(saved)
+
+    def counts(name: str) -> tuple[tuple[str, Any], ...]:
+        metas = by_name.get(name, {})
+        return tuple(sorted((key, meta.number if meta.value is None else meta.value) for key, meta in metas.items()))
+
+    optimizer.split_runs(lambda run: [counts(name) for name, _ in _params_of(run)])
     for runs in optimizer.runs:
         for run in runs:
-            for name, index in _params_of(run):
+            metas = [
+                (index, key, meta) for name, index in _params_of(run) for key, meta in by_name.get(name, {}).items()
+            ]
+            kept = {key for _, key, _ in metas}
+            forget_others(optimizer.inner.state, run.param, kept)
+            if optimizer.stream is not None:
+                optimizer.stream._work_of[id(run.unit)].moved.get(id(run), set()).intersection_update(kept)
+            for index, key, meta in metas:
+                if meta.number is not None:
+                    optimizer.inner.state[run.param][key] = meta.number
+                    continue
                 flattened = torch.Size([run.unit.layout.spans[index].numel])
-                for key, meta in states_of(name, saved):
-                    shape = torch.Size(run.shape) if meta.size == flattened else meta.size
-                    optimizer.make_state(run, key, shape, meta.properties.dtype)
+                shape = torch.Size(run.shape) if meta.size == flattened else meta.size
+                optimizer.make_state(run, key, shape, meta.dtype)
 
 
 def loaded(sharded: ShardedModel) -> None:
@@ -117,6 +136,6 @@ def loaded(sharded: ShardedModel) -> None:
     for unit in sharded.units:
         if unit.trainable:
             unit.publish()
-    if sharded.schedule.slots is not None:
-        sharded.schedule.slots.invalidate()
+    if sharded.schedule.residence is not None:
+        sharded.schedule.residence.invalidate()
     sharded.schedule.finish_gathers()

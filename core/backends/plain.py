@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distui.core.backends import plain_items
 from distui.core.backends.base import Backend, Part
-from distui.core.backends.optimizer import PreparedOptimizer, prefer_fused
-from distui.core.config import Config
+from distui.core.config.schema import Config
 from distui.core.errors import UserError
-from distui.core.sharding.elementwise import why_not_elementwise
+from distui.core.sharding.optim.elementwise import why_not_elementwise
+from distui.core.sharding.optim.prepared import PreparedOptimizer, prefer_fused
 
 
 class PlainOptimizer(PreparedOptimizer):
@@ -77,11 +77,13 @@ class PlainOptimizer(PreparedOptimizer):
         elif gradients := self.gradients(place):
             torch._foreach_mul_(gradients, factor)
 
-    def clamp_gradients(self, limit: float) -> None:
-        """Clamp every gradient element to [-limit, limit]."""
+    def clamp_gradients(self, limit: float, place: list[torch.Tensor] | None = None) -> None:
+        """Clamp every gradient element at `place` (None: all) to [-limit, limit]."""
         factor, self.grad_factor = self.grad_factor, 1.0
-        for grad in self.gradients(None):
-            (grad.mul_(factor) if factor != 1.0 else grad).clamp_(-limit, limit)
+        for grad in self.gradients(None) if factor != 1.0 else ():
+            grad.mul_(factor)
+        for grad in self.gradients(place):
+            grad.clamp_(-limit, limit)
 
     def place_of(self, params: Iterable[torch.Tensor]) -> list[torch.Tensor] | None:
         """Return those of `params` that are this optimizer's; None if they are all."""
@@ -101,7 +103,6 @@ class PlainBackend(Backend):
         self.models: list[nn.Module] = []
         self.optimizers: list[PlainOptimizer] = []
         self.replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """By the identity of a parameter that a model had: it, and what stands in its place."""
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Keep `model` as it is."""
@@ -210,13 +211,13 @@ class PlainBackend(Backend):
         """Return what this rank holds of parameters and buffers."""
         return plain_items.model_items(self.known(model), part)
 
-    def optimizer_items(self, optimizer: PreparedOptimizer, part: Part | None) -> dict[str, torch.Tensor]:
+    def optimizer_items(self, optimizer: PreparedOptimizer, part: Part | None) -> dict[str, Any]:
         """Return what this rank holds of the optimizer's states."""
         assert isinstance(optimizer, PlainOptimizer)
         return plain_items.optimizer_items(optimizer.held, optimizer.state, self._names(), part)
 
     def allocate_states(self, optimizer: PreparedOptimizer, saved: Mapping[str, Any]) -> None:
-        """Make room for states that the checkpoint has."""
+        """Let the optimizer have exactly the states that the checkpoint has."""
         assert isinstance(optimizer, PlainOptimizer)
         plain_items.allocate_states(optimizer.held, optimizer.state, self._names(), saved)
 

@@ -62,15 +62,18 @@ Held = Iterable[tuple[torch.Tensor, torch.Tensor]]
 """Parameters of a model, each with what its optimizer steps: the same, or this rank's piece of it."""
 
 
-def optimizer_items(held: Held, states: Any, names: dict[int, str], part: Part | None) -> dict[str, torch.Tensor]:
+def optimizer_items(held: Held, states: Any, names: dict[int, str], part: Part | None) -> dict[str, Any]:
     """Return states by `<parameter>.<state>`: flat pieces where they have the parameter's shape, else as they are."""
     held = list(held)
-    items: dict[str, torch.Tensor] = {}
+    items: dict[str, Any] = {}
     for (param, stepped), (low, high) in zip(held, _cuts((param for param, _ in held), part), strict=True):
         for key, value in states.get(stepped, {}).items():
+            name = f"{names[id(param)]}.{key}"
+            if isinstance(value, (int, float)):
+                items[name] = value
             if not isinstance(value, torch.Tensor):
                 continue
-            name, flat = f"{names[id(param)]}.{key}", value.detach().reshape(-1)
+            flat = value.detach().reshape(-1)
             if value.shape != stepped.shape or not value.dim():
                 items[name] = value
             elif isinstance(param, DTensor):
@@ -80,25 +83,38 @@ def optimizer_items(held: Held, states: Any, names: dict[int, str], part: Part |
     return items
 
 
-def states_of(name: str, saved: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the states of parameter `name` that a checkpoint has, with what it says of them."""
-    start = f"{name}."
-    for key, meta in saved.items():
-        if key.startswith(start) and "." not in key[len(start) :]:
-            yield key[len(start) :], meta
+def states_by_name(saved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the states that a checkpoint has of each parameter, with what it says of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for full, meta in saved.items():
+        name, _, key = full.rpartition(".")
+        found.setdefault(name, {})[key] = meta
+    return found
 
 
 def allocate_states(held: Held, states: Any, names: dict[int, str], saved: Mapping[str, Any]) -> None:
-    """Make room for the states that the checkpoint has and the optimizer, not having stepped, lacks."""
+    """Let every parameter have exactly the states that the checkpoint has of it."""
+    by_name = states_by_name(saved)
     for param, stepped in held:
-        for key, meta in states_of(names[id(param)], saved):
-            state, dtype = states[stepped], meta.properties.dtype
-            if key in state:
-                continue
-            if meta.size and meta.size.numel() == param.numel():
-                state[key] = torch.zeros_like(stepped.detach(), dtype=dtype)
-            else:
-                state[key] = torch.zeros(meta.size, dtype=dtype, device=stepped.device if meta.size else None)
+        metas = by_name.get(names[id(param)], {})
+        forget_others(states, stepped, metas)
+        for key, meta in metas.items():
+            if meta.number is not None:
+                states[stepped][key] = meta.number
+            elif key not in states[stepped] and meta.size and meta.size.numel() == param.numel():
+                states[stepped][key] = torch.zeros_like(stepped.detach(), dtype=meta.dtype)
+            elif key not in states[stepped]:
+                device = stepped.device if meta.size else None
+                states[stepped][key] = torch.zeros(meta.size, dtype=meta.dtype, device=device)
+
+
+def forget_others(states: Any, stepped: Any, kept: Iterable[str]) -> None:
+    """Drop those states of what an optimizer steps that are not in `kept`; without any it is as before a first step."""
+    state = states.get(stepped, {})
+    for key in set(state) - set(kept):
+        del state[key]
+    if not state:
+        states.pop(stepped, None)
 
 
 def count_bytes(**tensors: Iterable[Any]) -> dict[str, int]:

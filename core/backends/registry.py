@@ -5,32 +5,16 @@ Torch-free until a backend is loaded.
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
-from distui.core.config import Config
+from distui.core.config.backends import registered
+from distui.core.config.schema import Config
 from distui.core.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
     from distui.core.backends.base import Backend
-
-GROUP = "distui.backends"
-
-BUILT_IN = {
-    "native": "distui.core.backends.native:NativeBackend",
-    "ddp": "distui.core.backends.ddp:DDPBackend",
-    "fsdp2": "distui.core.backends.fsdp2:FSDP2Backend",
-    "deepspeed": "distui.core.backends.deepspeed:DeepSpeedBackend",
-}
-"""Registered in pyproject.toml as well; here so that they are found when distui runs without being installed."""
-
-
-def registered() -> dict[str, EntryPoint]:
-    """Return every backend by name. Ours cannot be replaced under their names."""
-    others = {point.name: point for point in entry_points(group=GROUP)}
-    return others | {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
 
 
 def load_backend(config: Config, group: dist.ProcessGroup | None) -> Backend:

@@ -6,18 +6,18 @@ a rank, and for reading faster: each of N ranks then finds what it needs in abou
 
 from __future__ import annotations
 
-import shutil
-import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distui.core.checkpoint import folder as folders
 from distui.core.checkpoint.flat import FlatShard
+from distui.core.checkpoint.formats.opening import open_checkpoint
+from distui.core.checkpoint.layout import Entry, write_index, write_rank
+from distui.core.checkpoint.plain import Plain
+from distui.core.checkpoint.reading import want
 from distui.core.errors import UserError
 
 
@@ -29,56 +29,31 @@ def reshard(source: Path, target: Path, num_ranks: int, stage: int | None = None
 
     Raises: UserError where `source` is no whole checkpoint, or there is something at `target`.
     """
-    source = folders.find(source)
+    checkpoint = open_checkpoint(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already", "nothing is overwritten", "name a new or an empty folder")
-    manifest = folders.verify(source)
-    working = folders.working_folder(target)
-    shutil.rmtree(working, ignore_errors=True)
-    working.mkdir(parents=True)
-    try:
-        return _write(source, target, working, manifest, num_ranks, stage)
-    except BaseException:
-        shutil.rmtree(working, ignore_errors=True)
-        raise
-
-
-def _write(
-    source: Path, target: Path, working: Path, manifest: dict[str, Any], num_ranks: int, stage: int | None
-) -> dict[str, Any]:
-    saved = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
-    tensors = {key: meta for key, meta in saved.items() if isinstance(meta, TensorStorageMetadata)}
-    ranges = _ranges({key: meta.size.numel() for key, meta in tensors.items() if len(meta.size) == 1}, num_ranks)
-    writer = dcp.FileSystemWriter(working, sync_files=False)
-    planners, plans = [], []
-    for rank in range(num_ranks):
-        # Sizes are enough to plan with: memory is only touched when a part is read.
-        planner = dcp.DefaultSavePlanner()
-        writer.reset(working)
-        planner.set_up_planner(_items(tensors, ranges, rank), writer.storage_meta(), rank == 0)
-        plans.append(writer.prepare_local_plan(planner.create_local_plan()))
-        planners.append(planner)
-    global_plans, metadata = planners[0].create_global_plan(plans)
-    global_plans = writer.prepare_global_plan(global_plans)
-    written = []
-    for rank, planner in enumerate(planners):
-        items = _items(tensors, ranges, rank)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninit.*")
-            warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
-            dcp.load(dict(items), checkpoint_id=source, no_dist=True)
-        planner.set_up_planner(items, writer.storage_meta(), rank == 0)
-        written.append(writer.write_data(planner.finish_plan(global_plans[rank]), planner).wait())
-        planner.set_up_planner({}, writer.storage_meta(), rank == 0)  # it would keep the part in memory
-    writer.finish(metadata, written)
-    for name in ["state.pt", *(f"rank{rank}.pt" for rank in range(num_ranks))]:
-        # A rank that was not there before has no random state to go on from; it keeps its own.
-        if (source / name).exists():
-            shutil.copyfile(source / name, working / name)
-    facts = {key: value for key, value in manifest.items() if key not in ("files", "format")}
+    manifest = folders.verify(checkpoint.folder)
+    facts = {key: value for key, value in manifest.items() if key not in ("files", "format", "data")}
     facts |= {"world_size": num_ranks, "zero_stage": manifest["zero_stage"] if stage is None else stage}
-    folders.commit(target, folders.describe(working, sorted(path.name for path in working.iterdir())), facts)
-    return facts
+    made = not target.exists()
+    data = folders.begin(target, manifest["step"], str(manifest.get("lineage", "0" * 8)))
+    try:
+        ranges = _ranges(checkpoint.entries, num_ranks)
+        common = Plain(checkpoint.common(), "the common state")
+        parts = []
+        for rank in range(num_ranks):
+            items = _items(checkpoint.entries, ranges, rank)
+            tensors = {key: item for key, item in items.items() if isinstance(item, torch.Tensor)}
+            checkpoint.read(want(key, item) for key, item in tensors.items())
+            # A rank that was not there before has no random state to go on from; it keeps its own.
+            own = Plain(checkpoint.own(rank), f"the state of rank {rank}") if checkpoint.has_rank(rank) else None
+            parts.append(write_rank(target / data, rank, items, own, common if rank == 0 else None))
+        files = write_index(target / data, parts)
+        folders.commit(target, data, files, facts)
+    except BaseException:
+        folders.abandon(target, data, made)
+        raise
+    return {**facts, "bytes": sum(fact["bytes"] for fact in files.values())}
 
 
 def _kind(key: str) -> str:
@@ -86,8 +61,9 @@ def _kind(key: str) -> str:
     return f"{prefix}.{name.rpartition('.')[2]}" if prefix.startswith("optimizer") else prefix
 
 
-def _ranges(sizes: dict[str, int], num_ranks: int) -> dict[str, list[tuple[int, int]]]:
-    """Return for each tensor of so many elements the range of each rank."""
+def _ranges(entries: dict[str, Entry], num_ranks: int) -> dict[str, list[tuple[int, int]]]:
+    """Return for each flattened tensor the range of each rank."""
+    sizes = {key: entry.size.numel() for key, entry in entries.items() if len(entry.size) == 1}
     kinds: dict[str, list[str]] = defaultdict(list)
     for key in sizes:
         kinds[_kind(key)].append(key)
@@ -101,17 +77,14 @@ def _ranges(sizes: dict[str, int], num_ranks: int) -> dict[str, list[tuple[int, 
     return ranges
 
 
-def _items(
-    tensors: dict[str, TensorStorageMetadata], ranges: dict[str, list[tuple[int, int]]], rank: int
-) -> dict[str, torch.Tensor]:
+def _items(entries: dict[str, Entry], ranges: dict[str, list[tuple[int, int]]], rank: int) -> dict[str, Any]:
     """Return room for what `rank` writes; rank 0 writes what is not flat."""
-    items: dict[str, torch.Tensor] = {}
-    for key, meta in tensors.items():
-        dtype = meta.properties.dtype
+    items: dict[str, Any] = {}
+    for key, entry in entries.items():
         if key in ranges:
             low, high = ranges[key][rank]
             if low < high:
-                items[key] = FlatShard(torch.empty(high - low, dtype=dtype), low, meta.size.numel())
+                items[key] = FlatShard(torch.empty(high - low, dtype=entry.dtype), low, entry.size.numel())
         elif rank == 0:
-            items[key] = torch.empty(meta.size, dtype=dtype)
+            items[key] = entry.number if entry.number is not None else torch.empty(entry.size, dtype=entry.dtype)
     return items

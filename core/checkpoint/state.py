@@ -1,196 +1,256 @@
-"""What a checkpoint holds, and how an engine's state goes into it and out of it.
-
-<folder>/manifest.json      facts, and size and checksum of every file; written last
-<folder>/*.distcp, .metadata  parameters, optimizer states and buffers (torch.distributed.checkpoint), flattened
-<folder>/state.pt           schedulers, scaler, loaders, registered objects, parameter groups
-<folder>/rank<R>.pt         random states of rank R
-"""
+"""What a checkpoint holds of an engine, and how it goes back into one."""
 
 from __future__ import annotations
 
-import random
-import warnings
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
-from distui.core import ops
-from distui.core.checkpoint import folder as folders
-from distui.core.checkpoint.flat import LoadPlanner
+from distui.core.checkpoint.fitting import Fit, fit
+from distui.core.checkpoint.flat import FlatShard
+from distui.core.checkpoint.folder import Manifest
+from distui.core.checkpoint.formats.opening import open_checkpoint
+from distui.core.checkpoint.names import class_of, params_of_groups, tied_names, transient_names
+from distui.core.checkpoint.reading import Checkpoint, Want, want
+from distui.core.checkpoint.together import Failed, together
+from distui.core.checkpoint.trained import Trained
+from distui.core.data.loader import PreparedLoader
 from distui.core.errors import UserError
-
-if TYPE_CHECKING:
-    from distui.core.engine import Engine
+from distui.core.ranks.random_states import RandomStates
 
 
-def random_states() -> dict[str, Any]:
-    """Return the states of this rank's random generators."""
-    states: dict[str, Any] = {"torch": torch.get_rng_state()}
-    version, internal, gauss = random.getstate()
-    states["python"] = [version, list(internal), gauss]
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    states["numpy"] = [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached]
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+def items_to_save(engine: Trained, without: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """Return what this rank writes of models and optimizers, by key, in the memory that training uses.
 
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def quieten_dcp() -> None:
-    """Ignore two warnings of torch.distributed.checkpoint: one process is what we ask for, and the other is its own.
-
-    For good, not for a while: the filters are the process's, and a save may run on a thread beside the script's own.
+    `without` are models (by number) whose weights somebody else keeps.
     """
-    warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninitialized.*")
-    warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
-
-
-def items_to_save(engine: Engine) -> dict[str, torch.Tensor]:
-    """Return what this rank writes of models and optimizers, by key, in the memory that training uses."""
     part = (engine.process_index, engine.num_processes)
-    items: dict[str, torch.Tensor] = {}
+    items: dict[str, Any] = {}
     for index, model in enumerate(engine._models):
-        items |= _under(f"model{index}", engine.backend.model_items(model, part))
+        if index not in without:
+            items |= _under(f"model{index}", engine.backend.model_items(model, part))
     for index, optimizer in enumerate(engine._optimizers):
         items |= _under(f"optimizer{index}", engine.backend.optimizer_items(optimizer, part))
     return items
 
 
-def _under(prefix: str, items: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _under(prefix: str, items: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{prefix}.{name}": item for name, item in items.items()}
 
 
-def facts(engine: Engine) -> dict[str, object]:
-    """Return what the manifest tells of the run and of the tensors' shapes."""
-    return {
+def facts(engine: Trained, without: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """Return what the manifest tells of the run, the tensors' shapes, and what is to be compared before loading."""
+    found: dict[str, Any] = {
         "step": engine.clock.step,
         "world_size": engine.num_processes,
         "backend": engine.backend.name,
         "zero_stage": engine.config.strategy.zero_stage,
         "dtype": engine.config.precision.dtype,
-        "shapes": {
-            f"model{index}.{name}": shape
-            for index, model in enumerate(engine._models)
-            for name, shape in engine.backend.param_shapes(model).items()
-        },
-        "buffer_shapes": {
-            f"model{index}.{name}": list(buffer.shape)
-            for index, model in enumerate(engine._models)
-            for name, buffer in model.named_buffers()
-        },
+        "models": len(engine._models),
+        "without": sorted(without),
+        "optimizers": [
+            {"class": class_of(optimizer), "params": params_of_groups(optimizer)} for optimizer in engine._optimizers
+        ],
+        "schedulers": [class_of(scheduler) for scheduler in engine._schedulers],
+        "registered": len(engine._registered),
+        "shapes": {},
+        "buffer_shapes": {},
+        "tied": {},
+        "transient": [],
     }
+    for index, model in enumerate(engine._models):
+        prefix = f"model{index}"
+        found["shapes"] |= _under(prefix, engine.backend.param_shapes(model))
+        found["buffer_shapes"] |= _under(prefix, {name: list(b.shape) for name, b in model.named_buffers()})
+        found["tied"] |= {f"{prefix}.{name}": f"{prefix}.{first}" for name, first in tied_names(model).items()}
+        found["transient"] += [f"{prefix}.{name}" for name in transient_names(model)]
+    return found
 
 
-def common_state(engine: Engine) -> dict[str, Any]:
-    """Return what all ranks share."""
+def common_state(engine: Trained) -> dict[str, Any]:
+    """Return what all ranks share. All ranks call it: a registered object's state_dict may be a collective."""
     return {
         "step": engine.clock.step,
         "schedulers": [scheduler.state_dict() for scheduler in engine._schedulers],
-        "loaders": [loader.state_dict() for loader in engine._loaders],
+        # What the engine itself prepared knows whether the batch in hand was trained with.
+        "loaders": [
+            loader.state_dict(again=True) if isinstance(loader, PreparedLoader) else loader.state_dict()
+            for loader in engine._loaders
+        ],
         "scaler": engine.scaler.state_dict() if engine.scaler is not None else None,
-        "registered": [value.state_dict() for value in engine._registered],
-        "groups": [
+        "registered objects": [value.state_dict() for value in engine._registered],
+        "faces": {name: value.state_dict() for name, value in engine._faces.items()},
+        "optimizer groups": [
             [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
             for optimizer in engine._optimizers
         ],
     }
 
 
-def load(engine: Engine, input_dir: str, *, optimizers: bool = True) -> None:
+def own_state(engine: Trained, random: RandomStates) -> dict[str, Any]:
+    """Return what this rank alone has."""
+    onebit = [getattr(optimizer, "onebit", None) for optimizer in engine._optimizers]
+    rank_states = [getattr(loader, "rank_state_dict", None) for loader in engine._loaders]
+    return {
+        "random": random.state_dict(),
+        "onebit": [held.state_dict() if held is not None else None for held in onebit],
+        "loaders": [state() if state is not None else None for state in rank_states],
+    }
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load(
+    engine: Trained,
+    input_dir: str,
+    group: dist.ProcessGroup | None,
+    *,
+    optimizers: bool = True,
+    strict: bool = True,
+    models: frozenset[int] | None = None,
+) -> tuple[Manifest, list[str]]:
     """Bring the engine to the state in `input_dir`. Collective; any earlier stage and number of ranks will do.
 
-    Without `optimizers` their states and groups stay as they are.
+    Everything is compared, and every checksum of what this rank reads, before anything is changed. Without `optimizers`
+    their states and groups stay as they are; `models` (by number) are those whose weights are taken, None for all.
+    With `strict` False what either side lacks stays as it is. Returns the manifest, and what was not taken.
+
+    Raises: UserError on all ranks alike. Where it came when some of the state was in place already, the engine trains
+    no more until a load has gone well.
     """
-    source = folders.find(Path(input_dir).absolute())
-    # Checked by one rank: a failed check must stop all of them, or the others would wait in the next collective.
-    outcome: list[Any] = [None]
-    if engine.is_main_process:
-        try:
-            folders.verify(source)
-        except UserError as error:
-            outcome = [(error.what, error.why, error.fix)]
-    outcome = ops.broadcast_object(outcome)
-    if outcome[0]:
-        raise UserError(*outcome[0])
-    reader = dcp.FileSystemReader(source)
-    saved = reader.read_metadata().state_dict_metadata
-    items: dict[str, Any] = {}
-    for index, model in enumerate(engine._models):
-        items |= _under(f"model{index}", engine.backend.model_items(model, None))
-    missing = sorted(set(items) - set(saved))
-    if missing:
+    target = Path(input_dir).absolute()
+    seen: list[tuple[Checkpoint, dict[str, Any], dict[str, Any] | None, Fit]] = []
+
+    def look() -> None:
+        checkpoint = open_checkpoint(target)
+        common = _of_any_format(checkpoint.common())
+        rank = engine.process_index
+        own = checkpoint.own(rank) if checkpoint.has_rank(rank) else None
+        take_in: Any = getattr(engine.backend, "take_in", None)  # other backends step what is frozen as well
+        if optimizers and take_in is not None:
+            for index, optimizer in enumerate(engine._optimizers):
+                take_in(optimizer, _with_states(checkpoint, index))
+        found = fit(engine, checkpoint, common, optimizers=optimizers, strict=strict, models=models)
+        checkpoint.read(_wanted_before(found))
+        seen.append((checkpoint, common, own, found))
+
+    _agreed(look, group, target)
+    checkpoint, common, own, found = seen[0]
+    with engine.half_loaded(f"{target} was not loaded to its end"):
+        items = dict(found.items)
+        for index in found.optimizers:
+            engine.backend.allocate_states(engine._optimizers[index], found.saved_states(index))
+            items |= _under(f"optimizer{index}", engine.backend.optimizer_items(engine._optimizers[index], None))
+
+        def read() -> None:
+            tensors = {key: item for key, item in items.items() if isinstance(item, torch.Tensor)}
+            lacking = sorted(set(tensors) - set(checkpoint.entries))
+            if lacking and strict:
+                raise UserError(
+                    f"the checkpoint {target} has no optimizer state for some parameters",
+                    f"missing: {', '.join(lacking[:8])}{f' and {len(lacking) - 8} more' if len(lacking) > 8 else ''}",
+                    "freeze the same parameters as the run that saved it, or load with strict=False",
+                )
+            checkpoint.read(want(key, item) for key, item in tensors.items() if key in checkpoint.entries)
+
+        _agreed(read, group, target)
+        for model in engine._models:
+            engine.backend.loaded(model)
+        _load_common(engine, common, found)
+        _load_own(engine, checkpoint, own, found)
+        engine.forget_step()
+        if dist.is_initialized():
+            engine.wait_for_everyone()
+        # Last: whatever was called before may have drawn.
+        if own is not None:
+            RandomStates.of(own["random"]).give_back()
+    return checkpoint.manifest, found.left_out
+
+
+def _with_states(checkpoint: Checkpoint, index: int) -> set[str]:
+    """Return the parameters of which an optimizer had states."""
+    prefix = f"optimizer{index}."
+    return {key[len(prefix) :].rpartition(".")[0] for key in checkpoint.entries if key.startswith(prefix)}
+
+
+def _agreed(act: Any, group: dist.ProcessGroup | None, target: Path) -> None:
+    try:
+        together(act, group)
+    except Failed as error:
         raise UserError(
-            f"the checkpoint {source} is of another model",
-            f"it has nothing for {len(missing)} of {len(items)} tensors, such as {missing[0]}",
-            "build the same model that was saved",
-        )
-    for index, optimizer in enumerate(engine._optimizers if optimizers else []):
-        prefix = f"optimizer{index}"
-        own = {key.removeprefix(f"{prefix}."): meta for key, meta in saved.items() if key.startswith(f"{prefix}.")}
-        engine.backend.allocate_states(optimizer, own)
-        items |= _under(prefix, engine.backend.optimizer_items(optimizer, None))
-    quieten_dcp()
-    dcp.load(items, checkpoint_id=source, planner=LoadPlanner(), no_dist=engine.num_processes == 1)
-    for model in engine._models:
-        engine.backend.loaded(model)
-    common = torch.load(source / "state.pt", weights_only=True)
-    _load_common(engine, common, optimizers)
-    own_file = source / f"rank{engine.process_index}.pt"
-    kept = torch.load(own_file if own_file.exists() else source / "rank0.pt", weights_only=True, map_location="cpu")
-    if own_file.exists():
-        _set_random_states(kept["random"])
-    if optimizers:
-        _load_onebit(engine, kept.get("onebit", []))
-    if dist.is_initialized():
-        engine.wait_for_everyone()
+            f"the checkpoint {target} cannot be read", str(error), "see to the disk, and try again"
+        ) from None
 
 
-def onebit_states(engine: Engine) -> list[dict[str, Any] | None]:
-    """Return what 1-bit Adam keeps on this rank, for each optimizer; None where it has none."""
-    held = [getattr(optimizer, "onebit", None) for optimizer in engine._optimizers]
-    return [onebit.state_dict() if onebit is not None else None for onebit in held]
+def _of_any_format(common: dict[str, Any]) -> dict[str, Any]:
+    names = {"registered": "registered objects", "groups": "optimizer groups"}  # as format 1 had them
+    return {"faces": {}, **{names.get(key, key): value for key, value in common.items()}}
 
 
-def _load_onebit(engine: Engine, saved: list[dict[str, Any] | None]) -> None:
-    for index, optimizer in enumerate(engine._optimizers):
-        onebit = getattr(optimizer, "onebit", None)
-        if onebit is not None:
-            onebit.load_state_dict(saved[index] if index < len(saved) else None)
+def _wanted_before(found: Fit) -> list[Want]:
+    """Return what is compared with its checksums before anything is changed; nothing but numbers is taken yet.
 
-
-def _load_common(engine: Engine, common: dict[str, Any], optimizers: bool) -> None:
-    engine.clock.step = common["step"]
-    pairs: list[tuple[str, list[Any], list[Any]]] = [
-        ("schedulers", engine._schedulers, common["schedulers"]),
-        ("loaders", engine._loaders, common["loaders"]),
-        ("registered objects", engine._registered, common["registered"]),
+    States lie as weights do. Optimizers make room by their numbers: what differs in its steps cannot be one range.
+    """
+    wants = [
+        Want(wanted.key, wanted.start, wanted.numel, None) for wanted in itertools.starmap(want, found.items.items())
     ]
-    for what, mine, saved in pairs:
-        if len(mine) != len(saved):
-            raise UserError(
-                f"the checkpoint has {len(saved)} {what}, the engine {len(mine)}",
-                "they are matched by the order in which they were prepared",
-                "prepare the same objects as the script that saved it",
-            )
-        for value, state in zip(mine, saved, strict=True):
-            value.load_state_dict(state)
-    if not optimizers:
-        return
-    if engine.scaler is not None and common["scaler"] is not None:
+    for index in found.optimizers:
+        for name, entry in found.saved_states(index).items():
+            if entry.number is not None:
+                continue
+            param = found.weights.get(name.rpartition(".")[0])
+            flat = isinstance(param, FlatShard) and entry.size == torch.Size([param.numel()])
+            start, numel = (param.start, param.length) if flat else (0, entry.size.numel())  # type: ignore[union-attr]
+            wants.append(Want(f"optimizer{index}.{name}", start, numel, None if entry.size else entry.take_value))
+    return wants
+
+
+def _load_common(engine: Trained, common: dict[str, Any], found: Fit) -> None:
+    engine.clock.step = int(common["step"])
+    for kind, objects in (
+        ("schedulers", engine._schedulers),
+        ("loaders", engine._loaders),
+        ("registered objects", engine._registered),
+    ):
+        if kind not in found.skipped:
+            for value, state in zip(objects, common[kind], strict=True):
+                value.load_state_dict(state)
+    for name, value in engine._faces.items():
+        if name in common["faces"]:
+            value.load_state_dict(common["faces"][name])
+    if found.optimizers and engine.scaler is not None and common["scaler"] is not None:
         engine.scaler.load_state_dict(common["scaler"])
-    for optimizer, groups in zip(engine._optimizers, common["groups"], strict=True):
-        for group, state in zip(optimizer.param_groups, groups, strict=True):
-            group.update({key: value for key, value in state.items() if key not in ("fused", "foreach")})
+    for index in found.optimizers:
+        for group, state in zip(engine._optimizers[index].param_groups, common["optimizer groups"][index], strict=True):
+            _load_group(group, state)
+
+
+def _load_group(group: dict[str, Any], state: Mapping[str, Any]) -> None:
+    for key, value in state.items():
+        if key in ("params", "fused", "foreach"):  # whose they are is this run's matter
+            continue
+        if isinstance(group.get(key), torch.Tensor):
+            group[key].copy_(torch.as_tensor(value))  # schedulers and compiled steps hold the tensor itself
+        else:
+            group[key] = value
+
+
+def _load_own(engine: Trained, checkpoint: Checkpoint, own: dict[str, Any] | None, found: Fit) -> None:
+    """Take what this rank had; a rank that was not there before begins anew."""
+    for index in found.optimizers:
+        onebit = getattr(engine._optimizers[index], "onebit", None)
+        if onebit is not None:
+            # Error feedback is of no use without the rank's own; but when the variance froze, all ranks know.
+            kept = (own if own is not None else checkpoint.own(0)).get("onebit", [])
+            onebit.load_state_dict(kept[index] if index < len(kept) else None)
+    kept = own.get("loaders") if own is not None else None
+    if kept and "loaders" not in found.skipped and checkpoint.manifest["world_size"] == engine.num_processes:
+        for loader, state in zip(engine._loaders, kept, strict=True):
+            if state is not None:
+                loader.load_rank_state_dict(state)

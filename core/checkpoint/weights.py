@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from distui.core.checkpoint import folder as folders
+from distui.core.checkpoint.formats.opening import open_checkpoint
 
 
-def read_weights(source: Path, manifest: Mapping[str, object]) -> dict[str, dict[str, torch.Tensor]]:
-    """Return parameters and buffers by model (`model0`, ...) and name; `manifest` is what `verify(source)` gave."""
-    shapes: dict[str, list[int]] = {**manifest["shapes"], **manifest["buffer_shapes"]}  # type: ignore[dict-item]
+def read_weights(target: Path, *, tied: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Return parameters and buffers by model (`model0`, ...) and name, as the model's own state_dict names them.
+
+    A weight of several names is given under its first, or with `tied` under all of them, as one tensor.
+
+    Raises: UserError for a checkpoint that is damaged anywhere.
+    """
+    checkpoint = open_checkpoint(target)
+    folders.verify(checkpoint.folder)
+    manifest = checkpoint.manifest
+    shapes: dict[str, list[int]] = {**manifest["shapes"], **manifest["buffer_shapes"]}
+    left_out = set(manifest.get("transient", ()))
+    names = {key: key for key in checkpoint.entries if key.startswith("model") and key not in left_out}
+    if tied:
+        names |= {name: first for name, first in manifest.get("tied", {}).items() if first in names}
+    found: dict[str, torch.Tensor] = {}
     models: dict[str, dict[str, torch.Tensor]] = {}
-    for key, found in dcp.FileSystemReader(source).read_metadata().state_dict_metadata.items():
+    for key, first in names.items():
+        if first not in found:
+            found[first] = checkpoint.tensor(first).view(shapes[first])
         model, _, name = key.partition(".")
-        if model.startswith("model") and isinstance(found, TensorStorageMetadata):
-            models.setdefault(model, {})[name] = torch.empty(found.size, dtype=found.properties.dtype)
-    wanted = {f"{model}.{name}": tensor for model, tensors in models.items() for name, tensor in tensors.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
-        dcp.load(wanted, checkpoint_id=source, no_dist=True)
-    return {
-        model: {name: tensor.view(shapes[f"{model}.{name}"]) for name, tensor in tensors.items()}
-        for model, tensors in models.items()
-    }
+        models.setdefault(model, {})[name] = found[first]
+    return models

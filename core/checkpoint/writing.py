@@ -1,26 +1,29 @@
-"""Writes a snapshot of the training to a folder: all ranks together, sealed and renamed by rank 0 at the end.
+"""Writes a snapshot of the training to a folder: all ranks together, put in place by rank 0 at the end.
 
 Nothing here touches the training: it may run on a thread of its own, and its collectives go over a group of their own.
 """
 
 from __future__ import annotations
 
-import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.storage import WriteResult
 
 from distui.core.checkpoint import folder as folders
 from distui.core.checkpoint import rotation
 from distui.core.checkpoint.flat import FlatShard
+from distui.core.checkpoint.layout import write_index, write_rank
+from distui.core.checkpoint.plain import Plain
+from distui.core.checkpoint.together import Failed, together
 from distui.core.errors import UserError
+
+SMALL_BYTES = 4096
+"""Up to here a tensor that several ranks hold whole is written by each of them: cheaper than to agree on one."""
 
 
 @dataclass(slots=True)
@@ -29,24 +32,21 @@ class Snapshot:
 
     target: Path
     rank: int
-    items: dict[str, torch.Tensor]
-    random: bytes
-    common: bytes
-    """The states that all ranks share, serialised; rank 0 writes them."""
-    facts: dict[str, object]
+    items: Mapping[str, Any]
+    """By key: ranges of tensors, whole ones, and numbers."""
+    own: Plain
+    """States of this rank alone."""
+    common: Plain | None
+    """The states that all ranks share; rank 0 writes them."""
+    facts: dict[str, Any]
     keep: int | None
-    """Newest checkpoints beside `target` that stay; None deletes nothing."""
+    """Newest checkpoints of this run beside `target` that stay; None removes nothing."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that this rank writes, about."""
-        items = self.items.values()
-        tensors = sum(item.local_bytes if isinstance(item, FlatShard) else item.nbytes for item in items)
-        return tensors + len(self.random) + len(self.common)
-
-
-class _Failed(Exception):
-    """A rank could not do its part; all ranks raise it."""
+        tensors = [item for item in self.items.values() if isinstance(item, torch.Tensor)]
+        return sum(item.local_bytes if isinstance(item, FlatShard) else item.nbytes for item in tensors)
 
 
 def write(snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
@@ -54,106 +54,51 @@ def write(snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
 
     Raises: UserError on every rank where one of them could not write; what was at the target stays.
     """
-    working = folders.working_folder(snapshot.target)
-    try:
-        _write(snapshot, working, group)
-    except _Failed as error:
-        # Every rank has told how it went, so none is writing any more.
-        if snapshot.rank == 0:
-            shutil.rmtree(working, ignore_errors=True)
-        raise _user_error(snapshot, str(error)) from None
+    target, main = snapshot.target, snapshot.rank == 0
+    made = not target.exists()
+    lineage = str(snapshot.facts["lineage"])
+    data = ""
 
+    def begin() -> dict[str, Any]:
+        large = {
+            key: item.nbytes
+            for key, item in snapshot.items.items()
+            if isinstance(item, torch.Tensor) and not isinstance(item, FlatShard) and item.nbytes > SMALL_BYTES
+        }
+        return {"data": folders.begin(target, snapshot.facts["step"], lineage) if main else "", "large": sorted(large)}
 
-def _write(snapshot: Snapshot, working: Path, group: dist.ProcessGroup | None) -> None:
-    # The steps of torch.distributed.checkpoint.save, of which that makes four collectives by names that are looked up
-    # in a registry: it would write half a checkpoint, and call it whole, where a script destroys the process groups
-    # while a thread saves.
-    main = snapshot.rank == 0
-    planner = dcp.DefaultSavePlanner()
-    writer = dcp.FileSystemWriter(working, sync_files=False)  # `describe` does that
-
-    def make_folder() -> None:
-        if main:
-            shutil.rmtree(working, ignore_errors=True)
-            working.mkdir(parents=True)
-
-    def plan() -> dcp.SavePlan:
-        writer.reset(working)
-        planner.set_up_planner(snapshot.items, writer.storage_meta(), main)
-        return writer.prepare_local_plan(planner.create_local_plan())
-
-    def write_own() -> tuple[list[WriteResult], dict[str, dict[str, int]]]:
-        own = {f"rank{snapshot.rank}.pt": snapshot.random}
-        if main:
-            own["state.pt"] = snapshot.common
-        for name, content in own.items():
-            (working / name).write_bytes(content)
-        written = writer.write_data(planner.finish_plan(global_plans[snapshot.rank]), planner).wait()
-        names = [*own, *(path.name for path in working.glob(f"__{snapshot.rank}_*.distcp"))]
-        return written, folders.describe(working, names)
+    def write_own() -> dict[str, Any]:
+        if not (target / data).is_dir():
+            raise UserError(
+                f"rank {snapshot.rank} does not see the folder that rank 0 has made",
+                f"{target / data} is not there",
+                "save to a folder that all nodes share, by the same path on all ranks",
+            )
+        items = {key: item for key, item in snapshot.items.items() if owner.get(key, snapshot.rank) == snapshot.rank}
+        return write_rank(target / data, snapshot.rank, items, snapshot.own, snapshot.common if main else None)
 
     def commit() -> None:
-        if not main:
-            return
-        writer.finish(metadata, [written for written, _ in parts])
-        files = {name: fact for _, described in parts for name, fact in described.items()}
-        files |= folders.describe(working, [".metadata"])
-        folders.commit(snapshot.target, files, snapshot.facts)
-        if snapshot.keep is not None:
-            rotation.keep_newest(snapshot.target.parent, snapshot.keep)
+        if main:
+            folders.commit(target, data, write_index(target / data, parts), snapshot.facts)
+            if snapshot.keep is not None:
+                rotation.keep_newest(target.parent, snapshot.keep, lineage)
 
-    _together(make_folder, group)
-    plans = _together(plan, group)
-    # Every rank comes to the same: that is less to wait for than rank 0's answer.
-    global_plans, metadata = planner.create_global_plan(plans)
-    global_plans = writer.prepare_global_plan(global_plans)
-    parts = _together(write_own, group)
-    _together(commit, group)
-
-
-def _together(act: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
-    """Run `act`, and return what every rank's returned; raise on all ranks where one of them fails. Collective."""
-    result: Any = None
-    problem = ""
-    bug: Exception | None = None
     try:
-        result = act()
-    except OSError as error:
-        problem = str(error)
-    except Exception as error:  # noqa: BLE001 - raised below, once the others know that nothing follows
-        problem, bug = f"{type(error).__name__}: {error}", error
-    outcomes = _exchange((result, problem), group)
-    if bug is not None and not _is_write_error(bug):
-        raise bug
-    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
-    if problems:
-        raise _Failed("; ".join(problems))
-    return [result for result, _ in outcomes]
-
-
-def _is_write_error(error: Exception) -> bool:
-    # torch.save's archive writer hides what the file system said.
-    return isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
-
-
-def _exchange(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Return every rank's `value`, by rank. Collective.
-
-    By the group's own methods: they work on when the groups are destroyed under a thread that saves.
-    """
-    if group is None:
-        return [value]
-    content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
-    group.allgather([sizes], [torch.tensor([content.numel()])]).wait()
-    longest = int(max(size.item() for size in sizes))
-    padded = torch.cat([content, torch.zeros(longest - content.numel(), dtype=torch.uint8)])
-    contents = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
-    group.allgather([contents], [padded]).wait()
-    return [
-        pickle.loads(content[: int(size.item())].numpy().tobytes())
-        for content, size in zip(contents, sizes, strict=True)
-    ]
+        begun = together(begin, group)
+        data = begun[0]["data"]
+        owner: dict[str, int] = {}
+        for rank, found in enumerate(begun):
+            for key in found["large"]:
+                owner.setdefault(key, rank)
+        parts = together(write_own, group)
+        together(commit, group)
+    except Exception as error:
+        # Every rank has told how it went, so none is writing any more.
+        if main and data:
+            folders.abandon(target, data, made)
+        if isinstance(error, Failed):
+            raise _user_error(snapshot, str(error)) from None
+        raise
 
 
 def _user_error(snapshot: Snapshot, why: str) -> UserError:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from distui.core import ops
-from distui.core.process import ProcessState
+from distui.core.ranks import ops
+from distui.core.ranks.process import ProcessState
+from distui.core.ranks.random_states import RandomStates
 
 GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 """Spreads the seeds of epochs, so that (seed 1, epoch 0) is not (seed 0, epoch 1)."""
@@ -48,7 +49,8 @@ class SampleOrder:
       `DataLoader(..., generator=torch.Generator().manual_seed(seed))` in one process.
     - A sampler with the user's generator goes on drawing from it; rank 0's generator state goes to all ranks first.
     - Any other sampler with a length: rank 0 draws, and all ranks get its order. Without a length every rank draws
-      for itself, and the user sees to it that they draw the same.
+      for itself, and the user sees to it that they draw the same. In the middle of an epoch it is drawn once more
+      with the global random states of the first time; what a sampler keeps of its own is not seen.
     """
 
     def __init__(self, sampler: Iterable[Any], generator: torch.Generator | None, seed: int, process: ProcessState):
@@ -56,6 +58,10 @@ class SampleOrder:
         self.sampler, self.seed = sampler, seed
         self._loader_generator, self._process = generator, process
         self._generator_state: torch.Tensor | None = None
+        self._random: RandomStates | None = None
+        """The global random states that the running epoch's order was drawn with, where that may matter."""
+        self._again: RandomStates | None = None
+        """Those to draw the next order with."""
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
@@ -76,12 +82,22 @@ class SampleOrder:
             if self._process.use_distributed:
                 own.set_state(ops.broadcast_object(own.get_state()))
             self._generator_state = own.get_state()
+        elif self._loader_generator is not None:
+            self._generator_state = self._loader_generator.get_state()
         if self._loader_generator is not None:
             seed = _draw(self._loader_generator)
-        if self._process.use_distributed and not self._same_anyway(own):
-            mine = list(sampler) if self._process.is_main_process else None
-            return iter(ops.broadcast_object(mine)), seed
-        return iter(sampler), seed
+        if self._same_anyway(own):
+            return iter(sampler), seed
+        now = RandomStates.take()
+        again, self._again = self._again, None
+        self._random = again if again is not None else now
+        if again is None and not self._process.use_distributed:
+            return iter(sampler), seed  # as it goes: a sampler may look at what is trained
+        self._random.give_back()
+        mine = list(sampler) if self._process.is_main_process else None
+        if again is not None:
+            now.give_back()
+        return iter(ops.broadcast_object(mine)), seed
 
     def _same_anyway(self, own: Any) -> bool:
         return (
@@ -92,13 +108,19 @@ class SampleOrder:
 
     def state_dict(self, inside: bool) -> dict[str, Any]:
         """Return what the current epoch's order was drawn from, or with `inside` False, the next one's will be."""
-        own = getattr(self.sampler, "generator", None)
-        state = own.get_state() if isinstance(own, torch.Generator) and not inside else self._generator_state
-        return {"seed": self.seed, "generator": state}
+        own = self._own_generator()
+        state = own.get_state() if own is not None and not inside else self._generator_state
+        random = self._random.state_dict() if self._random is not None and inside else None
+        return {"seed": self.seed, "generator": state, "random": random}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Draw the next order from what `state` was."""
         self.seed = state["seed"]
-        own = getattr(self.sampler, "generator", None)
-        if state["generator"] is not None and isinstance(own, torch.Generator):
+        own = self._own_generator()
+        if state["generator"] is not None and own is not None:
             own.set_state(state["generator"])
+        self._again = RandomStates.of(state["random"]) if state.get("random") is not None else None
+
+    def _own_generator(self) -> torch.Generator | None:
+        own = getattr(self.sampler, "generator", None)
+        return own if isinstance(own, torch.Generator) else self._loader_generator

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distui.core.ops import iter_tensors
+from distui.core.ranks.ops import iter_tensors
 
 TOKEN_DTYPES = (torch.int64, torch.int32)
 

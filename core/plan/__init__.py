@@ -1,6 +1,6 @@
-"""Predict memory and throughput of every strategy before anything runs. Torch-free.
+"""The planner: memory and throughput of every strategy before anything runs. Torch-free and instant.
 
-load_model("llama-7b") -> ModelSpec          models.py, presets.py
-plan_all(model, hardware) -> list[Plan]      search.py, from memory.py, time.py, reasons.py, advice.py
-explain(plan, model, hardware) -> [Term]     explain.py
+Way in: `models.load_model` gives a model's shapes, `search.plan_all` every strategy for them, ranked, from `memory`,
+`time`, `reasons` and `advice`; `explain.explain` gives each number's formula and source, and `planned.planned_memory`
+what one configuration should need. Knows the engine by its formulas only: it must not import what it predicts.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from distui.core.hardware import Hardware
+from distui.core.hardware.detect import Hardware
 from distui.core.plan.memory import (
     Footprint,
     Strategy,
@@ -18,7 +18,7 @@ from distui.core.plan.time import OVERLAP_SLOWDOWN, Timing, step_time
 from distui.core.plan.types import ModelSpec, Plan, Term
 
 ZERO = "ZeRO, arXiv 1910.02054, section 3 and 5"
-ENGINE = "distui's engine: core/sharding/slots.py, pool.py, transport.py"
+ENGINE = "distui's engine: core/sharding/residence.py, units/pool.py, transport/transport.py"
 ACTIVATIONS = "arXiv 2205.05198, section 4, without dropout and with flash attention; GPT-2 measured to 0.3%"
 MEGATRON = "Megatron-LM, arXiv 2104.04473"
 

@@ -21,7 +21,7 @@ OPTIMIZER_STATE_BYTES |= {"muon": 4.0, f"adamw{EIGHT_BIT}": 2 + 8 / 256, f"adam{
 Adafactor's are rows plus columns of a matrix: below 0.1% of it, counted as 0."""
 
 SMALL_UNIT_PARAMETERS = 1 << 21
-"""The engine joins neighbouring blocks up to this size into one unit (core/sharding/partition.py)."""
+"""The engine joins neighbouring blocks up to this size into one unit (core/sharding/units/partition.py)."""
 
 CUDA_CONTEXT_BYTES = GIB // 2
 """Driver context and libraries: what torch's out-of-memory messages show beyond what PyTorch allocated (0.5 GiB)."""
@@ -203,9 +203,11 @@ def footprint(model: ModelSpec, strategy: Strategy, device_kind: str, baseline_b
 def transient_buffers(
     strategy: Strategy, c: int, g: int, o: float, B: float, R: float, num_layers: int, device_kind: str
 ) -> float:
-    """Return what the engine allocates beyond the model states (core/sharding: slots.py, pool.py, transport.py).
+    """Return what the engine allocates beyond the model states.
 
-    Stage 3: two slots of parameters (2cB) and the root's (cR). Stages 2 and 3: full gradients of two units in flight
+    In core/sharding: residence.py, units/pool.py, transport/transport.py.
+
+    Stage 3: parameters of two units (2cB) and the root's (cR). Stages 2 and 3: full gradients of two units in flight
     (2gB) and of the root (gR). On gloo, reduce-scatter receives each peer's part: (N-1)/N of two units and the root.
     States of an optimizer on NVMe stream through three units: one fetched, one updated, one stored.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -19,12 +20,15 @@ from distui.core.plan.types import ModelSpec
 DEFAULT_SEQUENCE_LENGTH = 4096
 """Upper bound of the sequence length assumed of a config.json: contexts of 128k are seldom trained on throughout."""
 
-VARIANT = re.compile(r"-(hf|instruct|it|chat|base|uncased|cased|\d+k|patch16-224|v\d+(\.\d+)?)$")
-"""Ends of names whose models have the same shapes."""
+VARIANT = re.compile(
+    r"-(hf|instruct|it|chat|base|uncased|cased|\d+k|patch16-224|v\d+(\.\d+)?|bnb-4bit|[48]bit|awq|gptq.*|fp8|bf16)$"
+    r"|^(meta|deepseek-r1-distill)-|(?<=-)(coder|math|python)-"
+)
+"""Parts of names whose models have the same shapes."""
 
 
 def load_model(text: str, sequence_length: int | None = None) -> ModelSpec:
-    """Return the shapes that `text` names: a preset, a path of a config.json or its folder, or a count such as `7B`.
+    """Return the shapes that `text` names: preset, Hugging Face id, config.json or its folder, or count (`7B`).
 
     Raises: UserError with the nearest presets, or what is missing in the file.
     """
@@ -35,11 +39,12 @@ def load_model(text: str, sequence_length: int | None = None) -> ModelSpec:
     path = Path(stripped).expanduser()
     if stripped.endswith(".json") or path.is_dir():
         return load_config_json(path / "config.json" if path.is_dir() else path, sequence_length)
-    key = stripped.lower().rsplit("/", 1)[-1].replace("_", "-")
-    while (key := ALIASES.get(key, key)) not in PRESETS and (shorter := VARIANT.sub("", key)) != key:
-        key = shorter
-    if key not in PRESETS:
-        near = difflib.get_close_matches(key, [*PRESETS, *ALIASES], n=3, cutoff=0.5)
+    name = stripped.lower().rsplit("/", 1)[-1].replace("_", "-")
+    key = _preset(name)
+    if key is None and (cached := _cached_config(stripped)) is not None:
+        return load_config_json(cached, sequence_length)
+    if key is None:
+        near = difflib.get_close_matches(name, [*PRESETS, *ALIASES], n=3, cutoff=0.5)
         near = list(dict.fromkeys(ALIASES.get(name, name) for name in near))
         families = dict.fromkeys(name.split("-")[0].split(".")[0] for name in PRESETS)
         either = "write one of these with its size, such as llama-3-8b, a config.json, or a count such as 7B"
@@ -51,6 +56,33 @@ def load_model(text: str, sequence_length: int | None = None) -> ModelSpec:
     preset = dict(PRESETS[key])
     kind, trained = preset.pop("kind"), preset.pop("seq")
     return model_of(key, kind, preset, sequence_length or trained, f"preset {key}")
+
+
+def _preset(name: str) -> str | None:
+    """Return the preset that a name means, also with other hyphens (`llama3-8b`) and ends (`-Instruct`)."""
+    by_letters = {_letters(known): known for known in (*ALIASES, *PRESETS)}
+    while True:
+        known = by_letters.get(_letters(name), name)
+        if (known := ALIASES.get(known, known)) in PRESETS:
+            return known
+        shorter = VARIANT.sub("", name)
+        if shorter == name:
+            return None
+        name = shorter
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name.lower())
+
+
+def _cached_config(text: str) -> Path | None:
+    """Return the config.json of a Hugging Face id that this machine has downloaded, the newest one."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        return None
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    found = [path for path in hub.glob(f"models--{text.replace('/', '--')}/snapshots/*/config.json") if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def typical_model(num_parameters: int, sequence_length: int | None = None) -> ModelSpec:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from distui.core.batch import solve_batch
-from distui.core.config import Config
-from distui.core.hardware import Hardware
+from distui.core.config.batch import solve_batch
+from distui.core.config.schema import Config
+from distui.core.hardware.detect import Hardware
 from distui.core.plan.memory import EIGHT_BIT, OPTIMIZER_STATE_BYTES, Strategy, footprint
 from distui.core.plan.rates import rates_of
 from distui.core.plan.request import DEFAULT_MARGIN, Request

@@ -9,7 +9,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from distui.core.hardware import Hardware
+from distui.core.hardware.detect import Hardware
 from distui.core.plan.measured import Measured
 
 LINK_EFFICIENCY = 0.77

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from distui.core.config import Config
-from distui.core.config_check import check
+from distui.core.config.check import check
+from distui.core.config.schema import Config
 from distui.core.plan.memory import Footprint, Strategy
 from distui.core.plan.request import Request
 from distui.core.plan.time import Timing
@@ -14,7 +14,7 @@ from distui.core.plan.types import GIB
 
 
 def is_available(strategy: Strategy) -> bool:
-    """Tell whether this version of distui runs the strategy: whether `distui.core.config_check` finds nothing."""
+    """Tell whether this version of distui runs the strategy: whether `distui.core.config.check` finds nothing."""
     return _can_launch(
         strategy.backend,
         strategy.zero_stage,
@@ -74,8 +74,8 @@ def misfits(request: Request, strategy: Strategy, memory: Footprint) -> list[str
         rest = memory.buffers + memory.framework
         parts = f"model states {_gib(memory.model_states)}, activations {_gib(memory.activations + memory.logits)}"
         need = f"needs {_gib(memory.total)} of {_gib(limit)} GiB"
-        if memory.total <= limit:
-            need += f", and {request.margin:.0%} ({_gib(limit * request.margin)}) are kept free"
+        if request.margin:
+            need += f", of which {request.margin:.0%} ({_gib(limit * request.margin)}) are kept free"
         found.append(f"{need}: {parts}, buffers and framework {_gib(rest)}")
     ranks = request.ranks_per_node
     available = request.hardware.memory_available_bytes

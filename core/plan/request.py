@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distui.core.hardware import Hardware
+from distui.core.hardware.detect import Hardware
 from distui.core.plan.types import ModelSpec
 
 DEFAULT_MARGIN = 0.08

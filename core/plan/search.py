@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 from distui.core.errors import UserError
-from distui.core.hardware import Hardware
+from distui.core.hardware.detect import Hardware
 from distui.core.plan.advice import smallest_change
 from distui.core.plan.explain import explain
 from distui.core.plan.memory import EIGHT_BIT, OPTIMIZER_STATE_BYTES, Footprint, Strategy, footprint

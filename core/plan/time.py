@@ -9,13 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distui.core.plan.homes import home_time
-from distui.core.plan.memory import (
-    OPTIMIZER_STATE_BYTES,
-    Strategy,
-    bytes_per_parameter,
-    local_parameters,
-    wire_bytes,
-)
+from distui.core.plan.memory import OPTIMIZER_STATE_BYTES, Strategy, bytes_per_parameter, local_parameters, wire_bytes
 from distui.core.plan.rates import Rates, efficiency, link, missing_link
 from distui.core.plan.types import ModelSpec
 

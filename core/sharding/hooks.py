@@ -6,11 +6,13 @@ process groups: a copy (an exponential average, a frozen reference) is a plain m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from distui.core.sharding.units.guarded import place_of
 
 
 def _inert(*args: Any, **kwargs: Any) -> None:
@@ -39,39 +41,48 @@ class Hook:
         return _in_a_copy, ()
 
 
-class WaitingParameters:
-    """Stands for `model.named_parameters` and calls `wait` first; a copy of the model has its own method back."""
-
-    __slots__ = ("_model", "_wait")
-
-    def __init__(self, model: nn.Module, wait: Callable[[], None]) -> None:
-        self._model, self._wait = model, wait
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        self._wait()
-        return type(self._model).named_parameters(self._model, *args, **kwargs)
-
-    def __reduce__(self) -> Any:
-        return getattr, (self._model, "named_parameters")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return getattr(memo[id(self._model)], "named_parameters")  # noqa: B009
-
-
 class ClearingGradients:
     """Stands for `model.zero_grad` and forgets the flat gradients too; a copy has its own method back."""
 
     __slots__ = ("_discard", "_model")
 
-    def __init__(self, model: nn.Module, discard: Callable[[], None]) -> None:
+    def __init__(self, model: nn.Module, discard: Callable[[bool], None]) -> None:
         self._model, self._discard = model, discard
 
     def __call__(self, set_to_none: bool = True) -> None:
-        self._discard()
-        type(self._model).zero_grad(self._model, set_to_none)
+        self._discard(set_to_none)
+        for param in self._model.parameters():
+            if place_of(param) is None and param.grad is not None:  # others were forgotten with their units
+                param.grad = None if set_to_none else torch.zeros_like(param.grad)
 
     def __reduce__(self) -> Any:
         return getattr, (self._model, "zero_grad")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return getattr(memo[id(self._model)], "zero_grad")  # noqa: B009
+
+
+def route_saving() -> None:
+    """Have hooks that a script sets itself (`save_on_cpu`) get, of a prepared parameter, a tensor on its memory."""
+    hooks: Any = torch.autograd.graph.saved_tensors_hooks
+    plain = hooks.__enter__
+    if hasattr(plain, "distui_routed"):
+        return
+
+    def enter(self: Any) -> Any:
+        if not hasattr(self.pack_hook, "distui_routed"):
+            self.pack_hook = by_alias(self.pack_hook)
+        return plain(self)
+
+    enter.distui_routed = True  # type: ignore[attr-defined]
+    hooks.__enter__ = enter
+
+
+def by_alias(pack: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
+    """Give `pack` not a parameter, whose memory is NaN again after the operation, but a tensor on what it has now."""
+
+    def pack_alias(tensor: torch.Tensor) -> Any:
+        return pack(tensor.detach() if place_of(tensor) is not None else tensor)
+
+    pack_alias.distui_routed = True  # type: ignore[attr-defined]
+    return pack_alias

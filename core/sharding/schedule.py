@@ -1,94 +1,118 @@
-"""When a unit's buffers are gathered, reduced and freed: module and gradient hooks around the user's own code.
+"""When gradients are reduced and parameters gathered: module and gradient hooks around the user's own code.
 
-All ranks must issue the same collectives in the same order, whatever the control flow of one rank. So reductions
-follow one fixed order (last unit first): a unit whose gradients are complete waits until those before it are reduced.
-Gathers (stage 3) follow the recorded order of the first forward; a unit that this rank skips is gathered all the same.
-Reductions and gathers have a process group each, so that neither order depends on the other.
+All ranks must issue the same collectives in the same order, whatever the control flow of one rank.
+
+    stages 0 to 2   reductions follow one fixed order (last unit first): a unit whose gradients are complete waits for
+                    those before it. Gathers after a step are started by all ranks in one order, and waited for alone
+    stage 3         reductions as above, but for a sum a rank waits only when every rank has begun it; what is gathered
+                    next is agreed on (`residence`)
+
+At the end of a backward that reduces, ranks agree which parameters have a gradient at all. One that has none on any
+rank is None for the optimizer, as in plain torch; one that others have counts as zero where it did not come.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Container
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from distui.core.ranks import streams
 from distui.core.sharding.hooks import Hook
-from distui.core.sharding.slots import SlotRing
-from distui.core.sharding.unit import GradState, Unit
+from distui.core.sharding.refusals import refuse_tracing
+from distui.core.sharding.residence import Residence
+from distui.core.sharding.shown_gradients import ShownGradients
+from distui.core.sharding.transport.agreement import Agreement, Place
+from distui.core.sharding.units.guarded import GRAD
+from distui.core.sharding.units.states import GradState
+from distui.core.sharding.units.unit import Unit
 
 
-def in_backward() -> bool:
-    """Tell whether autograd is running on this thread (a checkpointed forward is then a recomputation)."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _reduce_order(units: list[Unit], stage: int) -> list[Unit]:
-    # Stage 3 reduces the root last: gathers of blocks must never wait behind a root gradient that one rank lacks.
-    backwards = [unit for unit in reversed(units) if unit.trainable]
-    if stage < 3:
-        return backwards
-    return [unit for unit in backwards if not unit.is_root] + [unit for unit in backwards if unit.is_root]
-
-
-class Schedule:
+class Schedule(ShownGradients):
     """The hooks of one model, and the order of its collectives."""
 
-    def __init__(self, model: nn.Module, units: list[Unit], stage: int, num_ranks: int) -> None:
+    def __init__(
+        self, model: nn.Module, groups: list[list[Unit]], stage: int, agreement: Agreement | None, zero_missing: bool
+    ) -> None:
+        """`groups` are units of the same modules; with `zero_missing` a gradient that did not come counts as zero."""
         self.model = model
-        self.units = units
+        self.units = [unit for units in groups for unit in units]
         self.stage = stage
         self.reduces_each_backward = stage >= 2
         self.sync = True
         """Whether the running backward is the last before the step; set by accumulate and no_sync."""
-        self.order = _reduce_order(units, stage)
+        self._agreement, self._zero_missing = agreement, zero_missing
+        self._line = streams.line_of(self.units[0].device, self._keep_small) if self.units else None
+        """On a GPU: autograd calls hooks in the streams of the forward, and a script may make any stream current."""
+        self.order: list[Unit] = []
         self._next = 0
         self._open = False
-        self._shown = False
-        """Stage 0: whether `param.grad` of every parameter is the reduced gradient."""
-        self._calls: dict[int, int] = defaultdict(int)
-        """Forward calls of each unit's modules since the last step; a unit called twice is complete only at the end."""
-        self._late: set[int] = set()
-        self.slots = SlotRing(units) if stage >= 3 else None
+        self.before_gradients: Callable[[], None] = lambda: None
+        """Called before the first gradient of a backward is added to what there is."""
+        self._has_zeros = self._owes_zeros = False
+        """Whether gradients are zero rather than None, and whether no backward has said so since."""
         self._handles: list[Any] = []
         self._grad_hooks: dict[int, dict[int, Any]] = {}
         """Handles of the hooks on gradients, by unit and parameter."""
-        self._root_units = [unit for unit in units if unit.is_root]
-        self._gather_lazily = stage in (1, 2) and num_ranks > 1
-        self._register()
+        self.residence: Residence | None = None
+        if stage >= 3:
+            pool = self.units[0].pool
+            self.residence = Residence(groups, agreement, pool, self._which_were_sent, self._finish_sent, self._line)
+        self._register(groups)
 
     # ---- hooks ---------------------------------------------------------------------------------------------------
 
-    def _register(self) -> None:
-        blocks: dict[int, tuple[nn.Module, list[Unit]]] = {}
-        for unit in self.units:
-            for module in unit.modules:
-                blocks.setdefault(id(module), (module, []))[1].append(unit)
-            if unit.trainable:
-                self._hook_all(unit)
-        for module, units in blocks.values():
-            self._handles.append(module.register_forward_pre_hook(Hook(self._before_block(units)), with_kwargs=True))
-            if self.slots is not None:
-                self._handles.append(module.register_forward_hook(Hook(self._after_block(units)), with_kwargs=True))
-        if self.slots is not None or self._gather_lazily:
-            for module, units in self._root_parts():
-                self._handles.append(module.register_forward_pre_hook(Hook(self._before_root_part(units))))
+    def _register(self, groups: list[list[Unit]]) -> None:
+        self.watch_gradients()
+        for group, units in enumerate(groups):
+            for module in units[0].modules:
+                if self.residence is not None:
+                    self._enter_with(module, group)
+                elif self.stage > 0:
+                    before = Hook(lambda module, args, units=units: self._finish_gathers(units))
+                    self._handles.append(module.register_forward_pre_hook(before, prepend=True))
         self._handles.append(self.model.register_forward_pre_hook(Hook(self._before_model), prepend=True))
-        if self.slots is not None:
-            self._handles.append(self.model.register_forward_hook(Hook(self._after_model)))
+        if self.residence is not None:
+            after = Hook(lambda module, args, output: self._after_model())
+            self._handles.append(self.model.register_forward_hook(after))
 
-    def _root_parts(self) -> list[tuple[nn.Module, list[Unit]]]:
-        unit_of = {id(param): unit for unit in self._root_units for param in unit.params}
-        parts = []
-        for module in self.model.modules():
-            held = {id(unit_of[id(p)]): unit_of[id(p)] for p in module._parameters.values() if id(p) in unit_of}
-            if held and module is not self.model:
-                parts.append((module, list(held.values())))
-        return parts
+    def _enter_with(self, module: nn.Module, group: int) -> None:
+        residence = self.residence
+        assert residence is not None
+        before = Hook(lambda module, args: residence.enter(group))
+        after = Hook(lambda module, args, output: residence.leave(group))
+        self._handles.append(module.register_forward_pre_hook(before, prepend=True))
+        self._handles.append(module.register_forward_hook(after, always_call=True))
+
+    def _before_model(self, module: nn.Module, args: Any) -> None:
+        if self.residence is not None:
+            self.residence.hold_roots()
+        else:
+            self._finish_gathers([unit for unit in self.units if unit.is_root])
+
+    def _after_model(self) -> None:
+        residence = self.residence
+        assert residence is not None
+        if not residence.all_whole:
+            residence.serve(Place.FORWARD_END)
+
+    def _finish_gathers(self, units: list[Unit]) -> None:
+        if self.stage > 0:
+            refuse_tracing()
+        for unit in units:
+            unit.finish_gather()
+
+    def watch_gradients(self) -> None:
+        """Have the gradients of every unit that is trainable by now told of; the order follows."""
+        self.order = [unit for unit in reversed(self.units) if unit.trainable]
+        for unit in self.order:
+            if self.stage == 0:
+                unit.show_gradient = self._gradient_reader(unit)
+            if id(unit) not in self._grad_hooks:
+                self._hook_all(unit)
 
     def remove(self) -> None:
         """Take all hooks off the model."""
@@ -102,116 +126,53 @@ class Schedule:
     def _hook_all(self, unit: Unit) -> None:
         hooks = self._grad_hooks.setdefault(id(unit), {})
         for index, param in enumerate(unit.params):
-            if index not in hooks:
+            if index not in hooks and param.requires_grad:
                 hooks[index] = param.register_post_accumulate_grad_hook(self._grad_hook(unit, index))
         unit.collected, unit.came_last = (), None
+
+    def expect_gradients(self) -> None:
+        """Before a backward: count with the parameters that are trainable now."""
+        for unit in self.order:
+            if unit.expect():
+                self._hook_all(unit)
 
     def _thin_hooks(self) -> None:
         # A Python call for each of many small parameters costs more than its gradient's copy. So once it is known
         # whose gradient comes last in a unit, that one tells for the small ones.
-        for unit in self.order:
+        # On a device with streams each gradient tells for itself, since only its own hook runs in its stream.
+        for unit in self.order if self._line is None else ():
             if not unit.collected and unit.came_last is not None:
                 unit.choose_collected()
                 hooks = self._grad_hooks[id(unit)]
                 for index in unit.collected:
-                    hooks.pop(index).remove()
-
-    def _before_model(self, module: nn.Module, args: Any) -> None:
-        if self.slots is not None:
-            self.slots.begin_forward(self._root_units)
-        elif self._gather_lazily:
-            for unit in self._root_units:
-                unit.finish_gather()
-
-    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        assert self.slots is not None
-        if in_backward():
-            return
-        if self.slots.end_forward():
-            # The first forward told the order in which blocks run; their gradients come the other way round.
-            self.order = _reduce_order(self.slots.recorded_units(self.units), self.stage)
-        if not torch.is_grad_enabled():
-            return
-        slots = self.slots
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                leaf.register_hook(lambda grad: slots.begin_backward(self._root_units))
-
-    def _before_block(self, units: list[Unit]) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            recomputing = in_backward()
-            if self.slots is not None:
-                self.slots.enter(units, backward=recomputing)
-            elif self._gather_lazily:
-                for unit in units:
-                    unit.finish_gather()
-            if module.training and not recomputing:
-                self._calls[id(module)] += 1
-                if self._calls[id(module)] > 1:
-                    self._late.update(id(unit) for unit in units)
-
-        return hook
-
-    def _before_root_part(self, units: list[Unit]) -> Callable[[nn.Module, Any], None]:
-        # Somebody may call a part of the model without the model: model.encoder(x).
-        def hook(module: nn.Module, args: Any) -> None:
-            if self.slots is not None:
-                self.slots.gather_roots(units)
-            else:
-                for unit in units:
-                    unit.finish_gather()
-
-        return hook
-
-    def _after_block(self, units: list[Unit]) -> Callable[[nn.Module, Any, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            assert self.slots is not None
-            if not torch.is_grad_enabled():
-                return
-            for leaf in tree_leaves(output):
-                if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                    leaf.register_hook(self._before_block_backward(units))
-
-        return hook
-
-    def _before_block_backward(self, units: list[Unit]) -> Callable[[torch.Tensor], None]:
-        def hook(grad: torch.Tensor) -> None:
-            assert self.slots is not None
-            self._close_passed(units)
-            self.slots.enter(units, backward=True)
-
-        return hook
-
-    def _close_passed(self, units: list[Unit]) -> None:
-        # Stage 3: backward has left every unit in front of these in the order, so what is missing there is zero.
-        for unit in self.order[self._next :]:
-            if unit in units or id(unit) in self._late or unit.is_root:
-                return
-            if unit.state is GradState.FILLING:
-                self._open = True
-                unit.fill_missing()
-                unit.state = GradState.READY
-            self._launch_ready()
+                    if index in hooks:
+                        hooks.pop(index).remove()
 
     def _grad_hook(self, unit: Unit, index: int) -> Callable[[torch.Tensor], None]:
         # Weakly: the garbage collector does not see what a parameter's hook holds, and would never free the engine.
         schedule_of, unit_of = weakref.ref(self), weakref.ref(unit)
 
         def hook(param: torch.Tensor) -> None:
-            grad = param.grad
-            param.grad = None
+            with torch._C.DisableTorchFunctionSubclass():
+                grad = GRAD.__get__(param)
+                GRAD.__set__(param, None)
             self, unit = schedule_of(), unit_of()
             if grad is None or self is None or unit is None:
                 return
-            self._open = True
+            if self._line is not None:
+                self._line.join()
+            if not self._open:
+                self.open()
             if self._shown and unit.grad_full is not None and grad is unit.views(unit.grad_full)[index]:
                 raise RuntimeError(
                     f"a second backward without engine.backward(loss) added to the reduced gradient of "
                     f"{unit.param_names[index]}; call engine.backward(loss) instead of loss.backward()"
                 )
+            if self._waits_by_agreement and unit.grad_full is None:
+                self._make_room()
             complete = unit.accept(index, grad)
             if complete and (self.sync or self.reduces_each_backward):
-                unit.state = GradState.READY
+                unit.gradients.do("complete")
                 self._launch_ready()
 
         return hook
@@ -221,19 +182,47 @@ class Schedule:
     def _launch_ready(self) -> None:
         while self._next < len(self.order):
             unit = self.order[self._next]
-            if unit.state is not GradState.READY or id(unit) in self._late:
+            if unit.gradients.state is not GradState.READY:
                 return
             unit.reduce()
             self._next += 1
-            if self._next >= 2 and self.stage >= 1:
+            if self._next >= 2 and self.stage >= 1 and not self._waits_by_agreement:
                 # Two gradients in flight at most: the one that fills and the one that travels.
                 self.order[self._next - 2].finish_reduce()
+
+    def _keep_small(self) -> None:
+        for unit in self.order:
+            unit.keep_small()
+
+    @property
+    def _waits_by_agreement(self) -> bool:
+        """Stage 3: a rank that waited for a sum here might keep others waiting for parameters, who lack its part."""
+        return self.residence is not None and self._agreement is not None
+
+    def _make_room(self) -> None:
+        """Stage 3: before a third gradient buffer is taken, free one that travels, if all ranks have begun its sum."""
+        assert self.residence is not None
+        if sum(unit.gradients.state is GradState.REDUCING for unit in self.order) >= 2:
+            self.residence.meet()
+
+    def _which_were_sent(self) -> list[bool]:
+        """Stage 3: of each unit, whether this rank has begun its gradients' sum."""
+        return [unit.was_sent for unit in self.units]  # frozen ones too: a rank unfreezes them before another
+
+    def _finish_sent(self, indices: list[int]) -> None:
+        """Stage 3: wait for sums that every rank has begun, so that their buffers are free again."""
+        for index in indices:
+            unit = self.units[index]
+            if unit.gradients.state is GradState.REDUCING:
+                unit.finish_reduce()
 
     def end_backward(self) -> None:
         """Finish a backward: units that are not complete take zeros for what is missing. Collective: all ranks.
 
         Whoever runs the backward calls it; `finish_gradients` does where nobody did.
         """
+        if self._line is not None:
+            self._line.join()
         if not self._shown:
             for unit in self.order:
                 if unit.collect():
@@ -242,95 +231,165 @@ class Schedule:
                         self._hook_all(unit)
         if not self._open:
             return
-        if self.slots is not None:
-            self.slots.end_backward()
-        self._calls.clear()
         self._thin_hooks()
-        if not (self.sync or self.reduces_each_backward):
+        if self.sync or self.reduces_each_backward:
+            self._reduce_rest()
+        else:
             for unit in self.order:
                 unit.next_micro_batch()
-            self._open = False
-            return
-        self._late.clear()
-        again = [unit for unit in self.order[: self._next] if unit.num_arrived and unit.state is GradState.FILLING]
-        for unit in self.order[self._next :]:
-            unit.reopen()
-            unit.fill_missing()
-            unit.state = GradState.READY
-        self._launch_ready()
-        for unit in again:
-            unit.fill_missing()
-            unit.reduce()
-        if self.reduces_each_backward:
-            for unit in self.order:
-                unit.finish_reduce()
-        self._next = 0
         self._open = False
+
+    def _reduce_rest(self) -> None:
+        if self.residence is not None:
+            self.residence.serve(Place.BACKWARD_END)
+        for unit in self.order:
+            if not unit.was_sent:
+                # A backward before this one, in the same step, may have reduced it (stages 0 and 1).
+                unit.finish_reduce()
+                unit.reopen()
+                unit.complete()
+        self._launch_ready()
+        for unit in self._agree_on_gradients():
+            unit.finish_reduce()
+            unit.reopen()
+            unit.complete()
+            unit.reduce()
+        for unit in self.order:
+            if self.reduces_each_backward:
+                unit.finish_reduce()
+            unit.was_sent = False
+        self._next = 0
+
+    def _agree_on_gradients(self) -> list[Unit]:
+        """Take over which parameters have a gradient on any rank; return the units that some rank must reduce again.
+
+        Those have been filled once more since: by a second backward inside this one, a reentrant checkpoint's.
+        """
+        flags = bytearray(unit.is_filled_again for unit in self.order)
+        self._owes_zeros = False
+        for unit in self.order:
+            flags += bytearray(map(max, unit.present, unit.zeroed)) if self._has_zeros else unit.present
+        if self._agreement is not None:
+            flags = self._agreement.union(flags, Place.BACKWARD_END)
+        at = len(self.order)
+        for unit in self.order:
+            present = flags[at : at + len(unit.params)]
+            at += len(unit.params)
+            if self._zero_missing:
+                present = bytearray(param.requires_grad for param in unit.params)
+            unit.present = present
+        return [unit for unit, again in zip(self.order, flags, strict=False) if again]
+
+    def weigh(self, factor: float) -> None:
+        """Multiply by `factor` what arrives from now on."""
+        for unit in self.order:
+            unit.share = unit.inverse_ranks * factor
+
+    def reduce_kept(self) -> None:
+        """Reduce what backward passes without `sync` have kept on this rank (stages 0 and 1). Collective."""
+        self.end_backward()
+        if not self.reduces_each_backward:
+            before, self.sync = self.sync, True
+            self.open()
+            self.end_backward()
+            self.sync = before
 
     def finish_gradients(self) -> None:
         """Wait until every unit's gradient is summed over the ranks. Collective: all ranks."""
         self.end_backward()
         for unit in self.order:
             unit.finish_reduce()
+        if self._owes_zeros:
+            self._step_zeros()
+        if self._shown:
+            self._take_shown()
 
-    def discard_gradients(self, own: dict[int, set[int]] | None = None) -> None:
+    def _step_zeros(self) -> None:
+        """Have gradients that are zero, and that no backward has brought since, stepped as they are."""
+        self._owes_zeros = False
+        if self.residence is not None:
+            self.residence.serve(Place.BACKWARD_END)
+        flags = bytearray(len(self.order)) + bytearray().join(unit.zeroed for unit in self.order)
+        if self._agreement is not None:
+            flags = self._agreement.union(flags, Place.BACKWARD_END)
+        at = len(self.order)
+        for unit in self.order:
+            unit.hold_zeros(flags[at : at + len(unit.params)])
+            at += len(unit.params)
+
+    def open(self) -> None:
+        """Before a backward of which it is known that it is this model's, whatever of it gets a gradient here."""
+        self.before_gradients()
+        self._open = True
+        self.expect_gradients()
+
+    def discard_gradients(self, own: dict[int, set[int]] | None = None, keep_zeros: bool = False) -> None:
         """Forget all gradients, also those of a backward that an exception cut off.
 
-        `own` are the parameters of one of several optimizers, by unit: after a whole backward only theirs go.
+        `own` are the parameters of one of several optimizers, by unit: after a whole backward only theirs go. With
+        `keep_zeros` those that there were are zero from now on, and stepped, as after `zero_grad(set_to_none=False)`.
         """
+        self._keep_zeros(own, keep_zeros)
         if own is not None and not self._open:
             for unit in self.order:
                 if indices := own.get(id(unit)):
                     unit.forget(indices)
                     if self.stage == 0:
                         for index in indices:
-                            unit.params[index].grad = None
+                            GRAD.__set__(unit.params[index], None)
             return
-        self.hide_gradients()
+        if self.residence is not None:
+            self.residence.end_round()
+        self._shown = False
         for unit in self.order:
+            for param in unit.params if self.stage == 0 else ():
+                GRAD.__set__(param, None)
             unit.discard_gradient()
-        if self.slots is not None and self._open:
-            self.slots.end_backward()
-        self._calls.clear()
-        self._late.clear()
         self._next = 0
         self._open = False
 
-    def show_gradients(self) -> None:
-        """Stage 0: put the reduced gradients where plain code reads and changes them, in `param.grad`."""
-        if self.stage > 0:
+    def _keep_zeros(self, own: dict[int, set[int]] | None, keep_zeros: bool) -> None:
+        if not (keep_zeros or self._has_zeros):
             return
-        self._shown = True
         for unit in self.order:
-            unit.finish_reduce()
-            if unit.grad_full is not None and unit.grad_dtype == unit.dtype:
-                for param, view in zip(unit.params, unit.views(unit.grad_full), strict=True):
-                    param.grad = view
-
-    def hide_gradients(self) -> None:
-        """Before a backward: autograd must hand fresh gradients over, not add to the flat ones."""
-        if not self._shown:
-            return
-        self._shown = False
-        for unit in self.order:
-            for param in unit.params:
-                param.grad = None
+            for index in range(len(unit.params)) if own is None else own.get(id(unit), ()):
+                unit.zeroed[index] = keep_zeros and (unit.zeroed[index] or unit.present[index])
+        # What another optimizer forgets takes nothing from those that this one is still to step.
+        self._owes_zeros = keep_zeros or (self._owes_zeros and own is not None)
+        self._has_zeros = keep_zeros or any(any(unit.zeroed) for unit in self.order)
 
     # ---- parameters ----------------------------------------------------------------------------------------------
 
-    def publish(self, stepped: Container[int] | None = None, refresh: bool = True) -> None:
+    def take_writes(self) -> None:
+        """Before a step: take what the script wrote to parameters into what is stepped. Collective: all ranks."""
+        if self.residence is not None:
+            if not self.residence.all_whole:
+                self.residence.serve(Place.MET)
+            self.residence.settle()
+            return
+        for unit in self.units:
+            unit.finish_gather()
+            unit.take_writes()
+
+    def publish(self, stepped: Mapping[int, Iterable[int]] | None = None, refresh: bool = True) -> None:
         """After the optimizer: new weights to where forward reads them. Collective: all ranks.
 
-        `stepped` are the identities of the units that it stepped; None are all. Without `refresh` the shards in the
-        compute format are new already.
+        `stepped` are the parameters that it steps, by the identity of their unit; None are all. Without `refresh` the
+        shards in the compute format are new already.
         """
+        changed = []
         for unit in self.units:
             if unit.trainable and (stepped is None or id(unit) in stepped):
+                own = range(len(unit.params)) if stepped is None else stepped[id(unit)]
+                present = [index for index in own if unit.present[index]]
+                changed += [unit] if present else []
+                if self.residence is None:
+                    unit.count_step(present)
                 unit.publish(refresh)
-        if self.slots is not None:
-            self.slots.invalidate()
+        if self.residence is not None:
+            self.residence.invalidate(changed)
 
     def finish_gathers(self) -> None:
         """Wait for all parameters in flight (stage 1, 2)."""
-        for unit in self.units:
-            unit.finish_gather()
+        if self.residence is None:
+            self._finish_gathers(self.units)

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from distui.core.backends.optimizer import PreparedOptimizer
 from distui.core.errors import UserError
-from distui.core.offload.homes import Homes, Offload, agreed, open_homes
-from distui.core.sharding.alike import start_alike
-from distui.core.sharding.compression import Compression, make_transport, start_onebit
-from distui.core.sharding.hooks import ClearingGradients, Hook, WaitingParameters
-from distui.core.sharding.optim import ShardedOptimizer
-from distui.core.sharding.partition import partition, split_by_kind
-from distui.core.sharding.placement import Placement
-from distui.core.sharding.pool import BufferPool
+from distui.core.sharding.homes.homes import Homes, Offload, agreed, open_homes
+from distui.core.sharding.hooks import ClearingGradients, Hook
+from distui.core.sharding.optim.optim import ShardedOptimizer
+from distui.core.sharding.optim.prepared import PreparedOptimizer
+from distui.core.sharding.refusals import refuse_one_queue, refuse_parameters
 from distui.core.sharding.schedule import Schedule
-from distui.core.sharding.transport import Transport
-from distui.core.sharding.unit import Unit
+from distui.core.sharding.start.start import Start
+from distui.core.sharding.transport.agreement import Agreement, Place
+from distui.core.sharding.transport.compression import Compression, make_transport, start_onebit
+from distui.core.sharding.transport.transport import Transport
+from distui.core.sharding.units.partition import UnitSpec, partition, split_by_kind
+from distui.core.sharding.units.placement import Placement
+from distui.core.sharding.units.pool import BufferPool
+from distui.core.sharding.units.unit import Unit
+from distui.core.sharding.whole import WholeStates
 
 
-class ShardedModel:
+class ShardedModel(WholeStates):
     """Lays a model out in flat buffers and hooks the collectives of its stage around it; nothing is wrapped."""
 
     def __init__(
@@ -38,18 +42,20 @@ class ShardedModel:
         reduce_in_fp32: bool = True,
         offload: Offload | None = None,
         compression: Compression | None = None,
+        zero_missing: bool = False,
+        start: Start | None = None,
+        optimizer_of: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        """Prepare `model` in place. Collective: all ranks of `group` (None: one rank).
+        """Prepare `model` in place, a unit at a time. Collective: all ranks of `group` (None: one rank).
+
+        `start` says where its numbers come from, and which device they go to; without it rank 0's own, where they are.
+        `optimizer_of` says which of several optimizers steps a parameter, by its identity.
 
         Raises: UserError, on all ranks, where a home has no room or cannot be written.
         """
-        if any(isinstance(param, nn.parameter.UninitializedParameter) for param in model.parameters()):
-            raise UserError(
-                "the model has lazy parameters that are not initialised",
-                "their shapes are not known before the first forward",
-                "run one forward before engine.prepare(model)",
-            )
+        start = Start(model, group) if start is None else start
         num_ranks = dist.get_world_size(group) if group is not None else 1
+        refuse_parameters(model, num_ranks, stage)
         rank = dist.get_rank(group) if group is not None else 0
         self.model = model
         self.compression = compression
@@ -59,7 +65,10 @@ class ShardedModel:
         self._group = group if num_ranks > 1 else None
         self.homes: Homes | None = None
         if offload is not None and offload.active:
-            self.homes = agreed(lambda: open_homes(model, offload, stage, compute_dtype, num_ranks), self._group)
+            device = start.device_for(model.parameters())
+            self.homes = agreed(
+                lambda: open_homes(model, offload, stage, compute_dtype, num_ranks, device), self._group
+            )
         self.placement = Placement(
             stage,
             rank,
@@ -74,64 +83,111 @@ class ShardedModel:
             self.gathers = self.transport
             if self.placement.shards_parameters:
                 # Reductions and gathers have an order each; on one communicator they would need a common one.
+                refuse_one_queue(start.device_for(model.parameters()))
                 second = dist.new_group(dist.get_process_group_ranks(group))
                 assert second is not None
                 self.gathers = make_transport(second, "data_parallel_gather", self.pool, compression, gradients=False)
-            start_alike(model, group)
-        self.units = self._build_units() if self.homes is None else agreed(self._build_units, self._group)
-        self.schedule = Schedule(model, self.units, self.placement.effective_stage, num_ranks)
+        self.frozen: list[tuple[str, nn.Parameter]] = []
+        """Stages 0 to 2: parameters that are in no unit, because they were frozen when the model was prepared."""
+        groups = self._build_units(start, optimizer_of)
+        agreement = None
+        if group is not None and num_ranks > 1:
+            agreement = Agreement(group, "data_parallel_agreement", self.pool)
+        # Whole units' momenta travel under onebit, so what has no gradient counts as zero.
+        zero_missing = zero_missing or (compression is not None and compression.gradients == "onebit")
+        self.schedule = Schedule(model, groups, self.placement.effective_stage, agreement, zero_missing)
+        self.schedule.before_gradients = self._settle_clipping
         self.optimizers: list[ShardedOptimizer] = []
-        self._whole = False
-        """Stage 3: whether every parameter is whole just now."""
+        self._replacing = False
+        """A state_dict is being taken whose parameters are replaced afterwards."""
         self._guards: list[Any] = []
         self._guard_reads()
         model.zero_grad = ClearingGradients(model, self._forget_gradients)  # type: ignore[method-assign]
 
-    def _forget_gradients(self) -> None:
-        self.schedule.discard_gradients()
+    def _forget_gradients(self, set_to_none: bool) -> None:
+        self.schedule.discard_gradients(keep_zeros=not set_to_none)
         for optimizer in self.optimizers:
             optimizer.grad_factor = optimizer.loss_scale = 1.0
 
-    def _build_units(self) -> list[Unit]:
-        units = []
+    def _settle_clipping(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.settle_clipping()
+
+    def _build_units(self, start: Start, optimizer_of: Mapping[int, int]) -> list[list[Unit]]:
+        groups = []
         for spec in partition(self.model):
-            for dtype, trainable, params in split_by_kind(spec):
+            units = []
+            start.bring([param for _, param in spec.params])  # together: a block initialises all that it holds
+            for _, trainable, params in split_by_kind(spec, optimizer_of):
                 if not trainable and not self.placement.shards_parameters:
-                    compute = self.placement.compute_dtype or dtype
-                    for _, param in params:
-                        param.data = param.data.to(compute)
+                    self.frozen += params
                     continue
-                units.append(
-                    Unit(
-                        spec.name,
-                        params,
-                        spec.modules,
-                        spec.is_root,
-                        self.placement,
-                        self.pool,
-                        self.transport,
-                        self.gathers,
-                        self.homes,
-                    )
-                )
-        return units
+                units.append(self._start_unit(spec, params, start))
+            if units:
+                groups.append(units)
+        held = {id(param) for units in groups for unit in units for param in unit.params}
+        start.place([param for param in self.model.parameters() if id(param) not in held], self.placement.compute_dtype)
+        return groups
+
+    def _start_unit(self, spec: UnitSpec, params: list[tuple[str, nn.Parameter]], start: Start) -> Unit:
+        def make() -> Unit:
+            return self._unit(spec.name, params, spec.modules, spec.is_root, start)
+
+        # A home may refuse on one rank alone.
+        return make() if self.homes is None else agreed(make, self._group)
+
+    def _unit(
+        self, name: str, params: list[tuple[str, nn.Parameter]], modules: list[nn.Module], is_root: bool, start: Start
+    ) -> Unit:
+        placement, pool, transport, gathers = self.placement, self.pool, self.transport, self.gathers
+        return Unit(name, params, modules, is_root, placement, pool, transport, gathers, self.homes, start)
+
+    def follow_requires_grad(self, also: Callable[[str, nn.Parameter], bool] = lambda name, param: False) -> None:
+        """Make trainable what the script has unfrozen since, and what `also` says of. All ranks, alike."""
+        schedule = self.schedule
+
+        def wanted(name: str, param: nn.Parameter) -> bool:
+            return param.requires_grad or also(name, param)
+
+        with torch._C.DisableTorchFunctionSubclass():
+            thawed = [(name, param) for name, param in self.frozen if wanted(name, param)]
+            frozen = [unit for unit in schedule.units if not unit.trainable]
+            stirred = [unit for unit in frozen if any(map(wanted, unit.param_names, unit.params))]
+        if not thawed and not stirred:
+            return
+        new = []
+        if thawed:
+            gone = {id(param) for _, param in thawed}
+            self.frozen = [(name, param) for name, param in self.frozen if id(param) not in gone]
+            alone = Start(self.model)  # every rank has them already
+            for dtype in dict.fromkeys(param.dtype for _, param in thawed):
+                of_dtype = [(name, param) for name, param in thawed if param.dtype == dtype]
+                new.append(self._unit(f"unfrozen.{len(schedule.units)}", of_dtype, [], True, alone))
+            schedule.units += new
+        for unit in [*new, *stirred]:
+            if not unit.trainable:
+                unit.train()
+        schedule.watch_gradients()
+        for optimizer in self.optimizers:
+            optimizer.take_in([*new, *stirred])
 
     def _guard_reads(self) -> None:
+        follow = Hook(lambda module, args: self.follow_requires_grad())
+        self._guards.append(self.model.register_forward_pre_hook(follow, prepend=True))
         if self.placement.shards_parameters:
-            # Outside of `full_parameters` a parameter's memory is a slot that units take turns on.
+            # Both would need every parameter whole at once, on every rank.
             for module in self.model.modules():
                 reads = Hook(self._need_whole("state_dict"), self._need_whole("deepcopy"))
                 self._guards.append(module.register_state_dict_pre_hook(reads))
                 writes = Hook(self._need_whole("load_state_dict"))
                 self._guards.append(module.register_load_state_dict_pre_hook(writes))
             return
-        # Weights may be on their way after a step (stage 1, 2): whoever lists them between steps waits for them.
-        if self.placement.shards_optimizer:
-            wait = self.schedule.finish_gathers
-            self.model.named_parameters = WaitingParameters(self.model, wait)  # type: ignore[method-assign]
-            self._guards.append(self.model.register_state_dict_pre_hook(Hook(lambda *_: wait())))
-            self._guards.append(self.model.register_load_state_dict_pre_hook(Hook(lambda *_: wait())))
         self._guards.append(self.model.register_load_state_dict_post_hook(Hook(lambda *_: self.refresh_masters())))
+
+    @property
+    def _whole(self) -> bool:
+        residence = self.schedule.residence
+        return self._replacing or residence is None or residence.all_whole
 
     def _need_whole(self, what: str) -> Callable[..., None]:
         def check(*_: Any) -> None:
@@ -146,7 +202,8 @@ class ShardedModel:
         return check
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, state_bits: int = 32) -> ShardedOptimizer:
-        """Rebind `optimizer` to this model's flat shards."""
+        """Rebind `optimizer` to this model's flat shards. Collective where parameters were unfrozen since."""
+        self.follow_requires_grad()
         siblings = cast("list[PreparedOptimizer]", self.optimizers)
         if siblings and self.compression is not None and self.compression.gradients == "onebit":
             raise UserError(
@@ -166,7 +223,11 @@ class ShardedModel:
                 optimizer, self.schedule, self.units, self.transport, siblings, state_bits, self.homes
             )
 
-        prepared = rebind() if self.homes is None else agreed(rebind, self._group)
+        with ExitStack() as ours:
+            for unit in self.units:
+                ours.enter_context(unit.own_references())
+            prepared = rebind() if self.homes is None else agreed(rebind, self._group)
+        prepared.follow_requires_grad = self.follow_requires_grad
         if self.compression is not None and self.compression.gradients == "onebit" and self.transport is not None:
             prepared.onebit = start_onebit(prepared, self.units, self.transport, self.pool, self.compression)
         return prepared
@@ -179,121 +240,19 @@ class ShardedModel:
         """
         self.schedule.finish_gathers()
         self.schedule.discard_gradients()
+        if self.schedule.residence is not None:
+            self.schedule.residence.serve(Place.LET_GO)
+            self.schedule.residence.invalidate()
         self.schedule.remove()
         for guard in self._guards:
             guard.remove()
         self._guards.clear()
-        if isinstance(self.model.__dict__.get("named_parameters"), WaitingParameters):
-            del self.model.named_parameters
         if isinstance(self.model.__dict__.get("zero_grad"), ClearingGradients):
             del self.model.zero_grad
-        if self.placement.shards_parameters:
-            for unit in self.units:
-                for param in unit.params:
-                    param.data = param.data.new_empty(0)
+        for unit in self.units:
+            unit.let_go()
         if self.gathers is not None and self.gathers is not self.transport and dist.is_initialized():
             dist.destroy_process_group(self.gathers.group)
-
-    # ---- full weights --------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def full_parameters(self, writeback: bool = False) -> Iterator[nn.Module]:
-        """Give the model with every parameter whole and up to date; with `writeback` keep what is written to them.
-
-        Collective: all ranks, for entering and leaving. With `writeback` all ranks must write the same.
-        """
-        self.schedule.finish_gathers()
-        if not self.placement.shards_parameters:
-            yield self.model
-            if writeback:
-                self.refresh_masters()
-            return
-        slots = []
-        for unit in self.units:
-            assert unit.full is not None
-            slots.append(unit.full)
-            whole = torch.zeros_like(unit.full)
-            unit.gather_into(whole, unit.read_shard())
-            unit.bind(whole)
-        self._whole = True
-        try:
-            yield self.model
-        finally:
-            self._whole = False
-            for unit, slot in zip(self.units, slots, strict=True):
-                if writeback and unit.full is not None:
-                    start, end = unit.layout.shard(unit.rank)
-                    unit.write_shard(unit.full[start:end])
-                unit.bind(slot)
-            if writeback:
-                self.refresh_masters()
-                assert self.schedule.slots is not None
-                self.schedule.slots.invalidate()
-
-    def refresh_masters(self) -> None:
-        """Take weights that somebody wrote between steps into the optimizer's fp32 copies."""
-        for unit in self.units:
-            if unit.trainable:
-                unit.refresh_master()
-
-    def full_state_dict(self, to_cpu: bool = True, only_rank_0: bool = False) -> dict[str, Any]:
-        """Return the model's whole state, as plain torch would save it. Collective: all ranks.
-
-        fp32 masters stand for the parameters that have them. With `only_rank_0` the others get an empty dict.
-        """
-        keep = not only_rank_0 or self.placement.rank == 0
-        place = {id(param): (unit, index) for unit in self.units for index, param in enumerate(unit.params)}
-        whole: dict[int, torch.Tensor] = {}
-        self.schedule.finish_gathers()
-        for unit in self.units:
-            source = unit.read_master()
-            if unit.layout.num_shards == 1 or unit.gathers is None:
-                flat = source
-            else:
-                flat = torch.zeros(unit.layout.padded_numel, dtype=source.dtype, device=source.device)
-                unit.gathers.all_gather(flat, source).wait()
-            if keep:
-                for param, span in zip(unit.params, unit.layout.spans, strict=True):
-                    piece = flat[span.offset : span.end].view(span.shape)
-                    whole[id(param)] = piece.cpu().clone() if to_cpu else piece.clone()
-        if not keep:
-            return {}
-        params = dict(self.model.named_parameters(remove_duplicate=False))
-        before, self._whole = self._whole, True  # the parameters in it are replaced
-        try:
-            state = self.model.state_dict()
-        finally:
-            self._whole = before
-        for name, value in state.items():
-            if name in params and id(params[name]) in place:
-                state[name] = whole[id(params[name])]
-            elif isinstance(value, torch.Tensor) and to_cpu:
-                state[name] = value.detach().cpu().clone()
-        return state
-
-    def load_full_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:
-        """Take a whole state, as `full_state_dict` or plain torch gives it. Collective: all ranks, each with `state`.
-
-        Masters take the precision of `state`.
-        """
-        with self.full_parameters():
-            missing_and_unexpected = self.model.load_state_dict(state, strict=strict)
-            params = dict(self.model.named_parameters(remove_duplicate=False))
-            named = {id(param): state[name] for name, param in params.items() if name in state}
-            for unit in self.units:
-                assert unit.full is not None
-                start, end = unit.layout.shard(unit.rank)
-                unit.write_shard(unit.full[start:end])
-                if not unit.has_master:
-                    continue
-                for index, param in enumerate(unit.params):
-                    low, high = unit.layout.owned(index, unit.rank)
-                    if low < high and id(param) in named:
-                        at = unit.layout.spans[index].offset + low - start
-                        unit.write_master(at, named[id(param)].reshape(-1)[low:high])
-        if self.schedule.slots is not None:
-            self.schedule.slots.invalidate()
-        return missing_and_unexpected
 
     # ---- accounting ----------------------------------------------------------------------------------------------
 
@@ -336,8 +295,7 @@ class ShardedModel:
             for state in optimizer.inner.state.values():
                 states += count([value for value in state.values() if isinstance(value, torch.Tensor)])
             states += optimizer.onebit.allocated_bytes if optimizer.onebit is not None else 0
-        slots = self.schedule.slots.allocated_bytes if self.schedule.slots is not None else 0
-        buffers = slots + self.pool.allocated_bytes + count([buffer.data for buffer in self.model.buffers()])
+        buffers = self.pool.allocated_bytes + count([buffer.data for buffer in self.model.buffers()])
         report = {
             "parameters": parameters,
             "gradients": gradients,

@@ -11,6 +11,9 @@ FINISH_IS_SEEN = 1
 SIDE_THREAD = 2
 """Flag of a collective that a side thread of the script entered (a checkpoint's, say): no training step needs it."""
 
+END_UNKNOWN = 4
+"""Flag of a collective that had ended by the time somebody waited for it, nobody knows when."""
+
 
 class LedgerUnreadable(DistuiError):
     """The file is no ledger, of another version, or cut short."""
@@ -52,6 +55,10 @@ class LedgerState(NamedTuple):
     last_seq: dict[str, int]
     ended_s: float | None
     exit_status: int
+    error: str
+    """What it ended of, where it failed; cut short."""
+    lost: int
+    """Records that it could neither send nor write at its end."""
 
     def waiting_in(self) -> str:
         """Return the collective that the main thread is blocked in, as text; "" where there is none."""

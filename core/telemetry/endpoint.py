@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distui.core.errors import UserError
-from distui.core.paths import state_dir
+from distui.core.errors import NotOwn, UserError
+from distui.core.paths import read_own, state_dir, write_own
+from distui.core.telemetry.harmless import harmless
 
 if TYPE_CHECKING:
     import grpc
@@ -76,14 +76,26 @@ class Endpoint:
         """
         host, port = split_address(address, DEFAULT_PORT)
         target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        token_path = token_file or secrets_dir() / "token"
-        token = _read(token_path, "token", "copy it from the node of the daemon, and name it with --token-file")
+        token = _read("token", token_file, "copy it from the node of the daemon, and name it with --token-file")
         if plaintext:
             refuse_plaintext(host)
             return cls(target, token.decode().strip())
-        path = certificate_file or secrets_dir() / "cert.pem"
-        pem = _read(path, "certificate", "copy it from the node of the daemon, and name it with --ca")
+        pem = _read("cert.pem", certificate_file, "copy it from the node of the daemon, and name it with --ca")
         return cls(target, token.decode().strip(), pem)
+
+    def why(self, details: str) -> str:
+        """Return what gRPC says of a daemon that does not answer, and what to do where its certificate is the cause."""
+        said = harmless(details)
+        if self.certificate is not None and "Hostname Verification" in said:
+            host, _ = split_address(self.target)
+            named = ", ".join(certificate_names(self.certificate)) or "other hosts"
+            said += (
+                f"; the daemon's certificate names {named}, and not {host}, which may be newer. Use one of these; or "
+                "delete cert.pem and key.pem in the daemon's folder there, start it again, and copy the new cert.pem"
+            )
+        elif self.certificate is not None and "CERTIFICATE_VERIFY_FAILED" in said:
+            said += "; what answers there has another certificate than --ca: copy cert.pem from the daemon's node again"
+        return said
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -122,16 +134,37 @@ def refuse_plaintext(host: str) -> None:
         )
 
 
-def _read(path: Path, what: str, fix: str) -> bytes:
+def certificate_names(pem: bytes) -> list[str]:
+    """Return the hosts and addresses that the certificates in `pem` name."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=pem.decode(errors="replace"))
+    names = [pair for found in context.get_ca_certs() for pair in found.get("subjectAltName", ())]
+    return [str(pair[1]) for pair in names]
+
+
+def read_secret(name: str) -> bytes:
+    """Return a file of `secrets_dir`. Raises: UserError where it is not this user's own; OSError."""
     try:
-        return path.read_bytes()
+        return read_own(secrets_dir() / name)
+    except NotOwn as error:
+        raise error.told() from error
+
+
+def write_secret(name: str, text: str) -> None:
+    """Write a file of `secrets_dir`, which only its owner can read. Raises: UserError; OSError."""
+    secrets_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        write_own(secrets_dir() / name, text)
+    except NotOwn as error:
+        raise error.told() from error
+
+
+def _read(name: str, chosen: Path | None, fix: str) -> bytes:
+    try:
+        return chosen.read_bytes() if chosen is not None else read_secret(name)
     except OSError as error:
+        path = chosen or secrets_dir() / name
+        what = "token" if name == "token" else "certificate"
         raise UserError(f"cannot read the daemon's {what} {path}", error.strerror or str(error), fix) from error
-
-
-def private_file(path: Path, text: str) -> None:
-    """Write a file that only its owner can read."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)

@@ -6,7 +6,8 @@ one of two slots, and what changes later in an entry is one aligned 8-byte word.
 was before or after, or not at all, even if the writer was killed in between. (The order of stores is that of x86 and
 of Arm's stronger cores; on a weaker one a reader of a *running* rank may be one store behind.)
 
-Layout, native byte order, all words 8 bytes: header (0), status slots (128, 192), table of names (256), ring entries.
+Layout, native byte order, all words 8 bytes: header (0), status slots (128, 192), table of names (256), ring entries,
+the error that the rank ended with.
 Each name of a group, operation, dtype or phase is stored once; a group's name carries its last sequence number.
 """
 
@@ -22,7 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from distui.core.paths import open_own
 from distui.core.telemetry.collective import (
+    END_UNKNOWN,
     FINISH_IS_SEEN,
     SIDE_THREAD,
     CollectiveEntry,
@@ -35,10 +38,12 @@ MAGIC = b"DISTUILG"
 VERSION = 1
 MAX_NAMES = 256
 MAX_NAME_BYTES = 48
+MAX_BYTES = 1 << 30
+"""Of a file that is mapped to be read: what is larger was not written by us."""
 OTHER_NAME = "(other)"
 """Stands for every name beyond the table's `MAX_NAMES`."""
-
-
+NO_WAIT_S, LATE_S = 0.001, 0.005
+"""A wait that is shorter, so long after the beginning, found the collective ended."""
 RECENT = 256
 """So many of the newest collectives are searched for one that does not end."""
 
@@ -48,6 +53,7 @@ _NUM_NAMES = 72
 _STATUS_INDEX = 80  # its lowest bit picks the slot
 _ENDED = struct.Struct("@dq")  # when the rank closed its telemetry (NaN: it has not), exit status
 _ENDED_AT = 88
+_LOST = 104  # records that the rank could neither send nor write at its end
 _STATUS = struct.Struct("@QQdQd")  # step, phase name, since, token waited for, since
 _STATUS_AT = (128, 192)
 _NAME = struct.Struct(f"@QQ{MAX_NAME_BYTES}s")  # last sequence number of a group, length, text
@@ -56,7 +62,8 @@ _ENTRIES_AT = _NAMES_AT + MAX_NAMES * _NAME.size
 _ENTRY = struct.Struct("@QQQdddd4HI4x")  # commit, seq, bytes, enqueued, started, finished, blocked, names, group size
 _BODY = struct.Struct("@QQdddd4HI4x")
 _ENTRY_BYTES = _ENTRY.size
-_STARTED, _FINISHED, _BLOCKED, _FLAGS = 32, 40, 48, 62  # offsets within an entry
+_ENQUEUED, _STARTED, _FINISHED, _BLOCKED, _FLAGS = 24, 32, 40, 48, 62  # offsets within an entry
+_ERROR_BYTES = 512  # behind the entries: what the rank ended of, its length first
 _HALF = struct.Struct("@H")
 _WORD = struct.Struct("@Q")
 _TIME = struct.Struct("@d")
@@ -64,7 +71,7 @@ _NAN = math.nan
 
 
 def ledger_bytes(capacity: int) -> int:
-    """Return the size of the file for a ring of `capacity` entries."""
+    """Return where a ring of `capacity` entries ends in the file: the error text follows, but for older ledgers."""
     return _ENTRIES_AT + capacity * _ENTRY_BYTES
 
 
@@ -81,7 +88,7 @@ class Ledger:
         An older file is replaced, not written over: who reads it goes on reading the old rank's.
         Raises: OSError where the file cannot be made, a full disk included.
         """
-        self.buffer = map_new(path, ledger_bytes(capacity))
+        self.buffer = map_new(path, ledger_bytes(capacity) + _ERROR_BYTES)
         self._capacity = capacity
         self._lock = threading.Lock()
         self._head = 0
@@ -153,17 +160,21 @@ class Ledger:
     def blocked(self, token: int, seconds: float) -> None:
         """Add to the time for which the main thread waited for the collective."""
         if 0 <= self._head - token < self._capacity:
-            at = self._at(token) + _BLOCKED
-            _TIME.pack_into(self.buffer, at, _TIME.unpack_from(self.buffer, at)[0] + seconds)
+            self._add_blocked(self._at(token) + _BLOCKED, seconds)
 
     def waited(self, token: int, seconds: float) -> None:
-        """Add a wait that is over, and end the collective now where its end was not noted before."""
+        """Add a wait that is over, and end the collective where its end was not noted: now, or nobody knows when."""
         if 0 <= self._head - token < self._capacity:
             at = self._at(token)
             if math.isnan(_TIME.unpack_from(self.buffer, at + _FINISHED)[0]):
-                _TIME.pack_into(self.buffer, at + _FINISHED, time.time())
-            at += _BLOCKED
-            _TIME.pack_into(self.buffer, at, _TIME.unpack_from(self.buffer, at)[0] + seconds)
+                now_s = time.time()
+                if seconds < NO_WAIT_S and now_s - _TIME.unpack_from(self.buffer, at + _ENQUEUED)[0] > LATE_S:
+                    self.set_flags(token, END_UNKNOWN)
+                _TIME.pack_into(self.buffer, at + _FINISHED, now_s)
+            self._add_blocked(at + _BLOCKED, seconds)
+
+    def _add_blocked(self, at: int, seconds: float) -> None:
+        _TIME.pack_into(self.buffer, at, _TIME.unpack_from(self.buffer, at)[0] + seconds)
 
     def set_flags(self, token: int, flags: int) -> None:
         """Add to the flags of the collective."""
@@ -189,9 +200,17 @@ class Ledger:
         self._status[2] = time.time()
         self._write_status()
 
-    def ended(self, exit_status: int) -> None:
-        """Say that the rank has ended by itself."""
+    def ended(self, exit_status: int, error: str = "") -> None:
+        """Say that the rank has ended by itself, and of what: it may have no memory left to send it."""
+        text = error.encode(errors="replace")[: _ERROR_BYTES - _WORD.size]
+        at = ledger_bytes(self._capacity)
+        _WORD.pack_into(self.buffer, at, len(text))
+        self.buffer[at + _WORD.size : at + _WORD.size + len(text)] = text
         _ENDED.pack_into(self.buffer, _ENDED_AT, time.time(), exit_status)
+
+    def lost(self, num_records: int) -> None:
+        """Say how many records the rank could neither send nor write at its end."""
+        _WORD.pack_into(self.buffer, _LOST, num_records)
 
     def _at(self, token: int) -> int:
         return _ENTRIES_AT + token % self._capacity * _ENTRY_BYTES
@@ -235,18 +254,21 @@ class LedgerReader:
         _, version, entry_bytes, self.capacity, self.rank, self.world_size, self.pid, self.incarnation = header
         if version != VERSION or entry_bytes != _ENTRY.size:
             raise LedgerUnreadable(f"ledger of version {version} ({entry_bytes} bytes an entry); this reads {VERSION}")
-        if len(buffer) < ledger_bytes(self.capacity):
+        if not self.capacity or len(buffer) < ledger_bytes(self.capacity):
             raise LedgerUnreadable(f"ledger cut short: {len(buffer)} of {ledger_bytes(self.capacity)} bytes")
         self._buffer = buffer
         self._names: list[str] = []
 
     @classmethod
     def open(cls, path: Path) -> LedgerReader:
-        """Map the file at `path`. Raises: FileNotFoundError; LedgerUnreadable."""
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise LedgerUnreadable(f"{path} is empty")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        """Map the file at `path`. Raises: FileNotFoundError; NotOwn; LedgerUnreadable."""
+        descriptor = open_own(path)
+        try:
+            if not 0 < (size := os.fstat(descriptor).st_size) <= MAX_BYTES:
+                raise LedgerUnreadable(f"{path} has {size:,} bytes")
+            mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
         try:
             return cls(mapped)
         except LedgerUnreadable as error:
@@ -332,7 +354,7 @@ class LedgerReader:
             index = after
         ended, exit_status = _ENDED.unpack_from(self._buffer, _ENDED_AT)
         last_seq: dict[str, int] = {}
-        for name in range(self._word(_NUM_NAMES)):
+        for name in range(min(self._word(_NUM_NAMES), MAX_NAMES)):
             if seq := self._word(_NAMES_AT + name * _NAME.size):
                 last_seq[self._text(name)] = max(seq, last_seq.get(self._text(name), 0))
         return LedgerState(
@@ -348,18 +370,29 @@ class LedgerReader:
             last_seq,
             None if math.isnan(ended) else ended,
             exit_status,
+            self._error() if exit_status else "",
+            self._word(_LOST),
         )
+
+    def _error(self) -> str:
+        at = ledger_bytes(self.capacity)
+        if len(self._buffer) < at + _ERROR_BYTES:
+            return ""
+        length = min(self._word(at), _ERROR_BYTES - _WORD.size)
+        return bytes(self._buffer[at + _WORD.size : at + _WORD.size + length]).decode(errors="replace")
 
     def _word(self, at: int) -> int:
         value: int = _WORD.unpack_from(self._buffer, at)[0]
         return value
 
     def _text(self, name: int) -> str:
+        if name >= MAX_NAMES:
+            return OTHER_NAME
         while name >= len(self._names):
             _, length, text = _NAME.unpack_from(self._buffer, _NAMES_AT + len(self._names) * _NAME.size)
             if len(self._names) >= self._word(_NUM_NAMES):
                 return OTHER_NAME
-            self._names.append(text[:length].decode("utf-8", "replace"))
+            self._names.append(text[: min(length, MAX_NAME_BYTES)].decode("utf-8", "replace"))
         return self._names[name]
 
 

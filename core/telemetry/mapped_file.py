@@ -6,6 +6,8 @@ import mmap
 import os
 from pathlib import Path
 
+from distui.core.paths import open_own, remove_own
+
 
 def map_new(path: Path | None, num_bytes: int) -> mmap.mmap:
     """Map a new file beside `path`, its blocks reserved, until `publish` gives it its name; None: memory only.
@@ -15,13 +17,13 @@ def map_new(path: Path | None, num_bytes: int) -> mmap.mmap:
     if path is None:
         return mmap.mmap(-1, num_bytes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(_temporary(path), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    descriptor = open_own(_temporary(path), os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
         # Reserved now: a store into a hole of a full disk would be a SIGBUS in the training thread.
         os.posix_fallocate(descriptor, 0, num_bytes)
         return mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
     except OSError:
-        os.unlink(_temporary(path))
+        remove_own(_temporary(path))
         raise
     finally:
         os.close(descriptor)

@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING, Any
 from distui.core.telemetry.after_import import after_import
 
 if TYPE_CHECKING:
-    from distui.core.telemetry.source import TelemetrySource
+    from distui.core.telemetry.source import NullSource, TelemetrySource
 
 MEMORY_EVERY_STEPS = 50
 _watching: PlainSteps | None = None
 
 
-def watch_optimizers(source: TelemetrySource) -> None:
-    """Send the steps of this process's optimizers to `source`, from when the script imports torch."""
+def watch_optimizers(source: TelemetrySource | NullSource, asked: str = "") -> None:
+    """Send the steps of this process's optimizers to `source`, from when the script imports torch.
+
+    `asked` is a strategy of the settings, in words: with the first step it is told that it has no effect.
+    """
     global _watching
-    _watching = PlainSteps(source)
+    _watching = PlainSteps(source, asked)
     after_import("torch.optim.optimizer", _watching.hook_into)
 
 
@@ -38,8 +41,8 @@ def stand_back() -> None:
 class PlainSteps:
     """Counts the steps of the first optimizer that steps."""
 
-    def __init__(self, source: TelemetrySource) -> None:
-        self._source = source
+    def __init__(self, source: TelemetrySource | NullSource, asked: str = "") -> None:
+        self._source, self._asked = source, asked
         self._hooks: list[Any] = []
         self._optimizer: weakref.ref[Any] | None = None
         self._step = 0
@@ -93,6 +96,11 @@ class PlainSteps:
         self._source.phase("script")
 
     def _say_started(self, optimizer: Any) -> None:
+        if self._asked:
+            fabric = any(name in sys.modules for name in ("lightning_fabric", "lightning.fabric"))
+            way = "choose it in Lightning Fabric, as by Fabric(strategy='fsdp')" if fabric else "use distui.Engine"
+            what = "the script trains without distui's engine"
+            print(f"distui: {self._asked} has no effect: {what}; {way}", file=sys.stderr, flush=True)
         params = _params(optimizer)
         device = params[0].device if params else "cpu"
         name = sys.modules["torch"].cuda.get_device_name(device) if str(device).startswith("cuda") else ""

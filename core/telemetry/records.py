@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from distui.core.telemetry.collective import END_UNKNOWN
 from distui.core.telemetry.cursor import LedgerCursor
 from distui.core.telemetry.ledger import CollectiveEntry, LedgerReader
 from distui.core.telemetry.ring import Ring, RingItem
@@ -117,7 +118,7 @@ def _collective(entry: CollectiveEntry) -> pb.Record:
         bytes=entry.num_bytes,
         enqueued_s=entry.enqueued_s,
         started_s=entry.started_s,
-        finished_s=entry.finished_s,
+        finished_s=None if entry.flags & END_UNKNOWN else entry.finished_s,
         group_size=entry.group_size,
         blocked_s=entry.blocked_s,
     )
@@ -125,7 +126,7 @@ def _collective(entry: CollectiveEntry) -> pb.Record:
 
 
 def _rank_started(item: RingItem) -> pb.Record:
-    world_size, local_rank, device, device_name, num_parameters, peak_flops, device_uuid, own = item.fields
+    world_size, local_rank, device, device_name, num_parameters, peak_flops, device_uuid, own, strategy = item.fields
     started = pb.RankStarted(
         world_size=world_size,
         local_rank=local_rank,
@@ -135,6 +136,7 @@ def _rank_started(item: RingItem) -> pb.Record:
         peak_flops=peak_flops,
         device_uuid=device_uuid,
         own_strategy=own,
+        strategy=strategy,
     )
     return pb.Record(time_s=item.time_s, rank_started=started)
 
@@ -163,6 +165,7 @@ def _step(item: RingItem) -> pb.Record:
         flops=_number(fields[13]),
         micro_batches=fields[14],
         skipped=bool(fields[15]),
+        total_steps=fields[16],
     )
     return pb.Record(time_s=item.time_s, step=step)
 

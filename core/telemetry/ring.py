@@ -34,6 +34,10 @@ class Ring:
         """Append one item, which happened now; a full ring loses its oldest."""
         self._items.append((next(self._numbers), kind, time.time(), fields))
 
+    def __len__(self) -> int:
+        """Return how many items wait."""
+        return len(self._items)
+
     def drain(self) -> tuple[list[RingItem], int]:
         """Take what is there; return it and how many were lost since the last call."""
         found, lost = [], 0

@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
 import socket as sockets
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from distui.core.paths import RunFolder
 from distui.core.telemetry.ledger import LedgerReader
 from distui.core.telemetry.outbox import Outbox
 from distui.core.telemetry.ring import Ring
+from distui.core.telemetry.spool import Spool
 from distui.core.telemetry.stacks import StackFile
 
 if TYPE_CHECKING:
-    from distui.core.config import TelemetrySection
+    from distui.core.config.schema import TelemetrySection
     from distui.core.telemetry.records import Collector
     from distui.core.telemetry.stream import PublishStream
     from distui.proto import telemetry_pb2
 
-CLOSE_S = 2.0
+IDLE_S = 2.0
+"""At the end of the rank a daemon that acknowledges nothing for so long gets no more: the rest goes to the disk."""
+CLOSE_S = 10.0
+"""And so does what is left after so long, however the daemon gets on."""
+END_S = 60.0
+"""The rank waits so long for the thread, which needs no daemon to end: only a disk that hangs takes so long."""
+SPILL_S = 2.0
+"""Without a daemon for so long, what is not acknowledged goes to the disk, and on from there."""
 MEMORY_S = 1.0
 STACK_S = 1.0
 """Where the main thread is gets noted so often, whatever pace the daemon asks for."""
 FIRST_RETRY_S = 0.05
-LAST_RETRY_S = 2.0
+LAST_RETRY_S = 0.5
 PROBE_S = 0.5
 MAX_PACE_S = 5.0
 """No daemon may ask for more: the ledger and the outbox hold what comes meanwhile."""
 SPARE_RECORDS = 256
+
+T = TypeVar("T")
 
 _log = logging.getLogger("distui.telemetry")
 
@@ -44,14 +54,20 @@ class Sender:
     def __init__(
         self, ring: Ring, ledger: LedgerReader, run: RunFolder, socket: Path | None, settings: TelemetrySection
     ) -> None:
-        """Take what to read and where to send; without a socket only the bounded ring is kept short."""
+        """Take what to read and where to send; without a socket all goes to the disk."""
         self._ring, self._ledger, self._run, self._socket = ring, ledger, run, socket
         self._flush_s, self._heartbeat_s = settings.flush_s, settings.heartbeat_s
-        self._outbox = Outbox(2 * settings.ring_size + SPARE_RECORDS)  # a full ring and a full ledger go in at once
+        spool = Spool(run.unsent(ledger.rank, ledger.incarnation), self._batch)
+        # A full ring and a full ledger go in at once.
+        self._outbox = Outbox(2 * settings.ring_size + SPARE_RECORDS, spool)
         self._wake = threading.Event()
-        self._close_by: float | None = None
+        self._closing = False
+        self._alone_s = time.monotonic()
         self._stream: PublishStream | None = None
         self._collector: Collector | None = None
+        self._stack: StackFile | None = None
+        self._next_beat = self._next_memory = self._next_stack = 0.0
+        self._complained = False
         self._retry_s = FIRST_RETRY_S
         self._next_attempt = 0.0
         self._thread = threading.Thread(target=self._run_thread, name="distui-telemetry", daemon=True)
@@ -64,49 +80,81 @@ class Sender:
         """Send what there is now, not at the next flush."""
         self._wake.set()
 
-    def close(self, timeout_s: float = CLOSE_S) -> bool:
-        """Send the rest and end the thread, in `timeout_s` at most; return whether all was acknowledged."""
-        self._close_by = time.monotonic() + timeout_s
+    def close(self) -> int:
+        """Send the rest, or put on the disk what the daemon does not take, and end the thread.
+
+        Returns: how many records are neither with the daemon nor on the disk.
+        """
+        self._closing = True
         self._wake.set()
-        self._thread.join(timeout_s + 0.5)
-        return not self._thread.is_alive() and self._outbox.num_unacknowledged() == 0
+        self._thread.join(END_S)
+        return self._outbox.num_in_memory() + len(self._ring)
 
     def dropped(self) -> int:
         """Return how many records were lost so far."""
         return self._outbox.dropped + (self._collector.dropped if self._collector else 0)
 
     def _run_thread(self) -> None:
-        # Imported here: protobuf and psutil must not slow the start of the training thread.
-        from distui.core.telemetry.records import Collector
+        try:
+            # Imported here: protobuf and psutil must not slow the start of the training thread.
+            from distui.core.telemetry.records import Collector
 
-        self._collector = collector = Collector(self._ring, self._ledger, self._run.rank_log(self._ledger.rank))
-        stack = self._stack_file()
-        next_beat = next_memory = 0.0
-        next_stack = 0.0 if stack is not None else math.inf
-        while self._close_by is None:
-            now = time.monotonic()
-            records = collector.collect()
-            pace_s = min(MAX_PACE_S, self._stream.flush_s) if self._stream is not None else 0.0
-            if now >= next_beat:
-                records.append(collector.heartbeat())
-                next_beat = now + _to_next(max(self._heartbeat_s, pace_s))
-            if now >= next_memory:
-                records.append(collector.memory())
-                next_memory = now + _to_next(max(MEMORY_S, pace_s))
-            if stack is not None and now >= next_stack:
-                stack.write()
-                next_stack = now + STACK_S
-            self._outbox.put(records)
-            self._connect()
-            until = min(next_stack, next_beat, next_memory, now + _to_next(max(self._flush_s, pace_s)))
-            if self._stream is None and self._socket is not None:
-                until = min(until, self._next_attempt)
-            self._wake.wait(max(0.0, until - time.monotonic()))
-            self._wake.clear()
-        self._outbox.put([collector.memory(), *collector.collect(rest=True)])
-        self._finish(self._close_by)
-        if stack is not None:
-            stack.close()
+            self._collector = Collector(self._ring, self._ledger, self._run.rank_log(self._ledger.rank))
+            self._stack = self._stack_file()
+            while not self._closing:
+                until = self._safely(self._turn, time.monotonic() + self._flush_s)
+                self._wake.wait(max(0.0, until - time.monotonic()))
+                self._wake.clear()
+            self._safely(self._end, None)
+        except (ImportError, MemoryError, OSError) as error:
+            self._complain(error)
+        self._outbox.spill()
+
+    def _safely(self, work: Callable[[], T], otherwise: T) -> T:
+        """Do work of which a part may fail where the process is out of memory, threads or files, and go on."""
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001  whatever it is, the next turn may do better, and the end still writes
+            self._complain(error)
+            return otherwise
+
+    def _complain(self, error: Exception) -> None:
+        if not self._complained:
+            self._complained = True
+            _log.warning("telemetry is held up: %s: %s", type(error).__name__, error)
+
+    def _turn(self) -> float:
+        """Collect and send what is due; return when the next turn is."""
+        assert self._collector is not None
+        now = time.monotonic()
+        records = self._collector.collect()
+        pace_s = min(MAX_PACE_S, self._stream.flush_s) if self._stream is not None else 0.0
+        if now >= self._next_beat:
+            records.append(self._collector.heartbeat())
+            self._next_beat = now + _to_next(max(self._heartbeat_s, pace_s))
+        if now >= self._next_memory:
+            records.append(self._collector.memory())
+            self._next_memory = now + _to_next(max(MEMORY_S, pace_s))
+        if self._stack is not None and now >= self._next_stack:
+            self._stack.write()
+            self._next_stack = now + STACK_S
+        self._outbox.put(records)
+        self._connect()
+        if self._stream is not None:
+            self._alone_s = time.monotonic()
+        elif time.monotonic() - self._alone_s > SPILL_S:
+            self._outbox.spill()
+        until = min(self._next_beat, self._next_memory, now + _to_next(max(self._flush_s, pace_s)))
+        if self._stack is not None:
+            until = min(until, self._next_stack)
+        if self._stream is None and self._socket is not None:
+            until = min(until, self._next_attempt)
+        return until
+
+    def _end(self) -> None:
+        assert self._collector is not None
+        self._outbox.put([self._collector.memory(), *self._collector.collect(rest=True)], rest=True)
+        self._finish()
 
     def _stack_file(self) -> StackFile | None:
         try:
@@ -115,21 +163,27 @@ class Sender:
             _log.debug("where the main thread is will not be known from outside: %s", error)
             return None
 
-    def _finish(self, deadline: float) -> None:
-        """Wait until all is acknowledged; at once where nobody listens, else until `deadline`."""
+    def _finish(self) -> None:
+        """Have a daemon take the rest as long as it gets on with it, and put on the disk what it does not take."""
         self._next_attempt = 0.0
         self._connect()
-        while (left := deadline - time.monotonic()) > 0:
-            if (stream := self._stream) is None:
-                if self._socket is None or not _answers(self._socket):
-                    return
+        now = time.monotonic()
+        end, idle_by = now + CLOSE_S, now + IDLE_S
+        left = self._outbox.num_unacknowledged()
+        while left and (wait_s := min(end, idle_by) - time.monotonic()) > 0:
+            if (stream := self._stream) is not None:
+                before, left = left, self._outbox.wait_fewer(left, wait_s, stream.is_open)
+                if left < before:
+                    idle_by = time.monotonic() + IDLE_S
+            elif self._socket is None or not _answers(self._socket):
+                break
+            else:
                 self._wake.clear()
-                self._wake.wait(min(left, max(0.0, self._next_attempt - time.monotonic())))
-            elif self._outbox.wait_empty(left, stream.is_open):
-                stream.close(max(0.0, deadline - time.monotonic()))
-                return
+                self._wake.wait(min(wait_s, max(0.0, self._next_attempt - time.monotonic())))
             self._connect()
-        if self._stream is not None:
+        if self._stream is not None and not left:
+            self._stream.close(IDLE_S)
+        elif self._stream is not None:
             self._stream.cancel()
 
     def _connect(self) -> None:
@@ -175,6 +229,7 @@ class Sender:
             source=source,
             records=records,
             dropped=self.dropped(),
+            last=self._outbox.at_end(),
         )
 
 

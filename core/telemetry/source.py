@@ -25,10 +25,10 @@ from distui.core.paths import RunFolder, control_socket, daemon_socket
 from distui.core.telemetry.control import ControlListener, Handler
 from distui.core.telemetry.ledger import FINISH_IS_SEEN, Ledger, LedgerReader
 from distui.core.telemetry.ring import Ring
-from distui.core.telemetry.sender import CLOSE_S, Sender
+from distui.core.telemetry.sender import Sender
 
 if TYPE_CHECKING:
-    from distui.core.config import TelemetrySection
+    from distui.core.config.schema import TelemetrySection
 
 Number = float | Callable[[], float | None] | None
 """A value, or what gives it on the side thread (so that reading a loss does not wait for the device), or not known."""
@@ -49,6 +49,7 @@ class TelemetrySource:
         "_place",
         "_ring",
         "_sender",
+        "total_steps",
     )
 
     _collectives: bool
@@ -59,6 +60,8 @@ class TelemetrySource:
     _place: tuple[int, int]  # world size, local rank
     _ring: Ring
     _sender: Sender
+    total_steps: int
+    """How many steps the training will have; 0 where nobody has said."""
 
     @property
     def active(self) -> bool:
@@ -72,12 +75,15 @@ class TelemetrySource:
         num_parameters: int,
         peak_flops: float | None = None,
         own_strategy: bool = False,
+        strategy: str = "",
     ) -> None:
         """Say that the engine is up, or that the script trains without one: then `own_strategy`.
 
-        `peak_flops`: of the device, per second, where known.
+        `peak_flops`: of the device, per second, where known. `strategy`: the engine's, in words, which a script may
+        have chosen otherwise than the job's settings.
         """
-        fields = (*self._place, device, device_name, num_parameters, peak_flops, _uuid_of(device), own_strategy)
+        own = own_strategy, strategy
+        fields = (*self._place, device, device_name, num_parameters, peak_flops, _uuid_of(device), *own)
         self._ring.put("rank_started", fields)
         self._sender.wake()
 
@@ -119,6 +125,7 @@ class TelemetrySource:
             flops,
             micro_batches,
             skipped,
+            self.total_steps,
         )
         self._ring.put("step", fields)
         self._ledger.set_step(step)
@@ -192,22 +199,23 @@ class TelemetrySource:
             self._control.on(verb, handler)
 
     def close(self, exit_status: int, error: str = "") -> None:
-        """Say that the rank ends, send the rest in at most 2 s, and stop; never raises.
+        """Say that the rank ends, send the rest or put it on the disk, and stop; never raises.
 
         Where several engines opened the source, the last one to close it ends it, or the first that failed.
         """
         self._num_opened -= 1
         if self._num_opened <= 0 or exit_status != 0:
             self._ring.put("rank_finished", (exit_status, error))
-            self._ledger.ended(exit_status)
+            self._ledger.ended(exit_status, error)
             self._stop()
 
     def _stop(self) -> None:
         sender, control = self._sender, self._control
         self.__class__ = NullSource
         _live.discard(self)
-        if not sender.close(CLOSE_S):
-            _log.debug("telemetry closed before the daemon had acknowledged all; %d records dropped", sender.dropped())
+        if lost := sender.close():
+            self._ledger.lost(lost)
+            _log.debug("%d records could neither be sent nor written", lost)
         if control is not None:
             control.close(timeout_s=0.5)
 
@@ -216,6 +224,9 @@ class NullSource(TelemetrySource):
     """A source that records nothing, so that callers need no `if`."""
 
     __slots__ = ()
+
+    def __init__(self) -> None:
+        self.total_steps = 0
 
     @property
     def active(self) -> bool:
@@ -327,7 +338,7 @@ def _start(rank: int, local_rank: int, world_size: int, run: RunFolder, settings
         _log.warning("no telemetry is sent: %s", error)
     source = TelemetrySource()
     source._collectives, source._key, source._num_opened = settings.collectives, (run.path.absolute(), rank), 1
-    source._place = (world_size, local_rank)
+    source._place, source.total_steps = (world_size, local_rank), 0
     source._ledger, source._ring = ledger, Ring(settings.ring_size)
     reader = LedgerReader(ledger.buffer)
     source._sender = Sender(source._ring, reader, run, sockets[0] if sockets else None, settings)

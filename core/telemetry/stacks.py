@@ -3,11 +3,13 @@
 Two files of each rank in the run's ledger folder. `rank<R>.stack` is mapped: a side thread writes the main thread's
 stack into it with every heartbeat, so it is the present one as long as any other thread can run, and the last known
 one after. `rank<R>.trace` takes what `faulthandler` writes when `SIGNAL` comes: from a signal handler, so also while
-C code holds the interpreter's lock. A process that is stopped handles no signal: there the last known one has to do.
+C code holds the interpreter's lock. The signal goes to the side thread, so that it interrupts no call of the script's.
+A process that is stopped handles no signal: there the last known one has to do.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import logging
 import mmap
@@ -20,19 +22,20 @@ import time
 import zlib
 from pathlib import Path
 from types import FrameType
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
-from distui.core.paths import RunFolder
+from distui.core.paths import RunFolder, open_own, read_own
 from distui.core.telemetry.mapped_file import map_new, publish
 
 SIGNAL = signal.SIGRTMIN + 7
 """Has the process write its stacks. No library that we know of uses it, unlike SIGUSR1 and SIGUSR2."""
 SIZE_BYTES = 8192
 MAX_FRAMES = 40
+MAX_TRACE_BYTES = 1 << 20
 TRACE_S = 1.0
 """Time that a process gets to handle the signal."""
 
-_HEAD = struct.Struct("@ddII")  # when, since when, length, crc32 of the text
+_HEAD = struct.Struct("@ddIIQ")  # when, since when, length, crc32 of the text, thread that writes it
 _log = logging.getLogger("distui.telemetry")
 
 
@@ -43,6 +46,8 @@ class KnownStack(NamedTuple):
     time_s: float
     since_s: float
     frames: tuple[str, ...]
+    writer: int = 0
+    """The native id of the side thread that notes it."""
 
 
 class StackFile:
@@ -55,11 +60,7 @@ class StackFile:
         publish(path)
         self._text, self._since_s = b"", 0.0
         self._main = threading.main_thread().ident
-        self._trace: IO[bytes] = open(trace_path(run, rank), "ab", buffering=0)  # noqa: SIM115  the handler's, for ever
-        try:
-            faulthandler.register(SIGNAL, file=self._trace, all_threads=True)
-        except (AttributeError, ValueError, RuntimeError) as error:
-            _log.debug("no stacks while the interpreter's lock is held: %s", error)
+        _handle_signal(open_own(trace_path(run, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND))
 
     def write(self) -> None:
         """Note where the main thread is now."""
@@ -69,12 +70,24 @@ class StackFile:
         if text != self._text:
             self._text, self._since_s = text, now_s
             self._buffer[_HEAD.size : _HEAD.size + len(text)] = text
-        _HEAD.pack_into(self._buffer, 0, now_s, self._since_s, len(text), zlib.crc32(text))
+        writer = threading.get_native_id()
+        _HEAD.pack_into(self._buffer, 0, now_s, self._since_s, len(text), zlib.crc32(text), writer)
 
-    def close(self) -> None:
-        """Handle the signal no more. The last known stack stays."""
-        faulthandler.unregister(SIGNAL)
-        self._trace.close()
+
+_trace = -1
+"""The descriptor that the signal handler of this process writes to."""
+
+
+def _handle_signal(trace: int) -> None:
+    """Write stacks to `trace` when the signal comes, as long as the process lives: unhandled, it would end it."""
+    global _trace
+    try:
+        faulthandler.register(SIGNAL, file=trace, all_threads=True)
+    except (AttributeError, ValueError, RuntimeError) as error:
+        _log.debug("no stacks while the interpreter's lock is held: %s", error)
+    if _trace >= 0:
+        os.close(_trace)
+    _trace = trace
 
 
 def stack_path(run: RunFolder, rank: int) -> Path:
@@ -90,34 +103,38 @@ def trace_path(run: RunFolder, rank: int) -> Path:
 def known_stack(run: RunFolder, rank: int) -> KnownStack | None:
     """Return where a rank's main thread was last seen; None where that is not kept, or was cut off half-written."""
     try:
-        raw = stack_path(run, rank).read_bytes()
+        raw = read_own(stack_path(run, rank), SIZE_BYTES)
     except OSError:
         return None
     if len(raw) < _HEAD.size:
         return None
-    time_s, since_s, length, check = _HEAD.unpack_from(raw, 0)
+    time_s, since_s, length, check, writer = _HEAD.unpack_from(raw, 0)
     text = raw[_HEAD.size : _HEAD.size + length]
     if not length or zlib.crc32(text) != check:
         return None
-    return KnownStack(time_s, since_s, tuple(text.decode(errors="replace").split("\n")))
+    return KnownStack(time_s, since_s, tuple(text.decode(errors="replace").split("\n")), writer)
 
 
 def traced(run: RunFolder, rank: int, pid: int, timeout_s: float = TRACE_S) -> str:
     """Have a process write its stacks from a signal handler, and return them; "" where it does not."""
-    if not _handles(pid):
+    known = known_stack(run, rank)
+    tgkill = getattr(ctypes.CDLL(None), "tgkill", None)
+    if known is None or tgkill is None or not _handles(pid):
         return ""
-    path = trace_path(run, rank)
     try:
-        before = path.stat().st_size
-        os.kill(pid, SIGNAL)
-        deadline = time.monotonic() + timeout_s
-        text = ""
-        while time.monotonic() < deadline:
-            longer = path.read_bytes()[before:].decode(errors="replace")
-            if longer and longer == text:
-                return text
-            text = longer
-            time.sleep(0.02)  # a file tells nobody that it has grown
+        with open(open_own(trace_path(run, rank)), "rb") as file:
+            before = file.seek(0, os.SEEK_END)
+            if tgkill(pid, known.writer, SIGNAL):
+                return ""
+            deadline = time.monotonic() + timeout_s
+            text = ""
+            while time.monotonic() < deadline:
+                file.seek(before)
+                longer = file.read(MAX_TRACE_BYTES).decode(errors="replace")
+                if longer and longer == text:
+                    return text
+                text = longer
+                time.sleep(0.02)  # a file tells nobody that it has grown
     except OSError:
         return ""
     return ""

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from importlib import import_module
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 from distui.core.errors import UserError
@@ -44,25 +49,53 @@ def refused_name(library: str, name: str, way: str) -> Any:
     return _Refused(name, (), {"library": library, "what": name, "way": way})
 
 
-class RefusedModules:
-    """The last of the finders: names the way around for a module of `library` that its face does not have."""
+def is_refused(value: Any) -> bool:
+    """Return whether a name of a face stands for what is not offered."""
+    return isinstance(value, _Refused)
 
-    def __init__(self, face: str, library: str, ways: Mapping[str, str], page: str) -> None:
-        """`ways` holds the way around by the module's name without the library's."""
-        self.face, self._library, self._ways, self._page = face, library, ways, page
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        """Find nothing; raise for a module of the face that no other finder has."""
-        if not name.startswith(f"{self.face}."):
-            return
-        module = name.removeprefix(f"{self.face}.")
+class RefusedModules(Loader):
+    """The last of the finders: for a module of `library` that its face does not have, one whose names refuse."""
+
+    def __init__(
+        self, face: str, library: str, ways: Mapping[str, str], page: str, theirs: Collection[str] = ()
+    ) -> None:
+        """`ways` holds the way around by the module's own name; `theirs` are taken from the library."""
+        self.face, self._library, self._ways, self._page, self._theirs = face, library, ways, page, theirs
+
+    def _way(self, module: str) -> str | None:
         parts = module.split(".")
         keys = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
-        way = next((self._ways[key] for key in keys if key in self._ways), f"see {self._page}")
-        raise ModuleNotFoundError(f"distui does not offer {self._library}.{module}: {way}", name=name)
+        return next((self._ways[key] for key in keys if key in self._ways), None)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Find what is refused, so that scripts can import it; raise for what the library does not have either."""
+        if not name.startswith(f"{self.face}."):
+            return None
+        module = name.removeprefix(f"{self.face}.")
+        if self._way(module) is None:
+            raise ModuleNotFoundError(f"distui does not offer {self._library}.{module}: see {self._page}", name=name)
+        return ModuleSpec(name, self, is_package=True)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Make every name of the module one that raises where it is used."""
+        path = module.__name__.removeprefix(f"{self.face}.")
+        way = self._way(path)
+        real: Any = None
+        if path in self._theirs and find_spec(self._library) is not None:
+            real = import_module(f"{self._library}.{path}")
+
+        def refuse(name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            if real is not None:
+                return getattr(real, name)
+            return refused_name(self._library, f"{path}.{name}", str(way))
+
+        module.__dict__.update(__getattr__=refuse, __doc__=f"Not offered: {way}")
 
 
-def refuse_modules(face: str, library: str, ways: Mapping[str, str], page: str) -> None:
-    """Make imports of modules that the face does not have say so."""
+def refuse_modules(face: str, library: str, ways: Mapping[str, str], page: str, theirs: Collection[str] = ()) -> None:
+    """Make imports of modules that the face does not have say so; `theirs` are the installed library's own."""
     if not any(getattr(finder, "face", None) == face for finder in sys.meta_path):
-        sys.meta_path.append(RefusedModules(face, library, ways, page))
+        sys.meta_path.append(RefusedModules(face, library, ways, page, theirs))

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from distui.core.backends.plain import PlainBackend, PlainOptimizer
-from distui.core.config import Config
+from distui.core.config.schema import Config
 from distui.core.errors import Problem
-from distui.core.sharding.alike import start_alike
+from distui.core.sharding.transport.alike import start_alike
 
 AVERAGE_EVERY = 4
 

@@ -26,6 +26,7 @@ from aiohttp import web
 from textual_serve.server import Server
 
 from distui.core.errors import UserError
+from distui.daemon.node.processes import raise_file_limit
 
 HOST = "127.0.0.1"
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -80,6 +81,7 @@ class DashboardServer(Server):
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM; the dashboards end with it."""
+        raise_file_limit()  # every user of this machine may connect, and be silent
         # No access log: it would hold the token.
         web.run_app(
             self._make_app(),

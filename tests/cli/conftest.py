@@ -67,7 +67,7 @@ def distui(home: Home) -> Distui:
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=50,
+            timeout=180,
         )
 
     return run

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import pytest
 
 import distui
 from distui.core.errors import DaemonUnavailable
-from distui.launcher import cli, config_command
+from distui.launcher import cli
+from distui.launcher.commands import config as config_command
 
 LOADED = """
 import json, sys
@@ -38,14 +42,14 @@ def test_help_lists_every_command_and_imports_nothing_but_click() -> None:
 
 def test_starting_a_job_imports_no_torch() -> None:
     _, packages, ours = loaded_by("launch", "no_such_script.py")
-    assert "distui.launcher.launch" in ours
+    assert "distui.launcher.job.launch" in ours
     assert packages & {"torch", "textual", "grpc"} == set()
 
 
 def test_help_has_one_line_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name, (_, line) in cli.COMMANDS.items():
+    for name, line in cli.COMMANDS.items():
         assert any(text.split() == [name, *line.split()] for text in shown.splitlines()), name
 
 
@@ -100,3 +104,52 @@ def test_other_errors_of_ours_exit_with_their_status_in_one_line(
     monkeypatch.setattr(config_command.schema, "callback", away)
     assert cli.run(["config", "schema"]) == 1
     assert capsys.readouterr().err == "error: nobody answers\n"
+
+
+def commands_of(name: str, command: click.Command) -> list[tuple[str, click.Command]]:
+    inner = getattr(command, "commands", {})
+    return [pair for part, each in inner.items() for pair in commands_of(f"{name} {part}", each)] or [(name, command)]
+
+
+def test_every_help_has_examples_that_the_command_line_takes() -> None:
+    context = click.Context(cli.cli)
+    for name in cli.COMMANDS:
+        command = cli.cli.get_command(context, name)
+        assert command is not None
+        for path, each in commands_of(name, command):
+            help_text = each.get_help(click.Context(each, info_name=f"distui {path}"))
+            _, _, examples = help_text.partition("Examples:\n")
+            assert examples.strip(), f"distui {path} --help has no examples"
+            for line in examples.strip().splitlines():
+                words = line.strip().partition(" >")[0].split()
+                assert words[: 1 + len(path.split())] == ["distui", *path.split()]
+                each.make_context(path, words[1 + len(path.split()) :])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_printed_for_each_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["completion", shell]) == 0
+    assert f"_DISTUI_COMPLETE={shell}_complete" in capsys.readouterr().out
+
+
+def test_bash_completes_commands_and_options() -> None:
+    script = 'eval "$(distui completion bash)"; complete -p distui; COMP_WORDS=(distui launch --npr); COMP_CWORD=2; '
+    script += "_distui_completion distui; echo ${COMPREPLY[@]}; COMPREPLY=(); COMP_WORDS=(distui la); "
+    script += "COMP_CWORD=1; "
+    script += "_distui_completion distui; echo ${COMPREPLY[@]}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={**os.environ, "PATH": path})
+    assert done.stdout.splitlines()[1:] == ["--nproc", "launch"], done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (["launch", "--nprok", "2", "train.py"], "  fix: write --nproc"),
+        (["launch", "--set", "strategy.zero=2", "train.py"], "  fix: write strategy.zero_stage"),
+        (["launch", "--set", "strategy.tensor=2", "train.py"], "  fix: write strategy.tensor_parallel"),
+    ],
+)
+def test_a_near_name_is_suggested_alone(arguments: list[str], fix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(arguments) == 2
+    assert capsys.readouterr().err.splitlines()[2] == fix

@@ -42,7 +42,7 @@ def launch(compat_home: Path) -> Launch:
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=55,
+            timeout=180,
         )
 
     return run

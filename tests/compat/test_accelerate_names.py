@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+from pathlib import Path
 
 import pytest
 
 from distui.compat import accelerate
 from distui.compat.accelerate import Accelerator, NotOffered
 from distui.compat.accelerate import utils as accelerate_utils
-from distui.compat.accelerate.refusals import MODULES, NAMES
+from distui.compat.accelerate.refusals import DELEGATED, MODULES, NAMES
+
+HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 
 TOP = """
 Accelerator AutocastKwargs DDPCommunicationHookType DataLoaderConfiguration DeepSpeedPlugin
@@ -119,7 +123,9 @@ def test_every_public_name_is_offered_or_refused(module: object, names: str) -> 
     wrong = []
     for name in names.split():
         value = getattr(module, name)
-        if name in NAMES:
+        if name in DELEGATED and HAS_ACCELERATE:
+            assert getattr(importlib.import_module(value.__module__), name) is value
+        elif name in NAMES:
             with pytest.raises(NotOffered, match=f"{name} is not offered by distui"):
                 value()
         elif not callable(value) and not isinstance(value, (str, list)):
@@ -138,10 +144,24 @@ def test_the_modules_that_scripts_import_from(module: str) -> None:
     assert [name for name in ELSEWHERE[module].split() if not hasattr(loaded, name)] == []
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_that_is_not_there_names_the_way_around(module: str) -> None:
-    with pytest.raises(ModuleNotFoundError, match=f"does not offer accelerate.{module}"):
-        importlib.import_module(f"distui.compat.accelerate.{module}")
+@pytest.mark.parametrize("module", [name for name, way in MODULES.items() if not way.startswith("pip install")])
+def test_a_module_that_is_not_there_can_be_imported_and_names_the_way_around(module: str) -> None:
+    loaded = importlib.import_module(f"distui.compat.accelerate.{module}.any_part")
+    with pytest.raises(NotOffered, match=f"accelerate's {module}.any_part.name is not offered") as caught:
+        loaded.name()
+    assert caught.value.fix == MODULES[module]
+    with pytest.raises(ModuleNotFoundError, match=r"does not offer accelerate\.mistyped"):
+        importlib.import_module("distui.compat.accelerate.mistyped")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="reads Accelerate's folder")
+def test_every_module_of_accelerate_can_be_imported_by_its_own_path() -> None:
+    spec = importlib.util.find_spec("accelerate")
+    assert spec is not None and spec.submodule_search_locations
+    root = Path(spec.submodule_search_locations[0])
+    for file in sorted(root.glob("*.py")) + sorted((root / "utils").glob("*.py")):
+        name = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix("__init__").strip(".")
+        importlib.import_module(f"distui.compat.accelerate.{name}".strip("."))
 
 
 def test_the_accelerator_has_every_member() -> None:
@@ -162,11 +182,24 @@ def test_the_accelerator_takes_every_argument() -> None:
 
 
 def test_a_refused_name_can_be_asked_about_but_not_used() -> None:
-    from distui.compat.accelerate.utils import DummyOptim
+    from distui.compat.accelerate.utils import MegatronLMPlugin
 
-    assert not isinstance(object(), DummyOptim)
-    with pytest.raises(NotOffered, match=r"pass a torch\.optim optimizer") as caught:
-        DummyOptim([], lr=0.1)
-    assert "strategy.zero_stage" in caught.value.fix
+    assert not isinstance(object(), MegatronLMPlugin)
+    with pytest.raises(NotOffered, match="MegatronLMPlugin is not offered") as caught:
+        MegatronLMPlugin(tp_degree=2)
+    assert "strategy.tensor_parallel" in caught.value.fix
     with pytest.raises(NotOffered):
-        DummyOptim.something  # noqa: B018
+        MegatronLMPlugin.something  # noqa: B018
+
+
+@pytest.mark.skipif(not HAS_ACCELERATE, reason="needs Accelerate installed")
+def test_what_needs_no_engine_is_the_installed_librarys_own() -> None:
+    import torch
+
+    from distui.compat.accelerate import dispatch_model, infer_auto_device_map
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    device_map = infer_auto_device_map(model, max_memory={"cpu": 10**9})
+    assert set(device_map.values()) == {"cpu"}
+    dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
+    importlib.import_module("distui.compat.accelerate.hooks").remove_hook_from_submodules(model)

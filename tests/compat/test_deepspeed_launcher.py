@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distui.core.errors import UserError
-from distui.launcher.deepspeed_flags import choose, config_path, place, read_hostfile
+from distui.launcher.compat.deepspeed_flags import choose, config_path, place, read_hostfile
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -62,7 +62,7 @@ def test_a_script_runs_unchanged_and_its_checkpoint_is_merged(launch: Launch, pr
     assert "step=2, skipped=0, lr=[0.01]" in done.stdout
     from click.testing import CliRunner
 
-    from distui.launcher.checkpoint_command import command as checkpoint
+    from distui.launcher.commands.checkpoint import command as checkpoint
 
     merged = CliRunner().invoke(checkpoint, ["consolidate", str(project / "ck"), str(project / "out")])
     assert merged.exit_code == 0, merged.output

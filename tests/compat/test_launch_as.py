@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distui.core.errors import UserError
-from distui.launcher.compat import FACES, Face, check_face, compiled
+from distui.launcher.compat.faces import FACES, Face, check_face, compiled
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -45,7 +45,7 @@ for (x,) in loader:
 stage = accelerator.engine.config.strategy.zero_stage
 accelerator.print(f"{count} steps on {accelerator.num_processes} ranks at stage {stage}")
 if __name__ == "__main__" and steps == 3:
-    accelerate.load_checkpoint_and_dispatch(model, "nowhere")
+    accelerate.prepare_pippy(model)
 accelerator.end_training()
 """
 HELPER = """\
@@ -79,8 +79,8 @@ def test_what_is_not_offered_stops_the_script_at_its_line(launch: Launch, projec
     done = launch("--as", "accelerate", "--nproc", "1", "train.py", "--steps", "3", cwd=project)
     assert done.returncode == 3
     assert f'train.py", line {SCRIPT.splitlines().index(SCRIPT.splitlines()[-2]) + 1}' in done.stderr
-    assert "load_checkpoint_and_dispatch is not offered by distui" in done.stderr
-    assert "strategy.zero_stage=3" in done.stderr and "compat.py" not in done.stderr
+    assert "prepare_pippy is not offered by distui" in done.stderr
+    assert "strategy.pipeline_parallel" in done.stderr and "compat.py" not in done.stderr
 
 
 def test_an_unknown_face_is_refused_before_anything_starts(launch: Launch, project: Path) -> None:
@@ -138,3 +138,11 @@ def test_only_the_users_own_modules_are_taken(tmp_path: Path, monkeypatch: pytes
     spec.loader.exec_module(module)
     assert module.json.__name__ == "email"
     assert all(package.startswith("distui.compat.") for table in FACES.values() for package in table.values())
+
+
+def test_the_check_of_accelerates_face_trains_what_one_process_trains(launch: Launch, tmp_path: Path) -> None:
+    from distui.compat.accelerate.test_utils import check
+
+    done = launch("--nproc", "2", "--zero", "3", str(check.__file__), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks trained what one process trains" in done.stdout

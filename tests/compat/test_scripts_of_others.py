@@ -55,7 +55,7 @@ def seen_home(compat_home: Path) -> Iterator[Path]:
             try:
                 if process.environ().get("DISTUI_RUNTIME_DIR") == str(compat_home / "rt"):
                     process.terminate()
-                    process.wait(10)
+                    process.wait(120)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
 
@@ -74,7 +74,7 @@ def _run(home: Path, script: str, *arguments: str) -> tuple[str, dict[str, Any]]
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=50,
+            timeout=180,
         )
 
     done = distui("launch", "--no-tui", "--nproc", "2", *arguments, "train.py")
@@ -82,7 +82,7 @@ def _run(home: Path, script: str, *arguments: str) -> tuple[str, dict[str, Any]]
     status = distui("status", "--json")
     assert status.returncode == 0, status.stderr
     found: dict[str, Any] = json.loads(status.stdout)
-    return done.stdout, found
+    return done.stdout + done.stderr, found
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="Trainer needs Accelerate installed")
@@ -99,7 +99,9 @@ def test_a_trainer_script_runs_on_the_engine_and_is_seen(seen_home: Path) -> Non
 
 @pytest.mark.skipif(importlib.util.find_spec("lightning_fabric") is None, reason="needs lightning-fabric")
 def test_a_fabric_script_runs_unchanged_and_its_steps_are_seen(seen_home: Path) -> None:
-    out, status = _run(seen_home, FABRIC)
+    out, status = _run(seen_home, FABRIC, "--zero", "3")
+    assert "distui: ZeRO-3, fp32 has no effect: the script trains without distui's engine" in out
+    assert "choose it in Lightning Fabric" in out
     assert "steps of rank 0 of 2" in out
     assert status["state"] == "finished"
     assert [rank["step"] for rank in status["ranks"]] == [3, 3]

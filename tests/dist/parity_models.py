@@ -80,7 +80,11 @@ def gpt2(vocab_size: int) -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"awkward": AwkwardModel, "llama": partial(llama, VOCAB), "gpt2": partial(gpt2, VOCAB)}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "awkward": AwkwardModel,
+    "llama": partial(llama, VOCAB),
+    "gpt2": partial(gpt2, VOCAB),
+}
 
 
 def built(name: str, seed: int = 0) -> nn.Module:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from distui.daemon.runs.store import read_batches
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -22,8 +24,33 @@ def load_faults() -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["faults_benchmark"] = module
+    sys.path.insert(0, str(BENCHMARKS))  # as for a script
     spec.loader.exec_module(module)
     return module
+
+
+TESTED = (
+    "asleep",
+    "stopped",
+    "holding_the_gil",
+    "killed",
+    "memory_error",
+    "memory_killed",
+    "operation",
+    "size",
+    "order",
+    "straggler",
+    "slow_link",
+    "data_stall",
+    "nan_that_spreads",
+    "disk_full",
+    "pauses",
+    "leaves",
+    "worker_killed",
+    "loss_jumps",
+    "throttled",
+    "all_wait_for_data",
+)
 
 
 class Jobs:
@@ -31,19 +58,29 @@ class Jobs:
 
     def __init__(self, faults: ModuleType, names: list[str]) -> None:
         self.bench: Any = faults.Bench()
-        self.expected: dict[str, tuple[str, float]] = faults.EXPECTED
+        self.situations: dict[str, Any] = faults.SITUATIONS
         self.runs = {name: self.bench.start(name) for name in names}
 
     def verdict(self, fault: str) -> tuple[Any, Any]:
         """Return the verdict on the fault, and the whole snapshot; nothing may be said before it happens."""
-        _, found, early = self.bench.verdict(self.runs[fault], self.expected[fault][0])
+        _, found, early = self.bench.verdict(self.runs[fault], self.situations[fault].kind, 120.0)
         assert found is not None, f"no verdict on {fault}"
         assert not early, early
         return found, self.bench.snapshot(self.runs[fault])
 
+    def event(self, fault: str, kind: str, ranks: str) -> Any:
+        """Return the first event of a kind, on these ranks, in a run's log."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            events = (record.event for batch in read_batches(self.runs[fault]) for record in batch.records)
+            if found := [one for one in events if one.kind == kind and one.attributes["ranks"] == ranks]:
+                return found[0]
+            time.sleep(0.1)
+        raise AssertionError(f"no {kind} of ranks {ranks} in {fault}")
+
     def wait_fault(self, fault: str) -> None:
         """Wait until the fault has happened."""
-        deadline = time.monotonic() + 50
+        deadline = time.monotonic() + 120
         while not (self.runs[fault].path / "fault").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -55,7 +92,7 @@ def jobs() -> Iterator[Jobs]:
     kept = {name: os.environ.get(name) for name in ("DISTUI_STATE_DIR", "DISTUI_RUNTIME_DIR")}
     faults = load_faults()
     root = os.geteuid() == 0 and Path("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists()
-    names = [name for name in (*faults.EXPECTED, "pauses") if root or name not in faults.NEEDS_ROOT]
+    names = [name for name in TESTED if root or not faults.SITUATIONS[name].needs_root]
     found = Jobs(faults, names)
     yield found
     found.bench.close()

@@ -11,10 +11,11 @@ import pytest
 
 from distui.core.paths import daemon_socket
 from distui.core.telemetry.ledger import LedgerReader
-from distui.daemon.deaths import oom_killed
-from distui.daemon.observe import this_node
-from distui.daemon.snapshot import snapshot_json
-from distui.launcher.daemon_client import execute
+from distui.daemon.diagnosis.deaths import oom_killed
+from distui.daemon.diagnosis.observe import this_node
+from distui.daemon.runs.snapshot import snapshot_json
+from distui.launcher.job.daemon_client import execute
+from distui.proto import telemetry_pb2 as pb
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Jobs
@@ -38,7 +39,7 @@ def test_every_collective_is_in_the_ledger_with_its_group(jobs: Jobs) -> None:
 def test_a_killed_rank(jobs: Jobs) -> None:
     found, snapshot = jobs.verdict("killed")
     assert (found.kind, list(found.ranks)) == ("dead_rank", [1])
-    assert "last seen at" in found.message and "faulty_ranks.py" in found.message
+    assert "last seen at" in found.message and "job.py" in found.message
     assert snapshot.run.state in ("stalled", "failed")
 
 
@@ -62,9 +63,7 @@ def test_a_rank_asleep_is_named_with_its_stack(jobs: Jobs) -> None:
     found, snapshot = jobs.verdict("asleep")
     assert (found.kind, list(found.ranks)) == ("hang", [1])
     assert (found.collective, found.group) == ("all_reduce", "world") and found.seq > 60
-    assert (
-        re.search(r"now at faulty_ranks.py:\d+ in asleep", found.message) and "ranks 0, 2 wait there" in found.message
-    )
+    assert re.search(r"now at hangs.py:\d+ in asleep", found.message) and "ranks 0, 2 wait there" in found.message
     shown = snapshot_json(snapshot)["diagnosis"][0]
     assert set(shown) == {"kind", "ranks", "collective", "group", "seq", "since_s", "message"}
     assert json.dumps(shown) and shown["since_s"] > 0
@@ -87,7 +86,7 @@ def test_different_operations(jobs: Jobs) -> None:
     found, _ = jobs.verdict("operation")
     assert (found.kind, list(found.ranks)) == ("mismatch", [1])
     assert "rank 1: broadcast" in found.message and "ranks 0, 2: all_reduce" in found.message
-    assert re.search(r"rank 1 is at faulty_ranks.py:\d+ in operation", found.message)
+    assert re.search(r"rank 1 is at hangs.py:\d+ in operation", found.message)
 
 
 def test_different_sizes(jobs: Jobs) -> None:
@@ -122,9 +121,40 @@ def test_a_loader_that_gives_no_batch(jobs: Jobs) -> None:
 
 
 def test_a_loss_that_is_no_number(jobs: Jobs) -> None:
-    found, snapshot = jobs.verdict("nan_loss")
+    found, snapshot = jobs.verdict("nan_that_spreads")
     assert (found.kind, list(found.ranks)) == ("nan_loss", [1])
     assert re.search(r"since step \d+", found.message) and snapshot.run.state == "running"
+
+
+def test_a_loss_that_jumps(jobs: Jobs) -> None:
+    event = jobs.event("loss_jumps", "loss_spike", "0,1,2")  # after 200 steps that is what the loss usually is
+    assert event.level == pb.Event.WARNING
+    assert "from about 1 to 7" in event.message
+
+
+def test_a_rank_that_leaves_early(jobs: Jobs) -> None:
+    found, _ = jobs.verdict("leaves")
+    assert (found.kind, list(found.ranks)) == ("left_early", [1])
+    assert "ended after step 60 while others wait" in found.message
+
+
+def test_a_loader_s_worker_that_is_killed(jobs: Jobs) -> None:
+    found, _ = jobs.verdict("worker_killed")
+    assert list(found.ranks) == [1] and "is killed by signal: Killed" in found.message
+    assert "loader's worker" in found.message
+
+
+def test_a_control_group_that_holds_the_ranks(jobs: Jobs) -> None:
+    needs(jobs, "throttled")
+    found, snapshot = jobs.verdict("throttled")
+    assert (found.kind, list(found.ranks)) == ("cpu_throttled", [0, 1, 2])
+    assert "may use 0.3 cores by their control group" in found.message and snapshot.run.state == "running"
+
+
+def test_data_that_all_wait_for(jobs: Jobs) -> None:
+    found, snapshot = jobs.verdict("all_wait_for_data")
+    assert (found.kind, list(found.ranks)) == ("data_bound", [0, 1, 2])
+    assert "all ranks wait for data" in found.message and snapshot.run.state == "running"
 
 
 def test_a_full_disk_does_not_stop_the_training(jobs: Jobs) -> None:
@@ -137,7 +167,7 @@ def test_a_full_disk_does_not_stop_the_training(jobs: Jobs) -> None:
 def test_stacks_come_also_from_ranks_that_cannot_answer(jobs: Jobs) -> None:
     for fault, words in (("stopped", "was "), ("holding_the_gil", "GIL")):
         jobs.verdict(fault)
-        replies = list(execute(daemon_socket(), str(jobs.runs[fault].path), "stacks", {}, 10.0))
+        replies = list(execute(daemon_socket(), jobs.runs[fault].run_id, "stacks", {}, 10.0))
         (culprit,) = [reply for reply in replies if reply.rank == 1 and reply.state != "accepted"]
         assert culprit.state == "done" and words in culprit.message
         assert b"faulty_ranks.py" in culprit.payload

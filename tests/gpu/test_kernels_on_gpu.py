@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import distui
-from distui.core.kernel_swap import apply_kernels
+from distui.core.model.kernel_swap import apply_kernels
 from distui.kernels.adamw8bit import adamw8bit, adamw8bit_reference, zero_moments
 from distui.kernels.fused_adamw import fused_adamw
 from distui.kernels.l2_norm import l2_norm

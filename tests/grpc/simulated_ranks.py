@@ -21,7 +21,7 @@ from distui.core.paths import RunFolder, daemon_socket, default_runs_dir
 from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 
 
 def channel() -> grpc.Channel:
@@ -170,7 +170,9 @@ class SimulatedRank:
 
         The stream is cut, as by a process that is killed; with `close` it is ended as a rank does at its end.
         """
-        acked = publish([self.batch()], cut=not close)[-1]
+        batch = self.batch()
+        batch.last = close
+        acked = publish([batch], cut=not close)[-1]
         if not keep:
             self.records.clear()
         return acked

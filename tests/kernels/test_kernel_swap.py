@@ -13,7 +13,7 @@ from torch import nn
 
 import distui
 from distui.core.errors import UserError
-from distui.core.kernel_swap import apply_kernels, undo_kernels
+from distui.core.model.kernel_swap import apply_kernels, undo_kernels
 
 VOCAB = 31
 SIZES: dict[str, Any] = {

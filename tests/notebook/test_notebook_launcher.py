@@ -60,7 +60,7 @@ def client() -> Iterator[NotebookClient]:
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("DISTUI_JOB", raising=False)
-    found = NotebookClient(nbformat.v4.new_notebook(), timeout=50, kernel_name="python3", resources={})
+    found = NotebookClient(nbformat.v4.new_notebook(), timeout=180, kernel_name="python3", resources={})
     found.create_kernel_manager()
     found.start_new_kernel(cwd=str(folder))
     found.start_new_kernel_client()
@@ -113,6 +113,7 @@ def test_accelerates_launcher_starts_fresh_ranks_and_raises_what_elastic_raises(
         "own = Accelerator()  # no obstacle: nothing is forked\n"
         "def broken(batch):\n"
         "    state = PartialState()\n    state.print('precision', Accelerator().mixed_precision)\n"
+        "    state.wait_for_everyone()  # so that it is printed before the others are ended\n"
         "    if state.process_index == 1:\n        raise ValueError(f'bad batch {batch}')\n"
         "    state.wait_for_everyone()\n"
     )

@@ -218,12 +218,14 @@ def cpu_update(num_ranks: int = 2, num_steps: int = 60) -> pb.Update:
     for step in update.steps:
         for name in ("data_wait_s", "forward_s", "backward_s", "exposed_comm_s", "optimizer_s", "tokens_per_s"):
             setattr(step, name, 0.0)
+        step.samples_per_s = num_ranks * 16 / step.step_s
         step.ClearField("mfu")
         step.ClearField("grad_norm")
         step.ClearField("learning_rate")
     for rank in update.snapshot.ranks:
         rank.ClearField("memory")
         rank.ClearField("tokens_per_s")
+        rank.samples_per_s = 16 / 0.12
         rank.memory_bytes = 512 << 20
         rank.device, rank.device_name = "cpu", ""
         rank.last_step.CopyFrom(pb.Step(step=num_steps, step_s=0.12, samples=16, loss=2.5))

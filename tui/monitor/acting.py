@@ -20,6 +20,7 @@ from distui.tui.monitor.export import shown_table, steps_csv, table_csv
 from distui.tui.monitor.model import RunModel
 from distui.tui.monitor.player import REPLAY_BINDINGS, PlaceScreen, Player, move, parse_place
 from distui.tui.monitor.views.base import Frame, View
+from distui.tui.widgets.commands import open_commands
 
 
 class ActingApp(App[str]):
@@ -55,6 +56,10 @@ class ActingApp(App[str]):
                 player.seek(to_s)
 
         self.push_screen(PlaceScreen(lambda text: parse_place(text, player, steps)), go)
+
+    def action_command_palette(self) -> None:
+        """Open the palette."""
+        open_commands(self)
 
     def action_control(self) -> None:
         """Offer what the job can be asked to do."""
@@ -118,15 +123,15 @@ class ActingApp(App[str]):
     def on_delivery_complete(self, event: events.DeliveryComplete) -> None:
         """Say where the file is."""
         if event.path is not None:
-            self.notify(str(event.path), title="written")
+            self.notify(str(event.path), title="written", markup=False)
 
     def on_delivery_failed(self, event: events.DeliveryFailed) -> None:
         """Say why there is no file."""
-        self.notify(str(event.exception), title="not written", severity="error")
+        self.notify(str(event.exception), title="not written", severity="error", markup=False)
 
     def acting_commands(self) -> Iterable[SystemCommand]:
         """Offer the verbs and the files in the command palette."""
-        for verb in VERBS:
+        for verb in VERBS if self.player is None else ():
             yield SystemCommand(f"Job: {verb.title}", verb.what.capitalize(), lambda verb=verb: self.ask(verb))
         yield SystemCommand("Export the table", "CSV, into the working directory", self.action_export)
         yield SystemCommand("Export the picture", "SVG, into the working directory", self.action_picture)

@@ -37,6 +37,7 @@ from distui.tui.monitor.views.memory import MemoryView
 from distui.tui.monitor.views.overview import OverviewView
 from distui.tui.monitor.views.ranks import RanksView
 from distui.tui.monitor.views.throughput import ThroughputView
+from distui.tui.terminal import ends_with_terminal
 from distui.tui.widgets.table import LineTable
 
 VIEWS: tuple[type[View], ...] = (
@@ -163,8 +164,8 @@ class DashboardApp(ActingApp):
         away = self.client.away_since_s if self.client is not None else None
         problem = self.client.problem if self.client is not None else ""
         # Only the base screen has these; a screen above it may be the active one.
-        base = self.screen_stack[0]
-        if not base.query(RunLine):
+        base = self.screen_stack[0] if self.screen_stack else None
+        if base is None or not base.query(RunLine):
             return  # a last tick while the app closes
         base.query_one(RunLine).show(shown, now_s, None if away is None else now_s - away, self._pause_text())
         verdict = judge(self.model, now_s, problem, daemon_away=away is not None)
@@ -174,8 +175,8 @@ class DashboardApp(ActingApp):
             base.query_one(PlayerBar).show([(event.time_s, int(event.event.level)) for event in told])
         top = self.screen
         target = top if isinstance(top, RankScreen) else self._view if top is base else None
-        if target is None:
-            return
+        if target is None or not target.is_mounted:
+            return  # opened in this moment: its parts are not all there yet
         # A rank's log and how long it is in a phase go on while nothing else is new.
         moves = isinstance(target, RankScreen | LogsView | RanksView | OverviewView | CollectivesView)
         key = (target, shown, shown.version, self._window, self._end_step, int(now_s) if moves else 0)
@@ -227,7 +228,7 @@ class DashboardApp(ActingApp):
     @on(LineTable.Selected, "#ranks-table")
     @on(LineTable.Selected, "#overview-table")
     async def _open_rank(self, event: LineTable.Selected) -> None:
-        if isinstance(event.key, int):
+        if isinstance(event.key, int) and len(self.screen_stack) == 1:
             await self.push_screen(RankScreen(event.key), lambda _: self._draw(True))
             self.call_after_refresh(self._draw, True)
 
@@ -281,8 +282,8 @@ class DashboardApp(ActingApp):
         """Leave `k` to the tables until there is something to keep, and the player's keys to who writes or asks."""
         if action == "keep":
             return self._ended_s is not None
-        if action == "pause" and self.player is not None:
-            return False  # the space bar's
+        if action in ("pause", "control") and self.player is not None:
+            return False  # the space bar pauses a recording, and it cannot be asked for anything
         if action == "replay":
             return self.player is not None and not isinstance(self.focused, Input) and not self.screen.is_modal
         return super().check_action(action, parameters)
@@ -315,7 +316,8 @@ class DashboardApp(ActingApp):
         for index, view in enumerate(VIEWS):
             what = (view.__doc__ or "").splitlines()[0]
             yield SystemCommand(f"{index + 1} {view.TITLE}", what, lambda index=index: self.action_view(index))
-        yield SystemCommand("Pause or go on", "Freeze the picture; data keeps arriving", self.action_pause)
+        if self.player is None:
+            yield SystemCommand("Pause or go on", "Freeze the picture; data keeps arriving", self.action_pause)
         yield from self.acting_commands()
         yield SystemCommand("Steps in sight", "All, 1,000, 200 or 50", self.action_window)
         for command in super().get_system_commands(screen):
@@ -335,14 +337,16 @@ def run_dashboard(
     recording: Recording | None = None,
     follow_job: Callable[[], int | None] | None = None,
     on_stop: Callable[[], None] | None = None,
+    on_lost: Callable[[], None] = lambda: None,
     refresh_hz: float = 2.0,
     theme: str = THEMES[0],
 ) -> str:
     """Show the run until the user leaves or the job ends; a `recording` is played instead of asking a daemon.
 
     `follow_job` is polled and returns the job's exit status once it has ended; `on_stop` is called when the user asks
-    to stop the job. Returns "quit" (the job goes on), "stop" (the user asked to stop it) or "ended". A dashboard that
-    breaks (Textual then prints why) is "quit": it must not take the job with it.
+    to stop the job, `on_lost` before this process ends with its terminal under nohup. Returns "quit" (the job goes on),
+    "stop" (the user asked to stop it) or "ended". A dashboard that breaks (Textual then prints why) is "quit": it must
+    not take the job with it.
     """
     app = DashboardApp(
         run_id,
@@ -353,4 +357,5 @@ def run_dashboard(
         refresh_hz=refresh_hz,
         theme=theme,
     )
-    return app.run() or "quit"
+    with ends_with_terminal(on_lost):
+        return app.run() or "quit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -26,6 +27,8 @@ GLOBAL_KEYS = (
     Key("q", "quit; the job goes on"),
     Key("ctrl+c", "stop the job, after a question; a mere watcher quits"),
 )
+LIVE_KEYS = ("p", "← →", "c")
+"""A recording has none of them, or its own."""
 REPLAY_KEYS = (
     Key("space", "play or pause"),
     Key("← →", "back and on by 10 s, at 4x by 40 s"),
@@ -55,7 +58,8 @@ class HelpScreen(ModalScreen[None]):
                 yield Static(f"{self._title}\n{_table(self._keys)}\n", markup=False)
             if self._replay:
                 yield Static(f"recording\n{_table(REPLAY_KEYS)}\n", markup=False)
-            yield Static(f"everywhere\n{_table(GLOBAL_KEYS)}\n", markup=False)
+            everywhere = [key for key in GLOBAL_KEYS if not (self._replay and key.keys in LIVE_KEYS)]
+            yield Static(f"everywhere\n{_table(everywhere)}\n", markup=False)
             yield Static("tables\n" + _table(TABLE_KEYS), markup=False)
 
     def action_close(self) -> None:
@@ -69,7 +73,7 @@ TABLE_KEYS = (
 )
 
 
-def _table(keys: tuple[Key, ...]) -> str:
+def _table(keys: Sequence[Key]) -> str:
     return "\n".join(f"  {key.keys:<14} {key.what}" for key in keys)
 
 
@@ -90,7 +94,7 @@ class StopScreen(ModalScreen[bool]):
                 "All its ranks end; what is not in a checkpoint is lost.\n\n"
                 "  y or ctrl+c   stop the job\n"
                 "  n or esc      go on\n\n"
-                "To leave the dashboard and let the job run, press q.",
+                "To let the job run in the background, press q.",
                 markup=False,
             )
 

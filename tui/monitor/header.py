@@ -9,6 +9,7 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
+from distui.proto import telemetry_pb2 as pb
 from distui.tui.format import cut, duration
 from distui.tui.monitor.model import RunModel
 from distui.tui.monitor.verdict import Verdict
@@ -36,6 +37,8 @@ class RunLine(Widget):
             right.append((paused, "warn"))
         elapsed = model.elapsed_s(now_s)
         right.append((duration(elapsed), "bold"))
+        if progress := progress_of(model.snapshot):
+            right.append((progress, "bold"))
         if run.world_size:
             right.append((f"{run.world_size} rank{'s' if run.world_size != 1 else ''}", ""))
         if run.num_nodes:
@@ -66,6 +69,14 @@ class RunLine(Widget):
         for text, tone in reversed(kept):
             parts += [("  ", ink.text), (text, ink.tone(tone))]
         return line(parts, width, ink.text)
+
+
+def progress_of(found: pb.Snapshot | None) -> str:
+    """Return `40/200 20%, 3m 05s left`, as far as it is known; short, so that it fits beside a run's name."""
+    if found is None or not found.HasField("total_steps"):
+        return ""
+    left = f", {duration(found.left_s)} left" if found.HasField("left_s") else ""
+    return f"{found.step:,}/{found.total_steps:,} {found.step / found.total_steps:.0%}{left}"
 
 
 class VerdictLine(Widget):

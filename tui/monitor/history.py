@@ -15,7 +15,7 @@ PHASES = ("data_wait_s", "forward_s", "backward_s", "exposed_comm_s", "optimizer
 """The measured parts of a step, in the order in which they happen; what is in none of them is `other`."""
 PHASE_NAMES = ("data wait", "forward", "backward", "exposed comm", "optimizer", "other")
 _OPTIONAL = ("loss", "grad_norm", "learning_rate", "mfu")
-COLUMNS = ("step", "time_s", *_OPTIONAL, "step_s", *PHASES, "tokens_per_s")
+COLUMNS = ("step", "time_s", *_OPTIONAL, "step_s", *PHASES, "tokens_per_s", "samples_per_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,7 @@ class StepHistory:
             self._columns[name].append(getattr(summary, name) if measured else NAN)
         # A step of a script that does not count tokens has none: that is "not available", not a rate of 0.
         self._columns["tokens_per_s"].append(summary.tokens_per_s or NAN)
+        self._columns["samples_per_s"].append(summary.samples_per_s or NAN)
         if summary.rank_step_s:
             self.rows.append(RankRow(summary.step, array("f", summary.rank_step_s)))
             if len(self.rows) > self._rank_rows + 64:

@@ -27,6 +27,8 @@ class LogTail(LogView):
         self._next: int | None = None
         self._read: ReadLog | None = None
         self._busy = False
+        self._turn = 0
+        """Grows with each change of the rank: what was asked before is not for this log."""
 
     @property
     def read_once(self) -> bool:
@@ -42,6 +44,7 @@ class LogTail(LogView):
         """Begin with another rank's log; -1 is the launcher's."""
         if rank != self._rank:
             self._rank, self._first, self._next = rank, 0, None
+            self._turn += 1
             self.empty = READING
             self.clear()
 
@@ -56,10 +59,10 @@ class LogTail(LogView):
             self.run_worker(self._forward(read, self._rank), group="log")
 
     async def _forward(self, read: ReadLog, rank: int) -> None:
+        turn, start = self._turn, self._next
         try:
-            start = self._next
             reply = await read(rank, -PIECE_BYTES if start is None else start, PIECE_BYTES)
-            if rank != self._rank:
+            if turn != self._turn:
                 return
             if start is not None and reply.size < start:
                 self._next = None
@@ -76,8 +79,9 @@ class LogTail(LogView):
             self.empty = "the log is empty"
             self.append(data)
         except DaemonUnavailable as error:
-            self.empty = f"n/a: {error}"
-            self.refresh()
+            if turn == self._turn:
+                self.empty = f"n/a: {error}"
+                self.refresh()
         finally:
             self._busy = False
 
@@ -88,16 +92,16 @@ class LogTail(LogView):
             self.run_worker(self._backward(self._read, self._rank), group="log")
 
     async def _backward(self, read: ReadLog, rank: int) -> None:
+        turn, start = self._turn, max(0, self._first - PIECE_BYTES)
         try:
-            start = max(0, self._first - PIECE_BYTES)
             reply = await read(rank, start, self._first - start)
-            if rank != self._rank:
+            if turn != self._turn:
                 return
             data = bytes(reply.data)
             cut = data.find(b"\n") + 1 if start > 0 else 0
             self.prepend(data[cut:])
             self._first = start + cut
         except DaemonUnavailable as error:
-            self.notify(str(error), title="Cannot read earlier lines", severity="warning")
+            self.notify(str(error), title="Cannot read earlier lines", severity="warning", markup=False)
         finally:
             self._busy = False

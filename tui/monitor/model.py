@@ -12,6 +12,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from distui.core.paths import is_run_id
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.monitor.history import StepHistory
 
@@ -90,7 +91,7 @@ class RunModel:
     def apply(self, update: pb.Update, received_s: float) -> None:
         """Take in what the daemon sent; what is already known (it repeats all after a reconnect) changes nothing."""
         self.snapshot = update.snapshot
-        if update.snapshot.run.run_id:
+        if is_run_id(update.snapshot.run.run_id):  # it names files: a daemon may be another user's
             self.run_id = update.snapshot.run.run_id
         self.server_time_s, self.received_s = update.server_time_s, received_s
         for summary in update.steps:
@@ -176,14 +177,12 @@ class RunModel:
         """Return the newest rate over all ranks; None where the script counts no tokens."""
         return self.history.last("tokens_per_s")
 
-    def samples_per_s(self) -> float | None:
-        """Return samples a second over all ranks, from their last steps; None where a rank has none."""
-        rates = [
-            rank.last_step.samples / rank.last_step.step_s
-            for rank in self.ranks
-            if rank.HasField("last_step") and rank.last_step.step_s
-        ]
-        return sum(rates) if rates and len(rates) == len(self.ranks) and any(rates) else None
+    @property
+    def rate(self) -> tuple[str, str]:
+        """The column of the rate that this script has, and its unit: samples where it counts no tokens."""
+        if self.history.last("tokens_per_s") is None and self.history.last("samples_per_s") is not None:
+            return "samples_per_s", "samples/s"
+        return "tokens_per_s", "tok/s"
 
     def planned_bytes(self) -> int | None:
         """Return the memory the plan gave each rank; None without a plan."""

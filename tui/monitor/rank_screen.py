@@ -52,8 +52,15 @@ class RankScreen(Screen[None]):
         """Scroll the log with the keys."""
         self.query_one(LogTail).focus()
 
+    @property
+    def ready(self) -> bool:
+        """Whether all of its parts are there: a screen is in sight before they are."""
+        return all(self.query(part) for part in ("#rank-memory", "#rank-split", "#rank-chart", "#rank-log"))
+
     def show(self, frame: Frame) -> None:
         """Draw the frame."""
+        if not self.ready:
+            return
         self._frame = frame
         model, state = frame.model, frame.model.rank(self.rank)
         log = self.query_one(LogTail)
@@ -90,7 +97,7 @@ class RankScreen(Screen[None]):
             f"  pid {state.pid or NA}  {device or NA}",
             f" step {count(optional(state, 'step'))}  loss {scalar(optional(state, 'loss'))}"
             f"  grad norm {scalar(optional(step, 'grad_norm'))}  lr {scalar(optional(step, 'learning_rate'))}"
-            f"  {si(optional(state, 'tokens_per_s'), 'tok/s')}",
+            f"  {si(optional(state, frame.model.rate[0]), frame.model.rate[1])}",
             f" {doing}  {si(state.num_parameters or None)} parameters"
             f"  last heard {duration(now_s - seen) + ' ago' if seen else NA}",
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distui.core.telemetry.kinds import WARNINGS
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.format import count, duration, ranks, scalar
 from distui.tui.monitor.model import RunModel
@@ -59,7 +60,7 @@ def judge(model: RunModel, now_s: float, problem: str = "", *, daemon_away: bool
         worst = model.diagnosis[0]
         more = f" (and {len(model.diagnosis) - 1} more)" if len(model.diagnosis) > 1 else ""
         return Verdict(
-            BAD if worst.kind != "straggler" else WARN, "▲", state, f"{worst.kind}: {blame(worst, model)}{more}"
+            WARN if worst.kind in WARNINGS else BAD, "▲", state, f"{worst.kind}: {blame(worst, model)}{more}"
         )
     lost = [rank.rank for rank in model.ranks if rank.state == "dead"]
     halted = [rank.rank for rank in model.ranks if rank.state == "stopped"]

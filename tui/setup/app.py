@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from rich.text import Text
-from textual.app import App, ComposeResult
+from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import Screen
 from textual.widgets import ContentSwitcher, Footer, Static
 
 from distui.core.errors import Problem, UserError
-from distui.core.hardware import Hardware
+from distui.core.hardware.detect import Hardware
 from distui.tui.setup.cluster_step import ClusterStep
 from distui.tui.setup.dialogs import HelpScreen, ImportScreen, QuitScreen
 from distui.tui.setup.hardware_step import HardwareStep
@@ -25,6 +27,8 @@ from distui.tui.setup.scripts import find_scripts
 from distui.tui.setup.step import Step
 from distui.tui.setup.strategy_step import StrategyStep
 from distui.tui.setup.widgets import StepBar
+from distui.tui.terminal import ends_with_terminal
+from distui.tui.widgets.commands import open_commands
 
 WIDE = 110
 """Columns from which panes stand side by side."""
@@ -69,7 +73,7 @@ class SetupApp(App[SetupResult]):
 
     CSS_PATH = Path(__file__).with_name("setup.tcss")
     TITLE = "distui setup"
-    ENABLE_COMMAND_PALETTE = False
+    ENABLE_COMMAND_PALETTE = True
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("alt+right", "next", "Next", key_display="enter"),
         Binding("escape,alt+left", "back", "Back", key_display="esc"),
@@ -108,20 +112,30 @@ class SetupApp(App[SetupResult]):
         self.screen_stack[0].query_one(StepBar).current = index
         self.steps[index].enter()
 
-    def on_step_completed(self) -> None:
-        """Go on from a step that was confirmed with Enter."""
-        self.action_next()
+    def on_step_completed(self, event: Step.Completed) -> None:
+        """Go on from a step, unless it has been left meanwhile: of two quick Enters the second is for the next page."""
+        if self._in_sight(event.step) and self.current + 1 < len(self.steps):
+            self.state.touched = self.state.touched or self.current > 0
+            self.show_step(self.current + 1)
 
     def on_step_told(self, event: Step.Told) -> None:
-        """Show what a step has to say."""
-        self._tell(event.trouble)
+        """Show what the step in sight has to say."""
+        if self._in_sight(event.step):
+            self._tell(event.trouble)
 
-    async def on_review_step_went_back(self) -> None:
+    def _in_sight(self, step: Step) -> bool:
+        # While the app closes there are no screens, and messages still come.
+        return bool(self.screen_stack) and step is self.steps[self.current]
+
+    def on_review_step_went_back(self) -> None:
         """Go back from Review by its button."""
-        await self.action_back()
+        if self._in_sight(self.steps[-1]):
+            self.show_step(self.current - 1)
 
     def on_review_step_decided(self, event: ReviewStep.Decided) -> None:
         """Write the file and leave; what cannot be written is told, and the wizard stays."""
+        if not self._in_sight(self.steps[-1]):
+            return  # pressed, and gone back before it was heard
         if event.launch and (problem := self.state.launch_problem()):
             self._tell(problem)
             return
@@ -134,15 +148,13 @@ class SetupApp(App[SetupResult]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keep the wizard's keys out of its dialogs."""
-        if action in ("next", "back", "help", "quit"):
+        if action in ("next", "back", "help", "quit", "command_palette"):
             return isinstance(self.screen, WizardScreen)
         return True
 
     def action_next(self) -> None:
         """Go to the next step if this one is complete."""
-        if self.steps[self.current].complete() and self.current + 1 < len(self.steps):
-            self.state.touched = self.state.touched or self.current > 0
-            self.show_step(self.current + 1)
+        self.steps[self.current].finish()
 
     async def action_back(self) -> None:
         """Go to the step before; from the first one, leave."""
@@ -155,6 +167,25 @@ class SetupApp(App[SetupResult]):
         """Show what this step is for."""
         step = self.steps[self.current]
         self.push_screen(HelpScreen(step.TITLE, step.HELP))
+
+    def action_command_palette(self) -> None:
+        """Open the palette."""
+        open_commands(self)
+
+    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+        """Offer the pages' keys and what belongs to all of them."""
+        step = self.steps[self.current]
+        yield SystemCommand("Next", "Take this page's answers", self.action_next)
+        yield SystemCommand("Back", "To the page before; answers stay", self.action_back)
+        for binding in step.BINDINGS:
+            if isinstance(binding, Binding) and binding.show:
+                run = partial(step.run_action, binding.action)
+                yield SystemCommand(f"{step.TITLE}: {binding.description}", f"Key {binding.key}", run)
+        yield SystemCommand("Help", "What this page is for, and the keys", self.action_help)
+        for command in super().get_system_commands(screen):
+            if command.title == "Theme":
+                yield command
+        yield SystemCommand("Leave", "Asks when something was chosen; nothing is written", self.action_quit)
 
     async def action_quit(self) -> None:
         """Leave without writing; ask first when something was chosen."""
@@ -181,5 +212,6 @@ class SetupApp(App[SetupResult]):
 
 def run_wizard(state: WizardState) -> SetupResult:
     """Run the wizard on a prepared state in this terminal until it is left, and return what it wrote."""
-    result = SetupApp(state).run()
+    with ends_with_terminal():
+        result = SetupApp(state).run()
     return result if result is not None else SetupResult(None, False)

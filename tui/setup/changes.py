@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distui.core.config import Config
-from distui.core.config_import.carried import Carried
+from distui.core.config.imports.carried import Carried
+from distui.core.config.schema import Config
 from distui.tui.setup.model import WizardState
 from distui.tui.setup.planning import Choice
 

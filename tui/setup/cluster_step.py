@@ -9,10 +9,10 @@ from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.widgets import Input
 
-from distui.core.config import keys
+from distui.core.config.schema import keys
 from distui.core.errors import Problem
 from distui.tui.setup.consequences import consequence, fastest_nvme, needs_nvme
-from distui.tui.setup.step import Step, fill
+from distui.tui.setup.step import Step
 from distui.tui.setup.widgets import SettingField
 
 LABELS = {
@@ -55,7 +55,7 @@ class ClusterStep(Step):
             if fastest is not None:
                 self.state.set_value("offload.nvme_path", fastest)
         for field in self.query(SettingField):
-            fill(field.input, str(self.state.value(field.key)))
+            self.fill(field.input, str(self.state.value(field.key)))
             if field.key == "offload.nvme_path":
                 field.display = needs_nvme(self.state)
         self._explain()
@@ -63,7 +63,7 @@ class ClusterStep(Step):
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Check the value, and show what it leads to."""
-        event.stop()
+        self.heard(event)
         self.tell(None)
         self._take()
 
@@ -77,7 +77,7 @@ class ClusterStep(Step):
     def _take(self) -> Problem | None:
         wrong: dict[str, Problem] = {}
         for field in self.query(SettingField):
-            text = field.input.value.strip()
+            text = self.typed[field.key].strip()
             if not field.display:
                 continue
             if text != str(self.state.value(field.key)) and (problem := self.state.set_value(field.key, text)):

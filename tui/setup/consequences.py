@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from distui.core.hardware import Disk
+from distui.core.hardware.detect import Disk
 from distui.tui.format import NA, num_bytes, si
 from distui.tui.setup.model import WizardState
 
@@ -28,9 +28,10 @@ def prediction(state: WizardState) -> str:
     """Return bytes a rank and tokens/s of the strategy as it is set now, or why there are none."""
     if state.choice is None or state.model is None:
         return "memory and speed n/a: the model's size is not known" if state.model is None else ""
-    plan = state.predict(state.config())
+    plan = state.predict()
     if plan is None:
-        return "memory and speed n/a: the batch cannot be divided so"
+        why = state.failure.why if state.failure else "the batch cannot be divided so"
+        return f"memory and speed n/a: {why}"
     limit = f" of {num_bytes(plan.memory_limit_bytes)}" if plan.memory_limit_bytes else ""
     over = "" if plan.fits or plan.memory_limit_bytes is None else ", does not fit"
     return f"{num_bytes(plan.memory_per_rank_bytes)}{limit} a rank{over}, {si(plan.tokens_per_s, 'tokens/s')}"
@@ -68,7 +69,7 @@ def disk_of(state: WizardState, folder: str) -> Disk | None:
 
 def _nvme_path(state: WizardState) -> str:
     path = state.value("offload.nvme_path")
-    plan = state.predict(state.config())
+    plan = state.predict()
     need = f"{num_bytes(plan.nvme_bytes)} a node go there" if plan is not None and plan.nvme_bytes else ""
     if not path:
         return f"{need or 'states go there'}: name a folder on a local NVMe disk"
@@ -114,7 +115,7 @@ def _scaled(state: WizardState) -> str:
     nodes = int(state.value("cluster.nodes"))
     trial = replace(state, settings=dict(state.settings))
     trial.set_value("cluster.nodes", str(2 * nodes))
-    plan = trial.predict(trial.config())
+    plan = trial.predict()
     if plan is None:
         return ""
     return (
@@ -135,7 +136,7 @@ def _batch(state: WizardState, world_size: int | None) -> str:
     """Return the batch equation where the numbers are there."""
     size, micro = state.value("batch.global_size"), state.value("batch.micro_size")
     if not (world_size and size and micro):
-        return ""
+        return "" if size or micro else "; batch as the script has it"
     axes = 1
     for axis in ("tensor_parallel", "pipeline_parallel", "context_parallel"):
         axes *= state.value(f"strategy.{axis}")

@@ -11,7 +11,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Button, Static
 
-from distui.core.config_import.carried import Carried
+from distui.core.config.imports.carried import Carried
 from distui.tui.setup.facts import note_rows
 
 KEYS = """\
@@ -19,6 +19,7 @@ Enter        next step (on Review: the highlighted button)
 Esc, Alt+←   back, with everything kept
 Tab, ↑ ↓     next field, or move in a list
 ? or F1      this help
+Ctrl+P       all commands, by name
 Ctrl+Q       leave; asks when something was chosen"""
 
 

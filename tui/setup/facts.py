@@ -8,8 +8,8 @@ from itertools import groupby
 from rich.table import Table
 from rich.text import Text
 
-from distui.core.config_import.carried import KINDS, Carried
-from distui.core.hardware import Gpu, Hardware
+from distui.core.config.imports.carried import KINDS, Carried
+from distui.core.hardware.detect import Gpu, Hardware
 from distui.core.plan.types import ModelSpec, Plan, Term
 from distui.tui.format import NA, count, num_bytes, seconds, si
 

@@ -14,10 +14,11 @@ from textual.widgets import Input, Static
 from textual.worker import get_current_worker
 
 from distui.core.errors import UserError
-from distui.core.hardware import Hardware, detect, parse_hardware
+from distui.core.hardware.detect import Hardware, detect, parse_hardware
 from distui.tui.setup.facts import grid, hardware_rows
+from distui.tui.setup.failures import told_as
 from distui.tui.setup.model import WizardState
-from distui.tui.setup.step import Field, Step, fill, pass_scroll
+from distui.tui.setup.step import Field, Step, pass_scroll
 
 EXAMPLES = ("8xA100-40GB", "8xA100-80GB", "8xH100-80GB", "4x8xH100-80GB", "8xH200-141GB", "1xRTX4090-24GB")
 
@@ -41,14 +42,17 @@ class HardwareStep(Step):
     class Detected(Message):
         """The detection has ended."""
 
-        def __init__(self, hardware: Hardware) -> None:
+        def __init__(self, hardware: Hardware | UserError) -> None:
             super().__init__()
             self.hardware = hardware
+            """What was found, or why nothing was."""
 
     def __init__(self, state: WizardState, known: Hardware | None = None) -> None:
         super().__init__(state)
         self._here = known
         """This machine; None until it is detected."""
+        self._failure: UserError | None = None
+        """Why it could not be."""
         self._goes_on = False
         """Whether Enter was pressed while the detection still ran."""
 
@@ -74,34 +78,45 @@ class HardwareStep(Step):
 
     @work(thread=True, exclusive=True)
     def _detect(self) -> None:
-        hardware = detect()
+        found: Hardware | UserError
+        try:
+            with told_as("the detection of this machine", "type the machine by name, such as 8xA100-40GB"):
+                found = detect()
+        except UserError as error:
+            found = error
         if not get_current_worker().is_cancelled:
-            self.post_message(self.Detected(hardware))
+            self.post_message(self.Detected(found))
 
     def on_hardware_step_detected(self, event: Detected) -> None:
         """Take what was found, and go on if Enter was pressed meanwhile."""
         event.stop()
+        if isinstance(event.hardware, UserError):
+            self._failure, self._goes_on = event.hardware, False
+            self.query_one("#hardware-rows", Static).update("this machine is n/a: its detection failed")
+            self.tell(self._failure)
+            return
         self._here = event.hardware
         if not self.state.hardware_text:
             self.state.set_hardware(event.hardware)
         self._refresh()
         if self._goes_on:
             self._goes_on = False
-            self.post_message(self.Completed())
+            self.finish()
 
     def enter(self) -> None:
         """Show the hardware that the plan is for."""
         field = self.query_one("#hardware-name", Input)
-        fill(field, self.state.hardware_text)
+        self.fill(field, self.state.hardware_text)
         self._refresh()
         field.focus()
 
     def complete(self) -> bool:
         """Take the hardware that is named, or this machine."""
-        text = self.query_one("#hardware-name", Input).value.strip()
+        text = self.typed["hardware-name"].strip()
         if not text:
             if self._here is None:
-                self._goes_on = True
+                self._goes_on = self._failure is None
+                self.tell(self._failure)
                 return False
             self.state.set_hardware(self._here)
             return True
@@ -109,7 +124,7 @@ class HardwareStep(Step):
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Show the named hardware as soon as the name is one."""
-        event.stop()
+        self.heard(event)
         self._goes_on = False
         self.state.touched = True
         self.tell(None)

@@ -6,22 +6,25 @@ Torch-free and textual-free, so that it is tested without a screen. Nothing here
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from distui.core import config_file
-from distui.core.config import Config, keys
-from distui.core.config_check import check
-from distui.core.config_import.carried import Carried
-from distui.core.errors import ConfigError, Problem, UserError
-from distui.core.hardware import Hardware, parse_hardware
+from distui.core.config import file as config_file
+from distui.core.config.check import check
+from distui.core.config.imports.carried import Carried
+from distui.core.config.schema import Config, keys
+from distui.core.config.settings import accepts, load, parse_text
+from distui.core.errors import Problem, UserError
+from distui.core.hardware.detect import Hardware, parse_hardware
 from distui.core.plan.models import load_model
 from distui.core.plan.planned import plan_of
 from distui.core.plan.types import ModelSpec, Plan
-from distui.core.settings import accepts, load, parse_text
+from distui.tui.setup.failures import UnexpectedError, told_as
 from distui.tui.setup.planning import PLANNER_KEYS, Choice, choices_for_model, choices_without_model, kept_choice
 from distui.tui.setup.script_models import Models, is_script
 
@@ -31,8 +34,6 @@ ALWAYS_WRITTEN = {
     "precision.dtype",
     "activation_checkpointing.mode",
     "offload.optimizer",
-    "batch.global_size",
-    "batch.micro_size",
 }
 """Keys that a new file shows even where they equal the default, because they are the answers to the questions."""
 
@@ -66,6 +67,8 @@ class WizardState:
     """What another tool's file brought."""
     import_name: str = ""
     models: Models = field(default_factory=Models)
+    failure: UserError | None = None
+    """What nobody expected when the planner was last asked; its answer is then n/a, and the other choices stay."""
     brought: dict[str, Any] = field(default_factory=dict)
     """`section.key` -> value that the other tool's file sets, None where it clears ours."""
 
@@ -193,18 +196,7 @@ class WizardState:
         if value != self.asked(key):
             self.touched = True
             self.settings[key] = value
-            if key in ("cluster.nproc", "cluster.nodes"):
-                self._follow_ranks()
         return None
-
-    def _follow_ranks(self) -> None:
-        """Let a global batch that nobody asked for grow and shrink with the ranks, as the planner would have it."""
-        plan = self.choice.plan if self.choice is not None else None
-        if self.choice is None or plan is None or self.asked("batch.global_size") is not None or not self.world_size:
-            return
-        cut = plan.tensor_parallel * plan.pipeline_parallel * plan.context_parallel
-        size = plan.micro_size * plan.accumulation * max(1, self.world_size // cut)
-        self.choice = replace(self.choice, values={**self.choice.values, "batch.global_size": size})
 
     def choices(self) -> list[Choice]:
         """Return the strategies to choose from, best first; one that keeps what the file says is marked as such.
@@ -218,19 +210,19 @@ class WizardState:
         assert world_size is not None
         if size is None and micro is not None and (accumulation := self.asked("batch.accumulation")):
             size = micro * accumulation * world_size
-        shaped = self.shaped_model
-        if shaped is None:
-            found = choices_without_model(world_size, self.base)
-        else:
+        shaped, self.failure = self.shaped_model, None
+        found = choices_without_model(world_size, self.base)
+        if shaped is not None:
             nproc, nodes = self.value("cluster.nproc"), self.value("cluster.nodes")
-            found = choices_for_model(
-                shaped,
-                replace(self.hardware, nodes=nodes),
-                None if nproc == "auto" else nproc,
-                micro,
-                size,
-                {key: self.asked(key) for key in PLANNER_KEYS if key in self.stated or key in self.settings},
-            )
+            with self._planner():
+                found = choices_for_model(
+                    shaped,
+                    replace(self.hardware, nodes=nodes),
+                    None if nproc == "auto" else nproc,
+                    micro,
+                    size,
+                    {key: self.asked(key) for key in PLANNER_KEYS if key in self.stated or key in self.settings},
+                )
         kept = self.kept()
         if kept is not None and not any(choice.is_like(kept) for choice in found):
             found = [kept, *found]
@@ -246,16 +238,37 @@ class WizardState:
             return kept
         return replace(kept, plan=plan, why=f"as {self.import_name or self.path.name} has it; {plan.why}")
 
-    def predict(self, config: Config) -> Plan | None:
-        """Return what is predicted of a configuration on the chosen machine; None where nothing can be."""
+    def predict(self, config: Config | None = None) -> Plan | None:
+        """Return what is predicted of a configuration on the chosen machine; None where nothing can be.
+
+        Without one it is that of the answers so far, and a batch that they leave open is assumed as the plan has it.
+        """
+        config = config or self._assumed()
         shaped, world_size = self.shaped_model, self.world_size
         if shaped is None or self.hardware is None or world_size is None:
             return None
         nodes = int(self.value("cluster.nodes"))
-        try:
+        # What does not go together, the check at Review and the fields say.
+        with self._planner(), suppress(UserError):
             return plan_of(config, shaped, replace(self.hardware, nodes=nodes), world_size // nodes)
-        except ConfigError:  # the batch does not divide: the check at Review and the fields say so
-            return None
+        return None
+
+    def _assumed(self) -> Config:
+        config, plan = self.config(), self.choice.plan if self.choice is not None else None
+        batch = config.batch
+        if plan is None or batch.micro_size is not None or batch.global_size is not None:
+            return config
+        sizes = {"micro_size": plan.micro_size, "accumulation": batch.accumulation or plan.accumulation}
+        return config.model_copy(update={"batch": batch.model_copy(update=sizes)})
+
+    @contextmanager
+    def _planner(self) -> Iterator[None]:
+        """Keep what goes wrong in the planner as the `failure`; what it says of the answers themselves is raised."""
+        try:
+            with told_as("the planner", "choose a ZeRO stage without a prediction, or go back and change the model"):
+                yield
+        except UnexpectedError as error:
+            self.failure = error
 
     def choose(self, choice: Choice) -> None:
         """Take a strategy."""

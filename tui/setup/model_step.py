@@ -15,14 +15,13 @@ from textual.widgets.option_list import Option
 from textual.worker import get_current_worker
 
 from distui.core.errors import Problem, UserError
-from distui.core.plan.models import load_model
 from distui.core.plan.presets import PRESETS
 from distui.core.plan.types import ModelSpec
 from distui.tui.format import si
 from distui.tui.setup.facts import UNKNOWN_MODEL_ROWS, grid, model_rows
 from distui.tui.setup.model import WizardState
 from distui.tui.setup.script_models import is_script
-from distui.tui.setup.step import Field, Step, fill, pass_scroll
+from distui.tui.setup.step import Field, Step, pass_scroll
 
 UNKNOWN = "my script's model (size n/a)"
 TYPED_ID = "typed"
@@ -81,7 +80,7 @@ class ModelStep(Step):
         if event.error is not None:
             self.tell(event.error)
         elif self.display and self._highlighted() == event.text:
-            self.post_message(self.Completed())
+            self.finish()
 
     def compose(self) -> ComposeResult:
         """Yield the two fields, the list and the facts."""
@@ -101,20 +100,20 @@ class ModelStep(Step):
     def enter(self) -> None:
         """Show the model that is chosen."""
         length = self.state.sequence_length
-        fill(self.query_one("#sequence-length", Input), "" if length is None else str(length))
+        self.fill(self.query_one("#sequence-length", Input), "" if length is None else str(length))
         is_preset = self.state.model_text in PRESETS
         field = self.query_one("#model-name", Input)
-        fill(field, "" if is_preset else self.state.model_text)
-        self._list(field.value, self.state.model_text or UNKNOWN_ID)
+        self.fill(field, "" if is_preset else self.state.model_text)
+        self._list(self.typed["model-name"], self.state.model_text or UNKNOWN_ID)
         field.focus()
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Filter the list, or take the length, at once."""
-        event.stop()
+        name = self.heard(event)
         self.state.touched = True
         self._building = ""
         self.tell(None)
-        if event.input.id == "model-name":
+        if name == "model-name":
             self._list(event.value.strip())
         else:
             trouble = self.state.set_sequence_length(event.value)
@@ -138,12 +137,11 @@ class ModelStep(Step):
         names.highlighted = ids.index(target) if target in ids else 0 if options else None
         self._show_highlighted()
 
-    @staticmethod
-    def _loads(text: str) -> bool:
+    def _loads(self, text: str) -> bool:
         if is_script(text):
             return True
         try:
-            load_model(text)
+            self.state.models.load(text)
         except UserError:
             return False
         return True
@@ -153,7 +151,7 @@ class ModelStep(Step):
         option = self.query_one("#model-list", OptionList).highlighted_option
         if option is None or option.id is None:
             return None
-        typed = self.query_one("#model-name", Input).value.strip()
+        typed = self.typed["model-name"].strip()
         return {UNKNOWN_ID: "", TYPED_ID: typed}.get(option.id, option.id)
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
@@ -164,7 +162,7 @@ class ModelStep(Step):
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Take Enter in the list as `next`."""
         event.stop()
-        self.post_message(self.Completed())
+        self.finish()
 
     def _show_highlighted(self) -> None:
         text = self._highlighted()
@@ -179,7 +177,12 @@ class ModelStep(Step):
             title.update(f"building {text} ..." if self._building == text else text)
             rows.update("Enter builds it on the meta device, without memory, in a process of its own; some seconds.")
         else:
-            model = self._shaped(self.state.models.load(text))
+            try:
+                model = self._shaped(self.state.models.load(text))
+            except UserError as error:  # a file that has changed since it was listed
+                title.update(error.what)
+                rows.update(f"{error.why}; {error.fix}")
+                return
             title.update(f"{model.name}  {si(model.num_parameters)} parameters")
             rows.update(grid(model_rows(model)))
 
@@ -189,8 +192,8 @@ class ModelStep(Step):
 
     def complete(self) -> bool:
         """Take the highlighted model, or tell what is wrong with what was typed."""
-        typed = self.query_one("#model-name", Input).value.strip()
-        if trouble := self.state.set_sequence_length(self.query_one("#sequence-length", Input).value):
+        typed = self.typed["model-name"].strip()
+        if trouble := self.state.set_sequence_length(self.typed["sequence-length"]):
             self.tell(trouble)
             return False
         text = self._highlighted()

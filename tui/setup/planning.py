@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distui.core.config import Config
-from distui.core.hardware import Hardware
+from distui.core.config.schema import Config
+from distui.core.hardware.detect import Hardware
 from distui.core.plan.search import explain, plan_all
 from distui.core.plan.types import ModelSpec, Plan, Term
+from distui.tui.setup.failures import UnexpectedError, told_as
 
 STRATEGY_KEYS = (
     "strategy.backend",
@@ -129,8 +130,8 @@ def choices_for_model(
 def choice_of(plan: Plan) -> Choice:
     """Return a plan as a row of the strategy step."""
     values = {f"{section}.{key}": value for section, table in plan.to_config().items() for key, value in table.items()}
-    values |= {"batch.global_size": plan.global_size, "batch.micro_size": plan.micro_size}
-    values.pop("batch.accumulation", None)
+    # The sizes that a plan assumes are no answer: what the user leaves open stays the script's.
+    values = {key: value for key, value in values.items() if not key.startswith("batch.")}
     return Choice(plan.name, values, plan.why, plan, plan.available)
 
 
@@ -138,4 +139,8 @@ def terms_of(choice: Choice, model: ModelSpec | None, hardware: Hardware | None)
     """Return every number behind a prediction, with formula and source; empty where nothing is predicted."""
     if choice.plan is None or model is None or hardware is None:
         return ()
-    return tuple(explain(choice.plan, model, hardware))
+    try:
+        with told_as("explaining this plan", ""):
+            return tuple(explain(choice.plan, model, hardware))
+    except UnexpectedError as error:
+        return (Term("n/a", 0.0, "1", error.why, ""),)

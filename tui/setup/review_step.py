@@ -14,7 +14,7 @@ from textual.widgets import Button, Input, Static, TabbedContent, TabPane, TextA
 
 from distui.tui.setup.dialogs import import_text
 from distui.tui.setup.model import WizardState
-from distui.tui.setup.step import Field, Step, fill
+from distui.tui.setup.step import Field, Step
 
 DIFF_STYLES = {"+": "bold #2fbf94", "-": "bold #ff7a59", "@": "dim"}
 """The sign at the line's start says the same without colour."""
@@ -74,7 +74,7 @@ class ReviewStep(Step):
         """Show the file, and put the focus on what Enter should do."""
         if not self.state.script and len(self._scripts) == 1 and self.state.is_this_machine:
             self.state.script = self._scripts[0]
-        fill(self.query_one("#script", Input), self.state.script)
+        self.fill(self.query_one("#script", Input), self.state.script)
         self.query_one("#toml", TextArea).text = self.state.toml()
         diff = self.state.diff()
         tabs = self.query_one("#review-tabs", TabbedContent)
@@ -116,7 +116,7 @@ class ReviewStep(Step):
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Take the script's path."""
-        event.stop()
+        self.heard(event)
         self.state.script = event.value.strip()
         self.tell(None)
         self._show()

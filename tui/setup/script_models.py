@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from distui.core.errors import UserError
 from distui.core.plan.models import load_model
 from distui.core.plan.types import ModelSpec
+from distui.tui.setup.failures import told_as
 
 
 def is_script(text: str) -> bool:
@@ -30,6 +31,10 @@ class Models:
         Raises:
             UserError: no such preset, file, count or function.
         """
+        with told_as(f"reading the model {text!r}", "name the model by a preset or a size, such as 7B"):
+            return self._load(text)
+
+    def _load(self, text: str) -> ModelSpec:
         if not is_script(text):
             return load_model(text)
         if text not in self._built:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import ClassVar
 
@@ -12,18 +13,20 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
 from textual.widgets import Checkbox, DataTable, Input, Static
-from textual.widgets.data_table import ColumnKey
+from textual.widgets.data_table import ColumnKey, RowKey
 
 from distui.core.errors import Problem, UserError
 from distui.tui.format import NA, num_bytes, si
 from distui.tui.setup.facts import grid, plan_rows
 from distui.tui.setup.model import WizardState
 from distui.tui.setup.planning import Choice, terms_of
-from distui.tui.setup.step import Field, Step, fill, pass_scroll
+from distui.tui.setup.step import Field, Step, pass_scroll
 from distui.tui.setup.tune import TuneScreen
 from distui.tui.setup.widgets import Filter, memory_bar
 
 MAX_ROWS = 300
+ROW_NUMBERS = itertools.count()
+"""No row's key is used twice, so that a message about a former table is known as one."""
 BAR_WIDTH = 8
 NAME_WIDTH, WIDE_NAME_WIDTH = 34, 46
 SHORTER = (
@@ -44,7 +47,8 @@ class StrategyStep(Step):
         "Every strategy with its predicted memory on one rank against what a rank has, and the predicted tokens/s of "
         "the whole job; n/a is what cannot be predicted. ✓ fits, ✗ does not, ? is not known, ○ is not in this version "
         "yet. Micro is the samples of one forward on one rank: more means faster and more activations. Global is the "
-        "samples of one optimizer step: it changes the training itself. Empty leaves them to the planner. "
+        "samples of one optimizer step: it changes the training itself. Empty leaves them to the script: nothing "
+        "is written, and the prediction assumes what fits best. "
         "c changes the highlighted strategy field by field, with bytes and tokens/s of every value. "
         "m and g go to these fields, f and r switch the filters, [ and ] scroll the explanation."
     )
@@ -63,8 +67,14 @@ class StrategyStep(Step):
         self._choices: list[Choice] = []
         """All, ranked."""
         self._shown: list[Choice] = []
+        self._rows: dict[str, Choice] = {}
+        """Those shown, by the keys of their rows."""
         self._own: Choice | None = None
         """What was changed by hand."""
+        self._current: Choice | None = None
+        """The highlighted row's."""
+        self._only = {"fits-only": False, "runs-only": True}
+        """The filters."""
 
     def compose(self) -> ComposeResult:
         """Yield the fields and filters, the table and the pane that says why."""
@@ -93,15 +103,17 @@ class StrategyStep(Step):
         """Plan with the present answers, and highlight the chosen strategy or the best one."""
         for name, key in BATCH_KEYS.items():
             value = self.state.asked(key)
-            fill(self.query_one(f"#{name}", Input), "" if value is None else str(value))
+            self.fill(self.query_one(f"#{name}", Input), "" if value is None else str(value))
         self._plan()
         self.query_one("#plans", DataTable).focus()
 
     def _plan(self, wanted: Choice | None = None) -> None:
         """Rank anew, keeping the wanted or the highlighted strategy where it is still there."""
-        former = wanted or self._highlighted() or self.state.choice
+        former = wanted or self._current or self.state.choice
         try:
             self._choices = self.state.choices()
+            if self.state.failure is not None:
+                self.tell(self.state.failure)
         except UserError as error:
             self._choices = []
             self.tell(error)
@@ -111,7 +123,7 @@ class StrategyStep(Step):
         self._filter(former)
 
     def _filter(self, former: Choice | None) -> None:
-        fits, runs = self.query_one("#fits-only", Checkbox).value, self.query_one("#runs-only", Checkbox).value
+        fits, runs = self._only["fits-only"], self._only["runs-only"]
         found = [
             choice
             for choice in self._choices
@@ -122,9 +134,12 @@ class StrategyStep(Step):
         table.clear()
         width = WIDE_NAME_WIDTH if self.screen.has_class("-wide") else NAME_WIDTH
         table.columns[ColumnKey("name")].width = width
-        for choice in self._shown:
-            table.add_row(*_cells(choice, width))
-        table.move_cursor(row=self._best(former))
+        self._rows = {str(next(ROW_NUMBERS)): choice for choice in self._shown}
+        for key, choice in self._rows.items():
+            table.add_row(*_cells(choice, width), key=key)
+        best = self._best(former)
+        self._current = self._shown[best] if self._shown else None
+        table.move_cursor(row=best)
         self._explain()
 
     def _best(self, former: Choice | None) -> int:
@@ -138,29 +153,33 @@ class StrategyStep(Step):
                 return row
         return 0
 
-    def _highlighted(self) -> Choice | None:
-        row = self.query_one("#plans", DataTable).cursor_row
-        return self._shown[row] if 0 <= row < len(self._shown) else None
+    def _row_of(self, key: RowKey | None) -> Choice | None:
+        # An emptied table highlights no row.
+        return self._rows.get(key.value or "") if key is not None else None
 
     def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
-        """Say why."""
+        """Say why; a row of an earlier table is none any more."""
         event.stop()
-        self._explain()
+        if (choice := self._row_of(event.row_key)) is not None:
+            self._current = choice
+            self._explain()
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """Take Enter in the table as `next`."""
         event.stop()
-        self.post_message(self.Completed())
+        if (choice := self._row_of(event.row_key)) is not None:
+            self._current = choice
+            self.finish()
 
     def on_checkbox_changed(self, event: Checkbox.Changed) -> None:
         """Apply the filters."""
         event.stop()
-        self._filter(self._highlighted())
+        self._only[event.checkbox.id or ""] = event.value
+        self._filter(self._current)
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Plan again with the typed batch sizes; say at once what is wrong with them."""
-        event.stop()
-        problem = self.state.set_value(BATCH_KEYS[event.input.id or ""], event.value)
+        problem = self.state.set_value(BATCH_KEYS[self.heard(event)], event.value)
         self.tell(problem)
         if problem is None:
             self._plan()
@@ -173,10 +192,10 @@ class StrategyStep(Step):
 
     def on_resize(self, event: events.Resize) -> None:
         """Fold the explanation to the new width, and give the names what room there is."""
-        self._filter(self._highlighted())
+        self._filter(self._current)
 
     def _explain(self) -> None:
-        choice = self._highlighted()
+        choice = self._current
         pane, line = self.query_one("#why", Static), self.query_one("#batch-line", Static)
         if choice is None:
             pane.update(
@@ -197,10 +216,10 @@ class StrategyStep(Step):
     def complete(self) -> bool:
         """Take the highlighted strategy, if this version can run it and the batch fields are right."""
         for name, key in BATCH_KEYS.items():
-            if problem := self.state.set_value(key, self.query_one(f"#{name}", Input).value):
+            if problem := self.state.set_value(key, self.typed[name]):
                 self.tell(problem)
                 return False
-        choice = self._highlighted()
+        choice = self._current
         if choice is None:
             self.tell(
                 Problem("strategy", "no strategy is shown", "the filters leave none", "press f or r to show more")
@@ -222,7 +241,7 @@ class StrategyStep(Step):
 
     def action_change(self) -> None:
         """Change the highlighted strategy field by field."""
-        if (choice := self._highlighted()) is not None:
+        if (choice := self._current) is not None and self.app.screen is self.screen:
             self.app.push_screen(TuneScreen(self.state, choice), self._take_own)
 
     def _take_own(self, choice: Choice | None) -> None:
@@ -231,9 +250,11 @@ class StrategyStep(Step):
             return
         self._own = choice
         for name, key in BATCH_KEYS.items():
-            value = choice.values.get(key)
+            if key not in choice.values:
+                continue
+            value = choice.values[key]
             self.state.set_value(key, "" if value is None else str(value))
-            fill(self.query_one(f"#{name}", Input), "" if value is None else str(value))
+            self.fill(self.query_one(f"#{name}", Input), "" if value is None else str(value))
         self.state.set_value("precision.dtype", choice.values["precision.dtype"])
         self._plan(choice)
 
@@ -273,5 +294,7 @@ def _batch_words(choice: Choice, state: WizardState) -> str:
         micro, size = state.asked("batch.micro_size"), state.asked("batch.global_size")
         return f"Micro-batch {micro or 'as the script has it'}, global batch {size or 'as it follows from that'}."
     batch = f"{plan.global_size} = {plan.micro_size} x {plan.accumulation} x {plan.data_parallel} ranks"
+    if state.asked("batch.micro_size") is None and state.asked("batch.global_size") is None:
+        batch = f"as the script has it; with {batch}"
     activations = num_bytes(plan.memory.get("activations"))
     return f"Batch {batch}: activations {activations} a rank, {si(plan.tokens_per_s, 'tokens/s')}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from rich.text import Text
@@ -12,7 +13,7 @@ from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from distui.core.config import keys
+from distui.core.config.schema import keys
 from distui.core.plan.types import Plan
 from distui.tui.format import NA, num_bytes, si
 from distui.tui.setup.changes import changed
@@ -148,6 +149,8 @@ class TuneScreen(ModalScreen[Choice | None]):
         now = self.chosen()
         plan = now.plan
         effect = "memory and speed are n/a, since the model's size is not known"
+        if self._state.failure is not None:
+            effect = f"memory and speed are n/a: {self._state.failure.why}"
         if plan is not None:
             limit = num_bytes(plan.memory_limit_bytes)
             effect = f"{num_bytes(plan.memory_per_rank_bytes)} of {limit} a rank, {si(plan.tokens_per_s, 'tokens/s')}"
@@ -158,13 +161,11 @@ class TuneScreen(ModalScreen[Choice | None]):
     def action_take(self) -> None:
         """Leave with the strategy as it stands."""
         choice = self.chosen()
-        if choice.plan is not None:
-            sizes = {"batch.micro_size": choice.plan.micro_size, "batch.global_size": choice.plan.global_size}
-            choice = Choice(
-                choice.name,
-                {**choice.values, **sizes, "batch.accumulation": None},
-                choice.why,
-                choice.plan,
-                choice.available,
-            )
-        self.dismiss(choice)
+        sizes = {field.key: field.chosen for field in self.query(TuneField) if field.key.startswith("batch.")}
+        values = {key: value for key, value in choice.values.items() if not key.startswith("batch.")}
+        # Sizes that nobody turned are the planner's, and no answer.
+        if choice.plan is not None and any(self._was[key] != size for key, size in sizes.items()):
+            plan = choice.plan
+            values |= {"batch.micro_size": plan.micro_size, "batch.global_size": plan.global_size}
+            values["batch.accumulation"] = None
+        self.dismiss(replace(choice, values=values))

@@ -1,4 +1,4 @@
-"""A log on the Line API: follows its end, scrolls back, shows control characters as nothing."""
+"""A log on the Line API: follows its end, scrolls back, shows what a terminal would act on as nothing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
+from distui.core.telemetry.harmless import harmless
 from distui.tui.widgets.palette import ink_of, line
 
 MAX_LINES = 10_000
-_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _BAD = re.compile(r"\b(?:error|exception|traceback|failed|fatal)\b", re.IGNORECASE)
 _WARN = re.compile(r"\bwarn(?:ing)?\b", re.IGNORECASE)
 
@@ -25,7 +25,7 @@ def clean(text: str) -> str:
 
     A log is not ours: what is in it must not move the cursor, set the title or paint outside its line.
     """
-    return _ESCAPES.sub("", text.rstrip("\r").rpartition("\r")[2].expandtabs(4))
+    return harmless(text.rstrip("\r").rpartition("\r")[2].expandtabs(4))
 
 
 class LogView(ScrollView, can_focus=True):

@@ -11,15 +11,15 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
 from distui.compat.accelerate.arguments import plugins_of, settle, sort_handlers
+from distui.compat.accelerate.data.loaders import PreparedDataLoader
 from distui.compat.accelerate.data_loader import prepare_data_loader, skip_first_batches
-from distui.compat.accelerate.loaders import PreparedDataLoader
 from distui.compat.accelerate.logging import get_logger
 from distui.compat.accelerate.optimizer import AcceleratedOptimizer
-from distui.compat.accelerate.refusals import NotOffered, refuse_argument
-from distui.compat.accelerate.saving import Saving
+from distui.compat.accelerate.refusals import NotOffered
+from distui.compat.accelerate.saving import Saving, _Kept
 from distui.compat.accelerate.scheduler import AcceleratedScheduler
 from distui.compat.accelerate.state import AcceleratorState, GradientState
-from distui.compat.accelerate.steps import NoteSync, Steps
+from distui.compat.accelerate.steps import ModelNoSync, NoteSync, Steps
 from distui.compat.accelerate.tracking import filter_trackers
 from distui.compat.accelerate.utils.dataclasses import (
     DataLoaderConfiguration,
@@ -27,9 +27,20 @@ from distui.compat.accelerate.utils.dataclasses import (
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
-from distui.core.engine import Engine
-from distui.core.job import job_config
-from distui.core.precision import cast_floating
+from distui.compat.accelerate.utils.deepspeed import (
+    DummyOptim,
+    DummyScheduler,
+    EngineSteppedScheduler,
+    check_given,
+    optimizer_of,
+    schedule_of,
+)
+from distui.compat.accelerate.utils.other import compile_regions, extract_model_from_parallel
+from distui.core.backends.ddp import DDPBackend
+from distui.core.engine.batches import tell_changed_batch
+from distui.core.engine.engine import Engine
+from distui.core.engine.job import job_config
+from distui.core.ranks.precision import cast_floating
 
 __all__ = ["Accelerator", "DataLoaderConfiguration", "GradientAccumulationPlugin"]
 
@@ -120,7 +131,10 @@ class Accelerator(Steps, Saving):
             _from_accelerator=True,
             **init,
         )
-        self.engine = Engine(**settled.sections)
+        sections: dict[str, Any] = settled.sections
+        self.engine = Engine(**sections)
+        if isinstance(self.engine.backend, DDPBackend) and self.handlers.ddp is not None:
+            self.engine.backend.comm_hook = self.handlers.ddp.hook()
         self._autocast_dtype = settled.autocast_dtype
         self.gradient_state = GradientState(settled.accumulation)
         self._sync_each_batch = settled.accumulation.sync_each_batch
@@ -131,6 +145,7 @@ class Accelerator(Steps, Saving):
         self.rng_types = rng_types if rng_types is not None else ["generator"]
         self.log_with = filter_trackers(log_with, self.logging_dir)
         self.step = 0
+        self.engine._faces["accelerate"] = _Kept(self)
         self.flag_tensor = None
         self.fp8_enabled = False
         self._optimizers: list[AcceleratedOptimizer] = []
@@ -152,6 +167,9 @@ class Accelerator(Steps, Saving):
             (DataLoader, self.prepare_data_loader),
             (torch.optim.lr_scheduler.LRScheduler, self.prepare_scheduler),
         ]
+        check_given(args)
+        args = tuple(optimizer_of(value) if isinstance(value, DummyOptim) else value for value in args)
+        kinds.append((DummyScheduler, self.prepare_scheduler))
         prepared: dict[int, Any] = {}
         for kind, prepare in kinds:
             for index, value in enumerate(args):
@@ -178,14 +196,12 @@ class Accelerator(Steps, Saving):
         if self._autocast_dtype is not None:
             self._cast_forward(prepared)
         prepared.register_forward_pre_hook(NoteSync(self))
+        if not hasattr(prepared, "no_sync"):
+            prepared.__dict__["no_sync"] = ModelNoSync(self)
         self._models.append(prepared)
         plugin = self.state.dynamo_plugin
         if str(plugin.backend) != "NO" and not plugin.disable:
-            if plugin.use_regional_compilation:
-                raise refuse_argument(
-                    "TorchDynamoPlugin", "use_regional_compilation", True, "compile the blocks before prepare()"
-                )
-            prepared.compile(**plugin.to_kwargs())
+            (compile_regions if plugin.use_regional_compilation else nn.Module.compile)(prepared, **plugin.to_kwargs())
         return prepared
 
     def _cast_forward(self, model: nn.Module) -> None:
@@ -243,6 +259,8 @@ class Accelerator(Steps, Saving):
         micro = self.engine._micro_size
         if micro is None or type(loader.batch_sampler) is not BatchSampler or loader.batch_size == micro:
             return loader
+        own = loader.batch_size // self.num_processes if self.split_batches else loader.batch_size
+        tell_changed_batch(self.engine, own, micro)
         size = micro * self.num_processes if self.split_batches else micro
         loader.__dict__["batch_sampler"] = BatchSampler(loader.sampler, size, loader.drop_last)
         loader.__dict__["batch_size"] = size
@@ -250,6 +268,7 @@ class Accelerator(Steps, Saving):
 
     def _keep(self, loader: PreparedDataLoader) -> None:
         loader.on_wait, loader.on_batch = self.engine.clock.data_wait, self.engine.clock.batch
+        loader.watch = self.engine.step_end
         self._dataloaders.append(loader)
         loaders: list[Any] = self.engine._loaders  # saved with the rest of the state
         loaders.append(loader)
@@ -258,6 +277,11 @@ class Accelerator(Steps, Saving):
         """Make `scheduler` step when its optimizer does."""
         if isinstance(scheduler, AcceleratedScheduler):
             return scheduler
+        if isinstance(scheduler, DummyScheduler):
+            optimizer = self._optimizers[-1]
+            made = schedule_of(scheduler, optimizer, self.split_batches)
+            optimizer.after_step = made.step
+            return self._keep_scheduler(EngineSteppedScheduler(made, [optimizer]))
         own = getattr(scheduler, "optimizer", None)
         inner = getattr(own, "optimizer", own)
         bound = [o for o in self._optimizers if own in (o, o.optimizer) or getattr(o.optimizer, "inner", None) is inner]
@@ -267,6 +291,9 @@ class Accelerator(Steps, Saving):
             step_with_optimizer=self.step_scheduler_with_optimizer,
             split_batches=self.split_batches,
         )
+        return self._keep_scheduler(prepared)
+
+    def _keep_scheduler(self, prepared: AcceleratedScheduler) -> AcceleratedScheduler:
         self._schedulers.append(prepared)
         self.engine._schedulers.append(prepared)  # type: ignore[arg-type]
         return prepared
@@ -288,9 +315,7 @@ class Accelerator(Steps, Saving):
         """Return the model as it was given: preparing does not wrap it."""
         for schedule in self._schedules():
             schedule.finish_gathers()  # stages 1 and 2: who unwraps a model reads its weights
-        model = self.engine.unwrap_model(model)
-        if not keep_torch_compile and hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
+        model = extract_model_from_parallel(self.engine.unwrap_model(model), keep_torch_compile=keep_torch_compile)
         if not keep_fp32_wrapper and "_autocast" in model.__dict__:
             del model.__dict__["_autocast"], model.__dict__["forward"]
             if own := model.__dict__.pop("_forward_before_autocast", None):

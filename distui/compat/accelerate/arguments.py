@@ -18,7 +18,7 @@ from distui.compat.accelerate.utils.dataclasses import (
 )
 from distui.compat.accelerate.utils.enums import DDPCommunicationHookType, PrecisionType
 from distui.compat.accelerate.utils.plugins import DeepSpeedPlugin, FullyShardedDataParallelPlugin, Sections
-from distui.core.config import Config
+from distui.core.config.schema import Config
 
 _TO_DTYPE = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _FROM_DTYPE = {dtype: name for name, dtype in _TO_DTYPE.items()}
@@ -58,33 +58,11 @@ def sort_handlers(kwargs_handlers: Any) -> Handlers:
         if getattr(found, kind) is not None:
             raise ValueError(f"You can only pass one {type(handler)} in `kwargs_handlers`.")
         setattr(found, kind, handler)
-    if found.ddp is not None:
-        _check_ddp(found.ddp)
     if found.scaler is not None:
         for name, fixed in (("growth_factor", 2.0), ("backoff_factor", 0.5), ("enabled", True)):
             if getattr(found.scaler, name) != fixed:
                 raise refuse_argument("GradScalerKwargs", name, getattr(found.scaler, name), f"leave it at {fixed}")
     return found
-
-
-def _check_ddp(handler: DistributedDataParallelKwargs) -> None:
-    halves = (DDPCommunicationHookType.FP16, DDPCommunicationHookType.BF16)
-    no = DDPCommunicationHookType.NO
-    if handler.comm_hook not in (no, *halves) or handler.comm_wrapper is not no:
-        hook = handler.comm_hook if handler.comm_wrapper is no else handler.comm_wrapper
-        raise refuse_argument(
-            "DistributedDataParallelKwargs",
-            "comm_hook",
-            str(hook),
-            "compress gradients with compression.gradients in distui's config",
-        )
-    if handler.comm_hook in halves:
-        raise refuse_argument(
-            "DistributedDataParallelKwargs",
-            "comm_hook",
-            str(handler.comm_hook),
-            "compress gradients with compression.gradients, or train in bf16 with precision.reduce_dtype='same'",
-        )
 
 
 @dataclass
@@ -129,13 +107,26 @@ def settle(
     wanted = _precision(mixed_precision)
     stage = sections.get("strategy", {}).get("zero_stage", config.strategy.zero_stage)
     if wanted is None:
-        found.mixed_precision = _FROM_DTYPE[config.precision.dtype]
+        found.mixed_precision = _FROM_DTYPE[sections.get("precision", {}).get("dtype", config.precision.dtype)]
     else:
         found.mixed_precision = wanted
         dtype = _TO_DTYPE[wanted]
         if wanted == "bf16" and stage == 0 and config.precision.dtype != "bf16":
             found.autocast_dtype, dtype = "bf16", "fp32"
-        sections["precision"] = {"dtype": dtype}
+        sections.setdefault("precision", {})["dtype"] = dtype
+    if handlers.ddp is not None and handlers.ddp.comm_hook != DDPCommunicationHookType.NO:
+        backend = config.strategy.backend
+        if stage != 0 or backend not in ("native", "ddp"):
+            raise refuse_argument(
+                "DistributedDataParallelKwargs",
+                "comm_hook",
+                str(handlers.ddp.comm_hook),
+                f"hooks are DDP's, which holds whole states: launch with --zero 0 (it is {stage}, backend {backend}), "
+                "or compress with compression.gradients in distui's config",
+            )
+        sections.setdefault("strategy", {}).update(
+            backend="ddp", find_unused_parameters=handlers.ddp.find_unused_parameters
+        )
     if handlers.scaler is not None:
         sections.setdefault("precision", {}).update(
             initial_loss_scale=handlers.scaler.init_scale, loss_scale_window=handlers.scaler.growth_interval

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
-from distui.compat.accelerate.loaders import (
+from distui.compat.accelerate.data.loaders import (
     DataLoaderDispatcher,
     DataLoaderShard,
     PreparedDataLoader,
     SkipDataLoader,
     get_sampler,
 )
-from distui.compat.accelerate.samplers import (
+from distui.compat.accelerate.data.mixin import DataLoaderStateMixin
+from distui.compat.accelerate.data.samplers import (
     BatchSamplerShard,
     IterableDatasetShard,
     SeedableRandomSampler,
@@ -28,6 +29,7 @@ __all__ = [
     "BatchSamplerShard",
     "DataLoaderDispatcher",
     "DataLoaderShard",
+    "DataLoaderStateMixin",
     "IterableDatasetShard",
     "SeedableRandomSampler",
     "SkipBatchSampler",
@@ -157,7 +159,7 @@ def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
         view = copy.copy(dataloader)
         view.__dict__["_iterator"] = None
         view.skip_batches += num_batches
-        view.on_wait, view.on_batch = dataloader.on_wait, dataloader.on_batch
+        view.on_wait, view.on_batch, view.watch = dataloader.on_wait, dataloader.on_batch, dataloader.watch
         return view
     plain = prepare_data_loader(dataloader, num_processes=1, process_index=0)
     plain.skip_batches = num_batches

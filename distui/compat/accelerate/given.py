@@ -7,7 +7,7 @@ from typing import Any
 from distui.compat.accelerate.state import AcceleratorState
 from distui.compat.accelerate.utils.dataclasses import DataLoaderConfiguration
 from distui.compat.accelerate.utils.enums import FP8BackendType
-from distui.core.engine import Engine
+from distui.core.engine.engine import Engine
 
 
 class Given:

@@ -56,7 +56,7 @@ def _start(
     max_restarts: int = 0,
 ) -> None:
     """Run the function on fresh processes, as `distui.notebook_launcher` does; forked where only a fork can share."""
-    from distui.launcher.notebook import pickled_call, run_call
+    from distui.launcher.notebook.launcher import pickled_call, run_call
 
     try:
         call = pickled_call(_Call(function, environ), args)

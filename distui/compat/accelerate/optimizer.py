@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from typing import Any
 
 import torch
+
+from distui.compat.accelerate.state import GradientState
+from distui.core.sharding.optim.optim import ShardedOptimizer
+from distui.core.sharding.optim.states_seen import flat_states, states_by_parameter
 
 
 class AcceleratedOptimizer(torch.optim.Optimizer):
@@ -14,6 +20,8 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         """`optimizer` is what the engine prepared."""
         # Not Optimizer.__init__: groups and states are the engine's.
         self.optimizer, self.scaler, self.device_placement = optimizer, scaler, device_placement
+        self.after_step: Any = None
+        """Called when it has stepped: a schedule that follows it by itself."""
         self.gradient_factor = 1.0
         """What a local gradient is multiplied by: under LocalSGD it was divided by the number of ranks."""
 
@@ -47,12 +55,15 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state."""
-        state: dict[str, Any] = self.optimizer.state_dict()
+        """Return the optimizer's state: in the parameters' shapes, or this rank's ranges where it is sharded."""
+        whole = states_by_parameter(self.optimizer) if isinstance(self.optimizer, ShardedOptimizer) else None
+        state: dict[str, Any] = self.optimizer.state_dict() if whole is None else whole
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give the optimizer its state back."""
+        """Give the optimizer its state back, or that of a plain optimizer where states are not sharded."""
+        if isinstance(self.optimizer, ShardedOptimizer):
+            state_dict = flat_states(self.optimizer, state_dict)
         self.optimizer.load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -64,6 +75,10 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         if self.gradient_factor != 1.0:
             self.optimizer.grad_factor *= self.gradient_factor
         self.optimizer.step(closure)
+        if self.after_step is not None and GradientState().sync_gradients and not self.step_was_skipped:
+            self.after_step()
+
+    step.hooked = True  # type: ignore[attr-defined]  # else torch wraps it for all where one is unpickled
 
     def train(self) -> None:
         """Put a schedule-free optimizer into training mode."""
@@ -81,4 +96,12 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         return bool(getattr(self.optimizer, "step_was_skipped", False))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "scaler": self.scaler, "device_placement": self.device_placement}
+        # The optimizer as the script made it, with its states where they are whole: shards are of this process.
+        plain = getattr(self.optimizer, "inner", self.optimizer)
+        whole = states_by_parameter(self.optimizer) if isinstance(self.optimizer, ShardedOptimizer) else None
+        if whole is not None:
+            plain = copy.copy(plain)
+            params = [param for group in plain.param_groups for param in group["params"]]
+            plain.state = defaultdict(dict, {params[number]: state for number, state in whole["state"].items()})
+        values = {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+        return {**values, "optimizer": plain, "scaler": None, "after_step": None}

@@ -11,8 +11,8 @@ import torch
 from distui.compat.accelerate.state import AcceleratorState, GradientState
 from distui.compat.accelerate.utils import operations
 from distui.compat.accelerate.utils.enums import DistributedType
-from distui.core import ops
-from distui.core.engine import Engine
+from distui.core.engine.engine import Engine
+from distui.core.ranks import ops
 
 
 class Ranks:

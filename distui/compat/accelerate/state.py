@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from distui.compat.accelerate import beside
 from distui.compat.accelerate.refusals import refuse_argument
 from distui.compat.accelerate.utils.dataclasses import GradientAccumulationPlugin
 from distui.compat.accelerate.utils.enums import DistributedType
-from distui.core.process import ProcessState
 
 _OF_PROCESS = frozenset(
     [
@@ -43,21 +43,10 @@ def do_nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing."""
 
 
-def _join(timeout: Any, backend: str | None) -> ProcessState:
-    if timeout is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        # Two backends in one group, as the engine makes it; here only for the sake of the timeout.
-        both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend if backend and backend != "nccl" else both, timeout=timeout)
-        process = ProcessState()
-        process._owns_group = True
-        return process
-    return ProcessState()
-
-
 class PartialState:
     """This process among the ranks; every instance is the same one."""
 
-    _shared_state: ClassVar[dict[str, Any]] = {}
+    _shared_state: ClassVar[dict[str, Any]] = beside.HELD["PartialState"]
 
     def __init__(self, cpu: bool = False, **kwargs: Any) -> None:
         """Join the job on the first call. Collective then. `kwargs` are those of `InitProcessGroupKwargs`."""
@@ -66,7 +55,7 @@ class PartialState:
             return
         if cpu and torch.cuda.is_available():
             raise refuse_argument("Accelerator", "cpu", True, "hide the GPUs: CUDA_VISIBLE_DEVICES= distui launch ...")
-        process = _join(kwargs.get("timeout"), kwargs.get("backend"))
+        process = beside.join(kwargs.get("timeout"), kwargs.get("backend"))
         self._process = process
         self._cpu = cpu
         self.device = process.device
@@ -99,6 +88,7 @@ class PartialState:
     @staticmethod
     def _reset_state() -> None:
         PartialState._shared_state.clear()
+        beside.forget("PartialState")
 
     def set_device(self) -> None:
         """Do nothing: the device is set on joining."""
@@ -138,7 +128,7 @@ class PartialState:
 class AcceleratorState:
     """`PartialState` with what the `Accelerator` decided; every instance is the same one."""
 
-    _shared_state: ClassVar[dict[str, Any]] = {}
+    _shared_state: ClassVar[dict[str, Any]] = beside.HELD["AcceleratorState"]
 
     def __init__(
         self,
@@ -178,6 +168,7 @@ class AcceleratorState:
                 self.distributed_type = DistributedType.FSDP
         if parallelism_config is not None or "parallelism_config" not in self.__dict__:
             self.parallelism_config = parallelism_config
+        beside.agree()
 
     def __repr__(self) -> str:
         return f"{self._partial!r}Mixed precision type: {self.mixed_precision}\n"
@@ -206,6 +197,7 @@ class AcceleratorState:
     @staticmethod
     def _reset_state(reset_partial_state: bool = False) -> None:
         AcceleratorState._shared_state.clear()
+        beside.forget("AcceleratorState")
         if reset_partial_state:
             PartialState._reset_state()
 
@@ -235,7 +227,7 @@ class AcceleratorState:
 class GradientState:
     """Whether gradients are synchronised now, and where the loaders stand; every instance is the same one."""
 
-    _shared_state: ClassVar[dict[str, Any]] = {}
+    _shared_state: ClassVar[dict[str, Any]] = beside.HELD["GradientState"]
     _listeners: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
     """Objects whose `_on_sync_gradients(value)` is told of each change."""
 
@@ -248,6 +240,7 @@ class GradientState:
             self.is_xla_gradients_synced = False
         if gradient_accumulation_plugin is not None:
             self.plugin_kwargs = gradient_accumulation_plugin.to_kwargs()
+            beside.agree()
 
     @property
     def initialized(self) -> bool:
@@ -304,13 +297,17 @@ class GradientState:
         self.sync_gradients = sync_gradients
         for listener in list(self._listeners):
             listener._on_sync_gradients(sync_gradients)
+        beside.agree()
 
     def _add_dataloader(self, dataloader: Any) -> None:
         self._references.append(weakref.ref(dataloader))
+        beside.agree()
 
     def _remove_dataloader(self, dataloader: Any) -> None:
         self._references[:] = [reference for reference in self._references if reference() not in (None, dataloader)]
+        beside.agree()
 
     @staticmethod
     def _reset_state() -> None:
         GradientState._shared_state.clear()
+        beside.forget("GradientState")

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from distui.compat.accelerate.arguments import Handlers
+from distui.compat.accelerate.data.loaders import DataLoaderDispatcher, PreparedDataLoader
 from distui.compat.accelerate.given import Given
-from distui.compat.accelerate.loaders import DataLoaderDispatcher, PreparedDataLoader
 from distui.compat.accelerate.ranks import Ranks
 from distui.compat.accelerate.refusals import refuse_argument
 from distui.compat.accelerate.utils.dataclasses import AutocastKwargs, ProfileKwargs
@@ -33,6 +33,19 @@ class NoteSync:
 
     def __reduce__(self) -> Any:
         return NoteSync, (None,)
+
+
+class ModelNoSync:
+    """A prepared model's `no_sync`, as DDP's wrapper has it; a copy of the model sends nothing anyway."""
+
+    def __init__(self, accelerator: Steps | None) -> None:
+        self._accelerator = accelerator
+
+    def __call__(self) -> AbstractContextManager[None]:
+        return self._accelerator.no_sync() if self._accelerator is not None else nullcontext()
+
+    def __reduce__(self) -> Any:
+        return ModelNoSync, (None,)
 
 
 class Steps(Ranks, Given):
@@ -78,6 +91,7 @@ class Steps(Ranks, Given):
     @contextmanager
     def accumulate(self, *models: nn.Module) -> Iterator[None]:
         """Run one micro-batch; the optimizer steps on the last of a step, or of the loader."""
+        self.engine.step_end.working()
         state = self.gradient_state
         if state.sync_with_dataloader and state.end_of_dataloader:
             self.step, sync = 0, True
@@ -198,7 +212,7 @@ class Steps(Ranks, Given):
                     batches.even_batches = even_batches
         uneven = not (self.even_batches if even_batches is None else even_batches)
         try:
-            from distui.compat.accelerate.joining import joining
+            from distui.compat.accelerate.data.joining import joining
 
             with joining(self, self._models) if uneven else nullcontext():
                 yield

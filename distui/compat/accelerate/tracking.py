@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from distui.compat.accelerate.refusals import NotOffered
 from distui.compat.accelerate.state import PartialState
 from distui.compat.accelerate.utils.enums import LoggerType
-from distui.core.trackers import KINDS, metric_values
+from distui.core.trackers.trackers import KINDS, metric_values
 
 
 def on_main_process(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,6 +223,31 @@ _LIBRARY = {name: name for name in LOGGER_TYPE_TO_CLASS if name not in ("jsonl",
 _OTHERS = {str(member) for member in LoggerType} - set(LOGGER_TYPE_TO_CLASS) - {"all"}
 
 
+def is_tracker(entry: Any) -> bool:
+    """Return whether `entry` is an object derived from `GeneralTracker`, the face's or the real Accelerate's."""
+    real = getattr(sys.modules.get("accelerate.tracking"), "GeneralTracker", GeneralTracker)
+    return isinstance(entry, (GeneralTracker, real))
+
+
+def register_tracker_class(tracker_class: Any) -> None:
+    """Let `log_with` name a script's own tracker, which is made as the known ones are.
+
+    Raises: ValueError for what is no tracker, or has no name or no `requires_logging_directory`.
+    """
+    real = getattr(sys.modules.get("accelerate.tracking"), "GeneralTracker", GeneralTracker)
+    if not (isinstance(tracker_class, type) and issubclass(tracker_class, (GeneralTracker, real))):
+        raise ValueError(f"`tracker_class` must be a subclass of `GeneralTracker`, but got {tracker_class}.")
+    for attribute in ("name", "requires_logging_directory"):
+        if attribute == "name" and not getattr(tracker_class, "name", None):
+            raise ValueError("The tracker class to register must define a non-empty `name` attribute.")
+        if not any(attribute in vars(kind) for kind in tracker_class.__mro__ if kind is not GeneralTracker):
+            raise ValueError(f"The tracker class to register must define a `{attribute}` class attribute.")
+    name = str(tracker_class.name)
+    if name in LOGGER_TYPE_TO_CLASS:
+        warnings.warn(f"A tracker with the name '{name}' is already registered and will be overwritten", stacklevel=2)
+    LOGGER_TYPE_TO_CLASS[name] = tracker_class
+
+
 def _is_there(name: str) -> bool:
     library = _LIBRARY.get(name)
     return library is None or importlib.util.find_spec(library) is not None
@@ -241,14 +267,14 @@ def filter_trackers(log_with: Any, logging_dir: Any = None) -> list[Any]:
         return []
     wanted = list(log_with) if isinstance(log_with, (list, tuple)) else [log_with]
     if any(str(entry) == "all" for entry in wanted):
-        wanted = [entry for entry in wanted if isinstance(entry, GeneralTracker)] + get_available_trackers()
+        wanted = [entry for entry in wanted if is_tracker(entry)] + get_available_trackers()
     found: list[Any] = []
     for entry in wanted:
-        if isinstance(entry, GeneralTracker):
+        if is_tracker(entry):
             found.append(entry)
             continue
         name = str(entry)
-        if name in _OTHERS:
+        if name in _OTHERS and name not in LOGGER_TYPE_TO_CLASS:
             raise NotOffered(
                 f"log_with={name!r} is not offered by distui",
                 f"it has {', '.join(LOGGER_TYPE_TO_CLASS)}",

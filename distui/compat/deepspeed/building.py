@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,11 @@ from distui.compat.deepspeed.configuration import settle
 from distui.compat.deepspeed.engine import DeepSpeedEngine
 from distui.compat.deepspeed.loading import DeepSpeedDataLoader
 from distui.compat.deepspeed.lr_schedules import build_schedule
-from distui.compat.deepspeed.optimizers import build_optimizer
+from distui.compat.deepspeed.optim.optimizers import build_optimizer
+from distui.compat.deepspeed.parameters import tell_of
 from distui.compat.deepspeed.precision import OwnOutputs, scaler_of
 from distui.compat.not_offered import NotOffered
-from distui.core.engine import Engine
+from distui.core.engine.engine import Engine
 from distui.core.errors import UserError
 
 
@@ -83,9 +85,12 @@ def initialize(
             "leave it out; model parallelism is chosen in distui's settings (strategy.*)",
         )
     comm.init_distributed(dist_init_required=dist_init_required, distributed_port=distributed_port)
-    settings = settle(_config_of(args, config, config_params), comm.get_world_size(), main_process=comm.get_rank() == 0)
-    engine = Engine(**settings.sections)
+    settings = settle(_config_of(args, config, config_params), comm.get_world_size())
+    sections: dict[str, Any] = settings.sections
+    engine = Engine(**sections)
     engine.scaler = scaler_of(settings)
+    if settings.get("disable_python_gc", False):
+        gc.disable()
     if "activation_checkpointing" in settings.raw:
         checkpointing.configure(deepspeed_config=settings.raw)
     if model_parameters is None:
@@ -94,7 +99,7 @@ def initialize(
         model_parameters = list(model_parameters)
     if optimizer is None:
         if str(settings.section("optimizer").get("type")).lower() == "muon":
-            from distui.compat.deepspeed.muon import set_use_muon
+            from distui.compat.deepspeed.optim.muon import set_use_muon
 
             set_use_muon(model)
         optimizer = build_optimizer(settings.section("optimizer"), model_parameters)
@@ -119,6 +124,7 @@ def initialize(
             lr_scheduler = lr_scheduler(prepared)
     engine._report_memory()
     wrapped = DeepSpeedEngine(settings, engine, prepared_model, prepared, lr_scheduler, collate_fn)
+    tell_of(wrapped, prepared_model)
     if training_data is not None:
         wrapped.training_dataloader = wrapped.deepspeed_io(training_data)
     return wrapped, prepared, wrapped.training_dataloader, lr_scheduler

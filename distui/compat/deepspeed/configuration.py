@@ -2,61 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distui.compat.not_offered import NotOffered
-from distui.core.config import Config
-from distui.core.config_check import check
-from distui.core.config_import import deepspeed as reader
-from distui.core.config_import.carried import Carried, flatten, truth
-from distui.core.config_import.files import read_json
+from distui.compat.deepspeed_json import check_reduction, refuse_features, refuse_lost
+from distui.core.config.check import check
+from distui.core.config.imports import deepspeed as reader
+from distui.core.config.imports.carried import flatten, truth
+from distui.core.config.imports.parsing import read_json
+from distui.core.config.schema import Config
+from distui.core.engine.job import job_config
 from distui.core.errors import ConfigError, Problem, UserError
-from distui.core.job import job_config
 
 DEFAULT_CLIPPING = 1.0
 """DeepSpeed 0.19 clips at this norm where `gradient_clipping` is absent."""
 DEFAULT_SCALE_WINDOW = 1000
-
-_HANDLED = (
-    "optimizer",
-    "scheduler",
-    "tensorboard",
-    "wandb",
-    "comet",
-    "csv_monitor",
-    "activation_checkpointing",
-    "fp16.loss_scale",
-    "fp16.hysteresis",
-    "fp16.consecutive_hysteresis",
-    "fp16.min_loss_scale",
-    "dataloader_drop_last",
-    "gradient_clipping",
-    "train_batch_size",
-    "steps_per_print",
-    "dump_state",
-)
-"""Keys that this face does what the import of a file alone cannot do."""
-
-_REFUSED_IF_ENABLED = {
-    "amp": "set bf16.enabled or fp16.enabled",
-    "torch_autocast": "set bf16.enabled, or wrap the forward in torch.autocast",
-    "hybrid_engine": "train and generate with the same engine: `with deepspeed.zero.GatheredParameters(...)`",
-    "progressive_layer_drop": "drop layers in the model itself",
-    "curriculum_learning": "order the data in the script's own sampler",
-    "data_efficiency": "order the data in the script's own sampler",
-    "eigenvalue": "take it out",
-    "quantize_training": "take it out",
-    "compression_training": "take it out; DeepSpeed 0.19.8 removed it too",
-    "elasticity": "start with as many ranks as there are; checkpoints load at any number",
-    "autotuning": "ask `distui plan` which stage and micro-batch fit",
-    "nebula": "take it out; checkpoints can be written while training goes on",
-    "zero_optimization.zenflow": "use offload_optimizer.device = cpu alone",
-}
-"""Section -> the way around, for what would change the training and is not offered."""
 
 
 @dataclass(slots=True)
@@ -72,6 +34,22 @@ class DeepSpeedConfig:
     accumulation: int
     flat: dict[str, Any] = field(repr=False)
     """The JSON by dotted keys."""
+
+    @property
+    def managed(self) -> bool:
+        """Whether the accumulation steps tell where a step ends."""
+        return bool(truth(self.get("managed_gradient_accumulation", True)))
+
+    @property
+    def sums_gradients(self) -> bool:
+        """Whether gradients are summed over the ranks, not averaged."""
+        return str(self.get("gradient_allreduce_op", "mean")).lower() == "sum"
+
+    @property
+    def skips_overflows(self) -> bool:
+        """Whether ZeRO leaves out a step whose gradients are not finite: always but under bf16, where a key tells."""
+        sections = [section for section in ("bf16", "bfloat16") if self.enabled(section)]
+        return all(truth(self.get(f"{section}.check_grad_overflow", True)) for section in sections)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a dotted key; `auto` and null count as absent."""
@@ -102,20 +80,21 @@ def load_config(config: Any) -> dict[str, Any]:
     )
 
 
-def settle(config: Any, world_size: int, *, main_process: bool = True) -> DeepSpeedConfig:
+def settle(config: Any, world_size: int) -> DeepSpeedConfig:
     """Check a DeepSpeed configuration and return what it means for this job.
 
     What the job's own settings (`distui launch --zero 3`, distui.toml) set other than their default wins over the JSON.
-    What the JSON asks for and is not carried over is told once, by a warning on the main process.
+    What the JSON asks for is obeyed or refused.
 
     Raises:
         ConfigError: every mistyped key, wrong value or batch size that does not fit, at once.
-        NotOffered: a feature that would change the training and is not there.
+        NotOffered: what is asked for and not there.
     """
     raw = load_config(config)
     flat = flatten(raw)
-    _refuse_features(flat)
+    refuse_features(flat)
     carried = reader.refuse_unknown(raw)
+    refuse_lost(carried, flat)
     plan = _batch(flat, world_size)
     values = dict(carried.values)
     values.setdefault("optimizer.max_grad_norm", DEFAULT_CLIPPING)
@@ -126,8 +105,7 @@ def settle(config: Any, world_size: int, *, main_process: bool = True) -> DeepSp
     merged = job_config(sections)
     if problems := check(merged, world_size=world_size):
         raise ConfigError(problems)
-    if main_process:
-        _tell_lost(carried)
+    check_reduction(flat, merged.strategy.zero_stage)
     total, micro, accumulation = plan
     return DeepSpeedConfig(raw, sections, merged, total, micro, accumulation, flat)
 
@@ -141,28 +119,6 @@ def _under_the_jobs_own(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if getattr(getattr(job, section), name) == getattr(getattr(default, section), name):
             sections.setdefault(section, {})[name] = value
     return sections
-
-
-def _refuse_features(flat: Mapping[str, Any]) -> None:
-    for section, way in _REFUSED_IF_ENABLED.items():
-        if truth(flat.get(f"{section}.enabled", False)):
-            raise NotOffered(
-                f"DeepSpeed's {section} is not offered by distui", "the training would not be what the file asks", way
-            )
-    if truth(flat.get("sparse_gradients", False)):
-        raise NotOffered(
-            "DeepSpeed's sparse_gradients is not offered by distui",
-            "gradients lie in flat dense buffers",
-            "build embeddings with sparse=False",
-        )
-
-
-def _tell_lost(carried: Carried) -> None:
-    lost = [n for n in carried.notes if n.kind == "lost" and not n.key.startswith(_HANDLED)]
-    lost = [note for note in lost if not note.key.endswith((".enabled", ".autotp_size"))]
-    if lost:
-        lines = "".join(f"\n  {note.key}: {note.why}" for note in lost)
-        warnings.warn(f"not carried over from the DeepSpeed configuration:{lines}", stacklevel=4)
 
 
 # ---- batch sizes ---------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from distui.compat.deepspeed.monitor import Monitor
 from distui.compat.deepspeed.queries import Queries
 from distui.compat.deepspeed.saving import Saving
 from distui.compat.not_offered import NotOffered
-from distui.core.backends.optimizer import PreparedOptimizer
-from distui.core.engine import Engine
+from distui.core.engine.engine import Engine
 from distui.core.errors import UserError
+from distui.core.sharding.optim.prepared import PreparedOptimizer
 
 ENGINES: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()
 """Every engine that lives, for what is asked by parameter alone (`zero.GatheredParameters`)."""
@@ -54,12 +54,14 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
         self._inside_no_sync = False
         self._in_backward = False
         self._bare_backward = self._scaled = False
-        self._num_bare = self._num_own = 0
-        """Backward passes since the last step that the script, or this engine, ran."""
+        self._num_bare = self._num_own = self._num_backward = 0
+        """Backward passes since the last step that the script, or this engine, ran; the last is DeepSpeed's count."""
+        self._in_step = False
         self._step_applied = False
-        self._norm: float | None = None
+        self._norm: torch.Tensor | None = None
         self._losses: list[torch.Tensor] = []
         engine.register_for_checkpointing(self.progress())
+        engine.backend.weigh(self._bare_factor)
         ENGINES.add(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -86,12 +88,16 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Return whether the current micro-batch is the last before the optimizer steps."""
+        if not self.managed_gradient_accumulation():
+            return self._in_step
         if self._boundary is not None:
             return self._boundary
         return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Say whether the coming forward and backward are the last before the step, against the count."""
+        if not self.managed_gradient_accumulation():
+            raise AssertionError("managed_gradient_accumulation is false: every step() is the boundary")
         self._boundary = is_boundary
 
     def _set_sync(self) -> None:
@@ -101,6 +107,7 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
         """Run the model."""
         self._set_sync()
         self._finish_bare_backward()
+        self.engine.backend.weigh(self._bare_factor)  # the script may have changed the accumulation steps
         note_batch(self.engine, kwargs or list(inputs))
         output = self.module(*inputs, **kwargs)
         if torch.is_grad_enabled() and self.optimizer is not None:
@@ -110,23 +117,57 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
         return output
 
     def _on_output_gradient(self, grad: torch.Tensor) -> None:
-        """Take part in a `loss.backward()` that the script calls itself, as DeepSpeed 0.19 does."""
+        """Take part in a backward that the script or another engine runs, as DeepSpeed 0.19 does."""
         if self._in_backward or self._bare_backward:
             return
-        if self.engine.scaler is not None and not self._scaled:
+        other = next((engine for engine in list(ENGINES) if engine._in_backward), None)
+        self._need_scaled(other)
+        self._bare_backward = True
+        self._num_bare += 1
+        if self.engine.backend.weighs:
+            # Another engine's backward has divided the loss by its own micro-batches.
+            self.engine.backend.weigh(self._sum_factor if other is not None else self._bare_factor)
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_bare_backward)
+        elif other is not None and self.gradient_accumulation_steps() > 1:
+            raise UserError(
+                "one backward for two engines that accumulate gradients",
+                f"strategy.backend={self.engine.backend.name} cannot tell whose loss was divided by the micro-batches",
+                "set strategy.backend to native",
+            )
+        self.engine.backend.before_backward()
+
+    def _need_scaled(self, other: DeepSpeedEngine | None) -> None:
+        own = self.engine.scaler
+        if other is not None:
+            scales = [engine.engine.scaler.scale if engine.engine.scaler else 1.0 for engine in (self, other)]
+            if scales[0] != scales[1]:
+                raise UserError(
+                    "one backward for two engines with different loss scales",
+                    f"the loss was multiplied by {scales[1]:g}, and this engine divides by {scales[0]:g}",
+                    "call backward on each engine with a loss of its own, or use bf16",
+                )
+        elif own is not None and not self._scaled:
             raise UserError(
                 "loss.backward() under fp16 without the loss scale",
                 "small gradients would become 0",
                 "call engine.backward(loss), or engine.scale(loss).backward()",
             )
-        self._bare_backward = True
-        self._num_bare += 1
-        self.engine.backend.before_backward()
+
+    @property
+    def _sum_factor(self) -> float:
+        """What turns the mean over the ranks into what the JSON asks for."""
+        return float(self.world_size) if self.settings.sums_gradients else 1.0
+
+    @property
+    def _bare_factor(self) -> float:
+        """What gradients of the script's own `loss.backward()` are multiplied by as they arrive."""
+        return self._sum_factor / self.gradient_accumulation_steps() if self.engine.backend.weighs else self._sum_factor
 
     def _finish_bare_backward(self) -> None:
         if self._bare_backward:
             self._bare_backward = self._scaled = False
             self.engine.backend.end_backward()
+            self.engine.backend.weigh(self._bare_factor)
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the loss times the loss scale, for a `loss.backward()` of the script's own."""
@@ -149,12 +190,15 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
         self._finish_bare_backward()
         steps = self.gradient_accumulation_steps()
         kwargs = {"retain_graph": True} if retain_graph else {}
+        self.engine.backend.weigh(self._sum_factor)
         self._in_backward = True
         try:
-            self.engine.backward(loss if scale_wrt_gas else loss * steps, **kwargs)
+            self.engine.backward(loss, micro_batches=steps if scale_wrt_gas else 1, **kwargs)
         finally:
             self._in_backward = False
+            self.engine.backend.weigh(self._bare_factor)
         self._num_own += 1
+        self._num_backward += 1
         if self.monitor.enabled:
             self._losses.append(loss.detach())
         return loss / steps if scale_wrt_gas else loss
@@ -164,11 +208,17 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
         optimizer = self._need_optimizer("step")
         if self._inside_no_sync:
             raise AssertionError("It is illegal to call Engine.step() inside no_sync context manager")
-        self._set_sync()
         self._finish_bare_backward()
+        self._in_step = True
+        self._set_sync()
         self._step_applied = False
-        if self.is_gradient_accumulation_boundary():
-            self._take_step(optimizer, lr_kwargs)
+        try:
+            if not self.managed_gradient_accumulation():
+                self.engine.backend.reduce_kept()
+            if self.is_gradient_accumulation_boundary():
+                self._take_step(optimizer, lr_kwargs)
+        finally:
+            self._in_step = False
         self.micro_steps += 1
 
     def _take_step(self, optimizer: PreparedOptimizer, lr_kwargs: dict[str, Any] | None) -> None:
@@ -177,25 +227,35 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
         self._average_bare(optimizer)
         clipping = self.gradient_clipping()
         if clipping > 0 or self.zero_optimization() or engine.scaler is not None:
-            norm = engine.clip_grad_norm_(self.module.parameters(), clipping or float("inf"))
-            self._norm = norm.item() if norm is not None else None
+            # Under ZeRO the norm is of what the optimizer steps.
+            stepped = [param for group in optimizer.param_groups for param in group["params"]]
+            params = stepped if self.zero_optimization() else self.module.parameters()
+            norm = engine.clip_grad_norm_(params, clipping or float("inf"))
+            self._norm = norm
+            if norm is not None and self.zero_optimization() and self.settings.skips_overflows:
+                optimizer.skip_next = not bool(torch.isfinite(norm))
         times_s = (engine.clock.forward_s, engine.clock.backward_s)
         optimizer.step()
         optimizer.zero_grad()
+        self.module.zero_grad()  # also of what no optimizer has
         self._step_applied = not optimizer.step_was_skipped
         if not self._step_applied:
             self.skipped_steps += 1
         elif self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
         self.global_steps += 1
-        self.global_samples += self.train_batch_size()
+        self.global_samples += self.train_batch_size() if self.managed_gradient_accumulation() else self._seen_samples()
         self._report(times_s)
 
+    def _seen_samples(self) -> int:
+        seen, self._num_backward = self._num_backward, 0
+        return self.train_micro_batch_size_per_gpu() * self.world_size * seen
+
     def _average_bare(self, optimizer: PreparedOptimizer) -> None:
-        """Divide by the accumulation steps what the script's own `loss.backward()` summed up."""
+        """Divide by the accumulation steps what the script's own `loss.backward()` summed up, if nobody has yet."""
         steps, bare, own = self.gradient_accumulation_steps(), self._num_bare, self._num_own
         self._num_bare = self._num_own = 0
-        if not bare or steps == 1:
+        if not bare or steps == 1 or self.engine.backend.weighs:
             return
         if own:
             raise UserError(
@@ -253,7 +313,7 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
 
     def get_global_grad_norm(self) -> float | None:
         """Return the norm of the last step's gradients, before clipping."""
-        return self._norm
+        return self._norm.item() if self._norm is not None else None
 
     def train(self, mode: bool = True) -> DeepSpeedEngine:
         """Put the module into training mode."""

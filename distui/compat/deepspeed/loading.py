@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from distui.core.data.tokens import count_tokens
-from distui.core.engine import Engine
+from distui.core.engine.engine import Engine
 
 
 class RepeatingLoader:
@@ -68,6 +68,7 @@ class DeepSpeedDataLoader:
             num_workers=(2 if on_gpu else 0) if num_workers is None else num_workers,
         )
         self._iterator: Iterator[Any] | None = None
+        self.num_batches = self.num_used = 0
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -79,9 +80,16 @@ class DeepSpeedDataLoader:
     def __next__(self) -> Any:
         if self._iterator is None:
             self._iterator = iter(self.loader)
+        self._engine.step_end.fetching(self)
         begin = time.perf_counter()
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            self._engine.step_end.left(self)
+            raise
         self._engine.clock.data_wait(time.perf_counter() - begin)
+        self.num_batches += 1
+        self._engine.step_end.handed(self)
         return batch
 
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-from distui.core.errors import ConfigError, Problem, UserError
-from distui.core.settings import nearest
+from distui.compat.deepspeed.utils.logging import logger
+from distui.core.config.settings import nearest
+from distui.core.errors import ConfigError, Problem
 
 WARMUP_LOG_RATE, WARMUP_LINEAR_RATE = "log", "linear"
+SECOND_BETA = 0.99
+"""What DeepSpeed's OneCycle puts in the place of the optimizer's own second beta where it cycles the first."""
 
 
 def _per_group(optimizer: Any, value: Any, name: str) -> list[float]:
@@ -20,9 +23,7 @@ def _per_group(optimizer: Any, value: Any, name: str) -> list[float]:
     if not isinstance(value, (list, tuple)):
         return [value] * count
     if len(value) != count:
-        raise UserError(
-            f"{name} has {len(value)} values", f"the optimizer has {count} parameter groups", f"give {count}, or one"
-        )
+        raise ValueError(f"expected {count} value for {name}, one a parameter group, got {len(value)}")
     return list(value)
 
 
@@ -49,7 +50,7 @@ class Schedule:
         return self._last_lr
 
     def _set(self, rates: list[float]) -> None:
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=False):  # later groups keep their own
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)
             else:
@@ -133,7 +134,9 @@ class OneCycle(Schedule):
         self.min_lrs = _per_group(optimizer, cycle_min_lr, "cycle_min_lr")
         self.max_lrs = _per_group(optimizer, cycle_max_lr, "cycle_max_lr")
         self.decay_step_size, self.decay_lr_rate, self.decay_mom_rate = decay_step_size, decay_lr_rate, decay_mom_rate
-        self.cycle_momentum = cycle_momentum and all("betas" in group for group in optimizer.param_groups)
+        self.cycle_momentum = cycle_momentum and "betas" in optimizer.defaults
+        if cycle_momentum and not self.cycle_momentum:
+            logger.warning("cycle_momentum has no effect: %s has no betas", type(optimizer).__name__)
         self.min_moms = _per_group(optimizer, cycle_min_mom, "cycle_min_mom")
         self.max_moms = _per_group(optimizer, cycle_max_mom, "cycle_max_mom")
         if last_batch_iteration == -1:
@@ -142,8 +145,8 @@ class OneCycle(Schedule):
                 self._set_momentum(self.min_moms)
 
     def _set_momentum(self, momenta: list[float]) -> None:
-        for group, momentum in zip(self.optimizer.param_groups, momenta, strict=True):
-            group["betas"] = (momentum, group["betas"][1])
+        for group, momentum in zip(self.optimizer.param_groups, momenta, strict=False):
+            group["betas"] = (momentum, SECOND_BETA)
 
     def _height(self) -> float:
         """Return how far up the cycle is, from 0 to 1."""
@@ -167,10 +170,11 @@ class OneCycle(Schedule):
             return [low + (high - low) * height for low, high in zip(self.min_lrs, self.max_lrs, strict=True)]
         return [low / (1 + self._decays(self.decay_lr_rate)) for low in self.min_lrs]
 
-    def get_mom(self) -> list[float] | None:
-        """Return the momentum of each group; None where it is not cycled."""
-        if not self.cycle_momentum:
-            return None
+    def get_mom(self) -> list[tuple[float, float]] | None:
+        """Return the betas of each group; None where they are not cycled."""
+        return [(momentum, SECOND_BETA) for momentum in self._momenta()] if self.cycle_momentum else None
+
+    def _momenta(self) -> list[float]:
         if self.last_batch_iteration < self.total:
             height = self._height()
             return [high - (high - low) * height for low, high in zip(self.min_moms, self.max_moms, strict=True)]
@@ -179,9 +183,8 @@ class OneCycle(Schedule):
     def step(self, last_batch_iteration: int | None = None) -> None:
         """Set learning rates and momenta of the next batch."""
         super().step(last_batch_iteration)
-        momenta = self.get_mom()
-        if momenta is not None:
-            self._set_momentum(momenta)
+        if self.cycle_momentum:
+            self._set_momentum(self._momenta())
 
 
 class _Warmup(Schedule):
@@ -190,7 +193,8 @@ class _Warmup(Schedule):
     def __init__(self, optimizer: Any, warmup_num_steps: int, warmup_type: str, last_batch_iteration: int) -> None:
         super().__init__(optimizer, last_batch_iteration)
         if warmup_type not in (WARMUP_LOG_RATE, WARMUP_LINEAR_RATE):
-            raise ValueError(f"warmup_type must be log or linear, got {warmup_type!r}")
+            logger.warning("warmup_type %r is unknown: it rises by the logarithm, as in DeepSpeed", warmup_type)
+            warmup_type = WARMUP_LOG_RATE
         self.warmup_num_steps = max(2, _positive("warmup_num_steps", warmup_num_steps))
         self.warmup_type = warmup_type
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distui.compat.deepspeed.configuration import DeepSpeedConfig
-from distui.core.engine import Engine
+from distui.core.engine.engine import Engine
 
 _TRACKERS = {"tensorboard": "tensorboard", "csv_monitor": "csv", "wandb": "wandb", "comet": "comet_ml"}
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from distui.compat.deepspeed.configuration import DeepSpeedConfig
-from distui.core.precision import LossScaler
+from distui.core.ranks.precision import LossScaler
 from distui.core.sharding.hooks import Hook
 
 

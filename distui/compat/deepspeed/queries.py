@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from distui.compat.deepspeed.configuration import DeepSpeedConfig
 from distui.compat.not_offered import NotOffered
-from distui.core.backends.optimizer import PreparedOptimizer
-from distui.core.engine import Engine
+from distui.core.engine.engine import Engine
+from distui.core.sharding.optim.prepared import PreparedOptimizer
 
 
 class Queries:
@@ -70,6 +70,10 @@ class Queries:
     def gradient_accumulation_steps(self) -> int:
         """Return the micro-batches in one step."""
         return self.settings.accumulation
+
+    def managed_gradient_accumulation(self) -> bool:
+        """Return whether the accumulation steps tell where a step ends; else every `step()` is one."""
+        return self.settings.managed
 
     def get_batch_info(self) -> tuple[int, int, int]:
         """Return train batch size, micro-batch size and accumulation steps."""

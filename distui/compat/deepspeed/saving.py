@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import pickle
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distui.core.checkpoint import deepspeed_files
-from distui.core.checkpoint import state as checkpoints
 from distui.core.checkpoint.folder import MANIFEST
-from distui.core.engine import Engine
+from distui.core.checkpoint.formats import deepspeed_files
+from distui.core.engine.engine import Engine
 from distui.core.errors import UserError
 from distui.core.paths import write_atomic
-from distui.core.precision import DTYPES
+from distui.core.ranks import ops
+from distui.core.ranks.precision import DTYPES
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from distui.compat.deepspeed.engine import DeepSpeedEngine
+    from distui.compat.deepspeed.configuration import DeepSpeedConfig
+    from distui.core.sharding.optim.prepared import PreparedOptimizer
+
 
 LATEST = "latest"
+TAG_VALIDATIONS = ["WARN", "IGNORE", "FAIL"]
 
 
-def _packed(value: Any) -> torch.Tensor:
-    """Return any object as bytes in a tensor, which a checkpoint that is read without pickle can hold."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def _unpacked(data: torch.Tensor) -> Any:
-    # The script's own objects, as DeepSpeed keeps them: pickled.
-    return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=False)
+def _plain(value: Any, what: str) -> Any:
+    """Return a state, also out of the bytes in a tensor in which checkpoints kept it before format 2."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    try:
+        return torch.load(io.BytesIO(value.numpy().tobytes()), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"the {what} in the checkpoint is a pickle of more than plain data, and reading it could run code",
+            str(error).splitlines()[0],
+            "if you trust who wrote it, load inside `with torch.serialization.safe_globals([TheClass]):`",
+        ) from error
 
 
 class Progress:
     """What a checkpoint keeps beside weights and optimizer: counters, the schedule and the script's own state."""
 
-    def __init__(self, engine: DeepSpeedEngine) -> None:
+    def __init__(self, engine: Saving) -> None:
         self._engine = engine
         self.client_state: dict[str, Any] = {}
         self.loads_schedule = True
@@ -55,18 +61,18 @@ class Progress:
             "global_samples": engine.global_samples,
             "micro_steps": engine.micro_steps,
             "skipped_steps": engine.skipped_steps,
-            "lr_scheduler": _packed(schedule.state_dict() if schedule is not None else None),
-            "client_state": _packed(self.client_state),
+            "lr_scheduler": schedule.state_dict() if schedule is not None else None,
+            "client_state": self.client_state,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the state was taken."""
         engine = self._engine
-        self.client_state = _unpacked(state["client_state"])
+        self.client_state = _plain(state["client_state"], "client_state")
         if self.loads_counters:
             for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps"):
                 setattr(engine, name, int(state[name]))
-        saved = _unpacked(state["lr_scheduler"])
+        saved = _plain(state["lr_scheduler"], "schedule")
         if self.loads_schedule and saved is not None and engine.lr_scheduler is not None:
             engine.lr_scheduler.load_state_dict(saved)
 
@@ -75,16 +81,21 @@ class Saving:
     """The part of `DeepSpeedEngine` that saves and loads."""
 
     engine: Engine
+    settings: DeepSpeedConfig
     module: nn.Module
-
-    @property
-    def _self(self) -> DeepSpeedEngine:
-        return cast("DeepSpeedEngine", self)
+    optimizer: PreparedOptimizer | None
+    loaded_checkpoint_tag: str | None
+    lr_scheduler: Any
+    global_steps: int
+    global_samples: int
+    micro_steps: int
+    skipped_steps: int
+    gradient_accumulation_steps: Callable[[], int]
 
     def progress(self) -> Progress:
         """Return what is registered with the checkpoints; made once."""
         if "_progress" not in self.__dict__:
-            self.__dict__["_progress"] = Progress(self._self)
+            self.__dict__["_progress"] = Progress(self)
         found: Progress = self.__dict__["_progress"]
         return found
 
@@ -102,13 +113,38 @@ class Saving:
         """
         if not save_dir:
             raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
-        tag = str(tag) if tag is not None else f"global_step{self._self.global_steps}"
+        tag = self._validated(str(tag) if tag is not None else f"global_step{self.global_steps}")
         self.progress().client_state = dict(client_state or {})
-        self.engine.save_state(str(Path(save_dir) / tag))
+        # As with DeepSpeed, gradients of a step that has begun are not in it; an event says so.
+        self.engine._save_now(str(Path(save_dir) / tag), False, loses=True)
         if save_latest and self.engine.is_main_process:
             write_atomic(Path(save_dir) / LATEST, tag)
         self.engine.wait_for_everyone()
         return True
+
+    def _validated(self, tag: str) -> str:
+        """Return rank 0's tag. Collective.
+
+        Raises: AssertionError where ranks have different ones and the JSON's checkpoint.tag_validation is "Fail";
+        ValueError where that is none of DeepSpeed's words.
+        """
+        mode = str(self.settings.get("checkpoint.tag_validation", "Warn")).upper()
+        if mode not in TAG_VALIDATIONS:
+            raise ValueError(
+                f"Checkpoint config contains invalid tag_validation value of {mode}, expecting one of {TAG_VALIDATIONS}"
+            )
+        first = str(ops.broadcast_object(tag))
+        differ = bool(ops.reduce(torch.tensor(float(first != tag), device=self.engine.device)).item())
+        if differ and mode != "IGNORE":
+            told = (
+                f"[rank={self.engine.process_index}] The checkpoint tag name '{tag}' is not consistent across all "
+                "ranks. Including rank unique information in checkpoint tag could cause issues when restoring with "
+                "different world sizes."
+            )
+            if mode == "FAIL":
+                raise AssertionError(told)
+            self.engine.print(f"distui: {told} Rank 0's is used: {first}")
+        return first
 
     def load_checkpoint(
         self,
@@ -141,13 +177,12 @@ class Saving:
         if not (folder / MANIFEST).is_file() and deepspeed_files.is_deepspeed(folder):
             self._load_deepspeed(folder, with_optimizer, load_module_strict)
         else:
-            self.engine.saver.wait()
-            checkpoints.load(self.engine, str(folder), optimizers=with_optimizer)
-        self._self.loaded_checkpoint_tag = str(tag)
+            self.engine.saver.load(self.engine, str(folder), optimizers=with_optimizer, strict=bool(load_module_strict))
+        self.loaded_checkpoint_tag = str(tag)
         return str(folder), progress.client_state
 
     def _load_deepspeed(self, folder: Path, with_optimizer: bool, strict: bool) -> None:
-        from distui.compat.deepspeed.whole import Whole
+        from distui.compat.whole import Whole
 
         saved = deepspeed_files.read(folder, optimizer_states=with_optimizer)
         whole = Whole(self.engine, self.module)
@@ -159,11 +194,11 @@ class Saving:
                 "build the same model that was saved, or pass load_module_strict=False",
             )
         whole.write(saved.weights)
-        if with_optimizer and self._self.optimizer is not None:
-            whole.write_states(self._self.optimizer, saved.optimizer_states)
-            for group, kept in zip(self._self.optimizer.param_groups, saved.groups, strict=False):
+        if with_optimizer and self.optimizer is not None:
+            whole.write_states(self.optimizer, saved.optimizer_states)
+            for group, kept in zip(self.optimizer.param_groups, saved.groups, strict=False):
                 group.update({key: value for key, value in kept.items() if key in group})
-        progress, engine = self.progress(), self._self
+        progress, engine = self.progress(), self
         progress.client_state = saved.client_state
         if progress.loads_counters:
             engine.global_steps, engine.skipped_steps = saved.global_steps, saved.skipped_steps

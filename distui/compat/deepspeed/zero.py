@@ -7,14 +7,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from distui.compat.deepspeed.configuration import load_config
 from distui.compat.deepspeed.engine import ENGINES, DeepSpeedEngine
-from distui.compat.deepspeed.whole import Whole
 from distui.compat.not_offered import refused_name
-from distui.core.config_import.carried import flatten, truth
+from distui.compat.whole import gathered
+from distui.core.config.imports.carried import flatten, truth
 
 TiledLinear = refused_name("deepspeed", "zero.TiledLinear", "stage 3 gathers a block at a time: use nn.Linear")
 """Raises where it is used."""
@@ -93,36 +92,12 @@ class GatheredParameters(AbstractContextManager[None]):
         self._stack = ExitStack()
 
     def __enter__(self) -> None:
-        if self._enabled:
-            self._stack.enter_context(_gathered(self._params, self._modifier_rank))
+        engine = _engine_of(self._params) if self._enabled else None
+        if engine is not None:
+            self._stack.enter_context(gathered(engine.engine, engine.module, self._params, self._modifier_rank))
 
     def __exit__(self, *args: Any) -> None:
         self._stack.__exit__(*args)
-
-
-@contextmanager
-def _gathered(params: list[torch.Tensor], modifier_rank: int | None) -> Iterator[None]:
-    engine = _engine_of(params)
-    if engine is None:
-        yield
-        return
-    whole = Whole(engine.engine, engine.module)
-    written: dict[str, torch.Tensor] = {}
-    with engine.engine.full_parameters(engine.module):
-        before = [param.detach().clone() for param in params] if modifier_rank is not None else []
-        yield
-        for param, old in zip(params, before, strict=False):
-            assert modifier_rank is not None
-            value = param.detach().clone()
-            if engine.world_size > 1:
-                dist.broadcast(value, src=modifier_rank)
-                dist.broadcast(old, src=modifier_rank)
-            name = whole.name_of(param)
-            # What was not written keeps its fp32 master, which is finer than the parameter.
-            if name is not None and not torch.equal(value, old):
-                written[name] = value
-    if written:
-        whole.write(written)
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:

@@ -8,20 +8,16 @@ import torch
 from torch import nn
 
 from distui.compat.accelerate import Accelerator
-from distui.compat.accelerate.loaders import PreparedDataLoader
+from distui.compat.accelerate.data.loaders import PreparedDataLoader
 from distui.compat.accelerate.refusals import NotOffered
 from distui.compat.accelerate.utils.dataclasses import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
     TorchDynamoPlugin,
 )
-from distui.core.job import job_config
+from distui.compat.transformers.arguments import own_plugin
+from distui.core.engine.job import job_config
 
-_STRATEGIES = {
-    "deepspeed_plugin": ("deepspeed", "distui config import DS.json, or --zero and --offload"),
-    "fsdp_plugin": ("fsdp", "--zero 3 for full_shard, --zero 2 for shard_grad_op"),
-    "parallelism_config": ("parallelism_config", "--set strategy.tensor_parallel=N, strategy.context_parallel=N"),
-}
 _LOADER_OPTIONS = (
     "split_batches",
     "dispatch_batches",
@@ -46,16 +42,21 @@ class TrainerAccelerator(Accelerator):
     ) -> None:
         """Join the job. Collective. Arguments are those that Trainer passes, objects of the real Accelerate's.
 
-        Raises: NotOffered for TrainingArguments that choose another engine (deepspeed, fsdp, parallelism_config).
+        What TrainingArguments' deepspeed and fsdp ask for is mapped onto the engine, and told in a line.
+
+        Raises: NotOffered for a parallelism_config.
         """
-        for name, value in strategies.items():
-            if value is not None:
-                argument, way = _STRATEGIES.get(name, (name, "leave it out"))
-                raise NotOffered(
-                    f"TrainingArguments({argument}=...) chooses an engine, and distui's own runs the model",
-                    "the strategy comes from distui's configuration",
-                    f"leave it out, and launch with {way}",
-                )
+        if strategies.pop("parallelism_config", None) is not None:
+            raise NotOffered(
+                "TrainingArguments(parallelism_config=...) chooses an engine, and distui's own runs the model",
+                "the strategy comes from distui's configuration",
+                "launch with --set strategy.tensor_parallel=N, strategy.context_parallel=N",
+            )
+        given = {name: value for name, value in strategies.items() if value is not None}
+        if "fsdp_plugin" in given:
+            given["fsdp_plugin"] = own_plugin(given["fsdp_plugin"])
+        if "deepspeed_plugin" in given:
+            mixed_precision = "no"  # the JSON has it: weights in half precision at stage 0 too
         options = {name: getattr(dataloader_config, name, None) for name in _LOADER_OPTIONS}
         config = job_config({})
         # Trainer always says "no": what distui's configuration asks for counts unless it is at its default.
@@ -69,7 +70,14 @@ class TrainerAccelerator(Accelerator):
                 num_steps=1, sync_each_batch=bool(getattr(gradient_accumulation_plugin, "sync_each_batch", False))
             ),
             dynamo_plugin=_own_dynamo(dynamo_plugin),
+            **given,
         )
+        # Trainer would look for another engine's wrapper.
+        self.state.deepspeed_plugins = self.state.fsdp_plugin = None
+        self.state.distributed_type = self.state._partial.distributed_type
+        for name in given:
+            argument, asked = name.removesuffix("_plugin"), self.engine.config.summary()
+            self.engine.print(f"distui: TrainingArguments({argument}=...) is obeyed by distui's own engine: {asked}")
         self.gradient_accumulation_steps = 1
         self.engine._micro_size = None  # TrainingArguments carry it: the loaders are right already
         self.micro_batches_of_step = 1
@@ -110,15 +118,15 @@ class TrainerAccelerator(Accelerator):
     def backward(self, loss: Any, **kwargs: Any) -> None:
         """Compute gradients of a loss that Trainer has divided. Collective."""
         super().backward(loss, **kwargs)
-        losses = self.engine.clock._losses
-        if losses and self.micro_batches_of_step > 1:  # whose mean is sent as the step's loss
-            losses[-1] = losses[-1] * self.micro_batches_of_step
+        if self.micro_batches_of_step > 1:  # whose mean is sent as the step's loss
+            self.engine.clock.scale_last_loss(self.micro_batches_of_step)
 
     def _keep(self, loader: PreparedDataLoader) -> None:
         # Not into saved states: Trainer finds its place in an epoch by itself.
         clock = self.engine.clock
         loader.on_wait = lambda seconds: None if self.evaluating else clock.data_wait(seconds)
         loader.on_batch = lambda tokens, samples: None if self.evaluating else self._handed(tokens, samples)
+        loader.watch = self.engine.step_end
         self._dataloaders.append(loader)
 
     def _handed(self, tokens: int, samples: int) -> None:

@@ -7,7 +7,7 @@ from numbers import Real
 from types import ModuleType
 from typing import Any
 
-from distui.core.job import job_telemetry
+from distui.core.engine.job import job_telemetry
 from distui.core.telemetry.source import current
 
 
@@ -27,6 +27,7 @@ def make_callback(module: ModuleType) -> type:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """Say how long the training will be."""
+            _source().total_steps = max(0, state.max_steps)
             if state.is_world_process_zero:
                 _source().event(
                     "info",

@@ -12,42 +12,25 @@ from typing import Any
 
 import torch
 
+from distui.compat.accelerate.beside import OWN_ENV
 from distui.compat.accelerate.data_loader import skip_first_batches
 from distui.compat.accelerate.optimizer import AcceleratedOptimizer
-from distui.compat.accelerate.state import _join
+from distui.compat.transformers import arguments
 from distui.compat.transformers.accelerator import TrainerAccelerator
 from distui.compat.transformers.callback import make_callback
-from distui.core.batch import solve_batch
+from distui.core.config.batch import solve_batch
+from distui.core.engine.job import job_config
 from distui.core.errors import UserError
-from distui.core.job import job_config
 
 STATES = "distui"
 """The folder in a Trainer checkpoint that holds optimizer states and fp32 masters, as distui's own checkpoint."""
 
-OWN_ENV = "DISTUI_TRAINER"
-"""Set to `accelerate`, it leaves Trainer its own Accelerate; telemetry comes all the same."""
-
-
-class _JoiningState:
-    """Stands for Accelerate's `PartialState` and makes real ones, in a process group that the engine can use."""
-
-    def __init__(self, own: Any) -> None:
-        self._own = own
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._own._shared_state and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _join(kwargs.get("timeout"), kwargs.get("backend"))
-        return self._own(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)
-
 
 def install_arguments(module: ModuleType) -> None:
-    """Have `transformers.training_args` join the process group as the engine would (gloo beside NCCL)."""
-    own: Any = getattr(module, "PartialState", None)
-    if own is not None and os.environ.get(OWN_ENV) != "accelerate":
-        module.PartialState = _JoiningState(own)  # type: ignore[attr-defined]
+    """Have `transformers.training_args` leave `deepspeed=` to distui's engine."""
+    if os.environ.get(OWN_ENV) != "accelerate":
+        kind: Any = module.TrainingArguments
+        kind.__post_init__ = _wrapped(kind.__post_init__, arguments.take_deepspeed)
 
 
 def install_trainer(module: ModuleType) -> None:
@@ -61,7 +44,8 @@ def install_trainer(module: ModuleType) -> None:
     module.skip_first_batches = skip_first_batches  # type: ignore[attr-defined]
     trainer: Any = module.Trainer
     for name, around in _AROUND.items():
-        setattr(trainer, name, _wrapped(getattr(trainer, name), around))
+        if hasattr(trainer, name):  # not every release of transformers has all of them
+            setattr(trainer, name, _wrapped(getattr(trainer, name), around))
 
 
 def _wrapped(own: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,6 +61,7 @@ def _wrapped(own: Callable[..., Any], around: Callable[..., Any]) -> Callable[..
 
 def _create(own: Any, trainer: Any) -> None:
     configure(trainer.args)
+    trainer.args.deepspeed_plugin = arguments.plugin_of(trainer.args)
     own(trainer)
     trainer.accelerator.engine.config.checkpoint.every_steps = 0  # `configure` had Trainer do it
 
@@ -113,6 +98,14 @@ def _prepare(own: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     else:
         trainer._distui_given_optimizer = trainer.optimizer is not None
     return own(trainer, *args, **kwargs)
+
+
+def _move(own: Any, trainer: Any, model: Any, device: Any) -> Any:
+    """Leave a model that the engine will shard where it is: it comes to the device a unit at a time."""
+    accelerator = trainer.accelerator
+    if model is not getattr(trainer, "model", model) or accelerator.weights_are_local or accelerator.holds(model):
+        return own(trainer, model, device)
+    return None
 
 
 def _step(own: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -180,9 +173,18 @@ def _scaler_is_in_states(own: Any, trainer: Any, folder: str | None) -> None:
     """Do nothing: distui's checkpoint holds the loss scale."""
 
 
+def _has_mixed_grads(own: Any, trainer: Any, model: Any) -> bool:
+    """Answer without looking at gradients: none of ours is a DTensor, and no rank has the whole of one to show."""
+    return False
+
+
 _AROUND: dict[str, Callable[..., Any]] = {
+    "create_optimizer": arguments.create_optimizer,
+    "create_scheduler": arguments.create_scheduler,
+    "_has_mixed_mesh_grads": _has_mixed_grads,
     "create_accelerator_and_postprocess": _create,
     "_prepare_for_training": _prepare,
+    "_move_model_to_device": _move,
     "training_step": _step,
     "evaluate": _evaluate,
     "predict": _evaluate,

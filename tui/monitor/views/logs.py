@@ -29,15 +29,15 @@ class LogsView(View):
         Binding("f", "follow", "Follow"),
     ]
 
+    def __init__(self, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.rank = 0
+        self._frame: Frame | None = None
+
     def compose(self) -> ComposeResult:
         """Make the parts."""
         with Panel("log", id="logs-panel"):
             yield LogTail(id="logs-log")
-
-    def on_mount(self) -> None:
-        """Begin with rank 0."""
-        self.rank = 0
-        self._frame: Frame | None = None
 
     def show(self, frame: Frame) -> None:
         """Draw the frame: read what is new, unless the view is frozen."""

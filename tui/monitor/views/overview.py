@@ -20,7 +20,7 @@ from distui.tui.monitor.views.base import (
     draw_split,
     window_newest,
 )
-from distui.tui.monitor.views.rank_columns import RANK_COLUMNS, RankLine, rank_lines
+from distui.tui.monitor.views.rank_columns import RANK_COLUMNS, RankLine, show_ranks
 from distui.tui.widgets.chart import LineChart
 from distui.tui.widgets.heatmap import Heatmap
 from distui.tui.widgets.stack import StackedBars
@@ -89,14 +89,10 @@ class OverviewView(View):
             self.query_one("#overview-loss", LineChart), frame, Curve("loss", 0, "n/a: the script reports no loss")
         )
         self.query_one("#overview-loss-panel", Panel).tell("loss", scalar(window_newest(frame, "loss")))
-        draw_curve(
-            self.query_one("#overview-throughput", LineChart),
-            frame,
-            Curve("tokens_per_s", 2, "n/a: no tokens counted", marks=False),
-        )
-        rate = si(window_newest(frame, "tokens_per_s"), "tok/s")
-        if rate == NA and (samples := model.samples_per_s()) is not None:
-            rate = si(samples, "samples/s")
+        column, unit = model.rate
+        curve = Curve(column, 2, "n/a: no tokens counted", marks=False)
+        draw_curve(self.query_one("#overview-throughput", LineChart), frame, curve)
+        rate = si(window_newest(frame, column), unit)
         self.query_one("#overview-throughput-panel", Panel).tell("throughput", rate)
         draw_split(self.query_one("#overview-split", StackedBars), frame)
         self.query_one("#overview-split-panel", Panel).tell("step time", seconds(window_newest(frame, "step_s")))
@@ -112,7 +108,7 @@ class OverviewView(View):
             where = f"memory, rank {fullest.rank}" if brief else f"memory of rank {fullest.rank}, the fullest"
         planned = f"planned {num_bytes(model.planned_bytes())}"
         self.query_one("#overview-memory-panel", Panel).tell(f"{where}, {planned}")
-        self.query_one("#overview-table", LineTable).show(rank_lines(model, frame.now_s))
+        show_ranks(self.query_one("#overview-table", LineTable), model, frame.now_s)
         self.query_one("#overview-table-panel", Panel).tell("ranks", f"{len(model.ranks)} of {model.run.world_size}")
         if self.query_one("#overview-map-panel").display:
             rows = model.history.window_rows(frame.num_steps, frame.end_step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distui.proto import telemetry_pb2 as pb
@@ -11,7 +11,7 @@ from distui.tui.format import NA, count, duration, num_bytes, scalar, seconds, s
 from distui.tui.monitor.model import RunModel, optional
 from distui.tui.monitor.verdict import STATE_GLYPHS, STATE_TONES
 from distui.tui.widgets.sparkline import sparkline
-from distui.tui.widgets.table import Column
+from distui.tui.widgets.table import Column, LineTable
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class RankLine:
     step: int | None
     loss: float | None
     step_s: float | None
-    tokens_per_s: float | None
+    rate: float | None
+    """Tokens a second, or samples where the script counts no tokens."""
     memory_bytes: int | None
     phase: str | None
     phase_s: float | None
@@ -58,7 +59,7 @@ def _line(rank: pb.RankState, model: RunModel, now_s: float) -> RankLine:
         step=optional(rank, "step"),
         loss=optional(rank, "loss"),
         step_s=optional(rank, "step_s"),
-        tokens_per_s=optional(rank, "tokens_per_s"),
+        rate=optional(rank, model.rate[0]),
         memory_bytes=optional(rank, "memory_bytes"),
         phase=phase,
         phase_s=phase_s,
@@ -83,6 +84,18 @@ def _phase_s(value: float | None) -> str:
     return NA if value is None else duration(value) if value >= 1 else "<1s"
 
 
+RATES = ("tokens/s", "samples/s")
+
+
+def show_ranks(table: LineTable[RankLine], model: RunModel, now_s: float) -> None:
+    """Show the ranks in their table, whose rate is called what it counts."""
+    title = RATES[model.rate[0] == "samples_per_s"]
+    for index, column in enumerate(table.columns):
+        if column.title in RATES and column.title != title:
+            table.columns[index] = replace(column, title=title)
+    table.show(rank_lines(model, now_s))
+
+
 RANK_COLUMNS: tuple[Column[RankLine], ...] = (
     Column("rank", lambda r: r.rank, str),
     Column("node", lambda r: r.node, _word, "left", priority=6),
@@ -91,7 +104,7 @@ RANK_COLUMNS: tuple[Column[RankLine], ...] = (
     Column("step", lambda r: r.step, count, priority=1),
     Column("loss", lambda r: r.loss, scalar, priority=3),
     Column("step time", lambda r: r.step_s, seconds, priority=2, width=9),
-    Column("tokens/s", lambda r: r.tokens_per_s, si, priority=4),
+    Column(RATES[0], lambda r: r.rate, si, priority=4),
     Column("memory", lambda r: r.memory_bytes, num_bytes, priority=2, width=8),
     Column("phase", lambda r: r.phase, _word, "left", priority=5, width=9),
     Column("for", lambda r: r.phase_s, _phase_s, priority=9, width=3),

@@ -13,7 +13,7 @@ from textual.widgets import Input
 
 from distui.tui.format import seconds
 from distui.tui.monitor.views.base import Frame, Key, Panel, View
-from distui.tui.monitor.views.rank_columns import RANK_COLUMNS, RankLine, rank_lines
+from distui.tui.monitor.views.rank_columns import RANK_COLUMNS, RankLine, show_ranks
 from distui.tui.widgets.heatmap import Heatmap
 from distui.tui.widgets.table import LineTable
 
@@ -35,6 +35,12 @@ class RanksView(View):
         Binding("escape", "clear_filter", "Clear filter", show=False),
     ]
 
+    def __init__(self, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._frame: Frame | None = None
+        self._pattern = ""
+        """The filter that the table has."""
+
     def compose(self) -> ComposeResult:
         """Make the parts."""
         with Panel("ranks", id="ranks-panel"):
@@ -46,7 +52,6 @@ class RanksView(View):
     def on_mount(self) -> None:
         """Hide the filter until it is asked for."""
         self.query_one("#ranks-filter").display = False
-        self._frame: Frame | None = None
 
     @property
     def _table(self) -> LineTable[RankLine]:
@@ -55,13 +60,13 @@ class RanksView(View):
     def show(self, frame: Frame) -> None:
         """Draw the frame."""
         self._frame = frame
-        self._table.show(rank_lines(frame.model, frame.now_s))
+        show_ranks(self._table, frame.model, frame.now_s)
         rows = frame.model.history.window_rows(frame.num_steps, frame.end_step)
         self.query_one("#ranks-map", Heatmap).show([row.step for row in rows], [row.step_s for row in rows])
         self._tell()
 
     def _tell(self) -> None:
-        table, pattern = self._table, self.query_one("#ranks-filter", Input).value
+        table, pattern = self._table, self._pattern
         number = f"{len(table.rows)} of {self._frame.model.run.world_size if self._frame else 0}"
         if table.sort_column is not None:
             number += f"  by {table.columns[table.sort_column].title} {'▼' if table.descending else '▲'}"
@@ -81,6 +86,7 @@ class RanksView(View):
         """Close the filter and show all ranks."""
         box = self.query_one("#ranks-filter", Input)
         box.value, box.display = "", False
+        self._pattern = ""
         self._table.filter(None)
         self._table.focus()
         self._tell()
@@ -93,6 +99,7 @@ class RanksView(View):
         except re.error as error:
             self.query_one("#ranks-panel", Panel).tell("ranks", f"not a regular expression yet: {error}")
             return
+        self._pattern = event.value
         self._table.filter(pattern)
         self._tell()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from textual.app import ComposeResult
 from textual.containers import Horizontal
 
-from distui.tui.format import NA, percent, seconds, si
+from distui.tui.format import percent, seconds, si
 from distui.tui.monitor.history import PHASES
 from distui.tui.monitor.views.base import Curve, Frame, Panel, View, draw_curve, draw_split, window_newest
 from distui.tui.widgets.chart import LineChart
@@ -13,7 +13,7 @@ from distui.tui.widgets.stack import StackedBars, StackedColumns
 
 
 class ThroughputView(View):
-    """Tokens a second, step time, MFU, and the shares of the phases over the steps."""
+    """Tokens or samples a second, step time, MFU, and the shares of the phases over the steps."""
 
     TITLE = "Throughput"
 
@@ -32,18 +32,17 @@ class ThroughputView(View):
     def show(self, frame: Frame) -> None:
         """Draw the frame."""
         model, history = frame.model, frame.model.history
-        tokens = Curve("tokens_per_s", 2, "n/a: no tokens counted")
-        draw_curve(self.query_one("#tokens-chart", LineChart), frame, tokens)
+        column, unit = model.rate
+        curve = Curve(column, 2, "n/a: no tokens counted")
+        draw_curve(self.query_one("#tokens-chart", LineChart), frame, curve)
         draw_curve(self.query_one("#step-chart", LineChart), frame, Curve("step_s", 1))
         mfu = window_newest(frame, "mfu")
         self.query_one("#mfu-panel").display = mfu is not None
         if mfu is not None:
             draw_curve(self.query_one("#mfu-chart", LineChart), frame, Curve("mfu", 3))
             self.query_one("#mfu-panel", Panel).tell("MFU", percent(mfu))
-        rate = si(window_newest(frame, "tokens_per_s"), "tok/s")
-        if rate == NA and (samples := model.samples_per_s()) is not None:
-            rate = f"n/a, {si(samples, 'samples/s')}"
-        self.query_one("#tokens-panel", Panel).tell("tokens/s", rate)
+        rate = si(window_newest(frame, column), unit)
+        self.query_one("#tokens-panel", Panel).tell(column.replace("_per_", "/"), rate)
         self.query_one("#step-panel", Panel).tell("step time", seconds(window_newest(frame, "step_s")))
         window = frame.window
         columns = [*(history.column(name, window) for name in PHASES), history.other(window)]

@@ -31,8 +31,13 @@ _IN: dict[str, str] = {
     "is_tensor_information is_torch_tensor listify pad_across_processes pad_input_tensors recursively_apply reduce "
     "send_to_device slice_tensors",
     "other": "check_os_kernel clean_state_dict_for_safetensors compile_regions convert_bytes "
+    "compile_regions_deepspeed compile_regions_fsdp2 "
     "extract_model_from_parallel get_model_tp_size get_module_children_bottom_up get_pretty_name has_compiled_regions "
-    "is_compiled_module is_port_in_use load merge_dicts model_has_dtensor recursive_getattr save wait_for_everyone",
+    "is_compiled_module is_port_in_use load merge_dicts model_has_dtensor recursive_getattr save wait_for_everyone "
+    "write_basic_config",
+    "deepspeed": "DummyOptim DummyScheduler GatheredParameters HfDeepSpeedConfig get_active_deepspeed_plugin",
+    "fsdp_utils": "disable_fsdp_ram_efficient_loading enable_fsdp_ram_efficient_loading ensure_weights_retied "
+    "load_fsdp_model load_fsdp_optimizer merge_fsdp_weights save_fsdp_model save_fsdp_optimizer",
     "random": "set_seed synchronize_rng_state synchronize_rng_states",
     "tqdm": "tqdm",
     "versions": "compare_versions is_torch_version",

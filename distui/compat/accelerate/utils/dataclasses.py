@@ -28,6 +28,7 @@ from distui.compat.accelerate.utils.enums import (
     PrecisionType,
     RNGType,
 )
+from distui.compat.accelerate.utils.environment import str_to_bool
 
 __all__ = [
     "AutocastKwargs",
@@ -88,7 +89,7 @@ class AutocastKwargs(KwargsHandler):
 
 @dataclass
 class DistributedDataParallelKwargs(KwargsHandler):
-    """Options of DDP. distui needs none of them: unused parameters are always found, buckets are its own units."""
+    """Options of DDP. Unused parameters are always found and buckets are distui's units; a `comm_hook` takes DDP."""
 
     dim: int = 0
     broadcast_buffers: bool = True
@@ -100,6 +101,31 @@ class DistributedDataParallelKwargs(KwargsHandler):
     comm_hook: DDPCommunicationHookType = DDPCommunicationHookType.NO
     comm_wrapper: DDPCommunicationHookType = DDPCommunicationHookType.NO
     comm_state_option: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.comm_hook = DDPCommunicationHookType(self.comm_hook)
+        self.comm_wrapper = DDPCommunicationHookType(self.comm_wrapper)
+
+    def hook(self) -> tuple[Any, Any] | None:
+        """Return the state and the function of torch's hook, None where none is asked for."""
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+        hooks: dict[Any, Any] = {
+            DDPCommunicationHookType.FP16: default_hooks.fp16_compress_hook,
+            DDPCommunicationHookType.BF16: default_hooks.bf16_compress_hook,
+            DDPCommunicationHookType.POWER_SGD: powerSGD_hook.powerSGD_hook,
+            DDPCommunicationHookType.BATCHED_POWER_SGD: powerSGD_hook.batched_powerSGD_hook,
+        }
+        wrappers: dict[Any, Any] = {
+            DDPCommunicationHookType.FP16: default_hooks.fp16_compress_wrapper,
+            DDPCommunicationHookType.BF16: default_hooks.bf16_compress_wrapper,
+        }
+        found = hooks.get(self.comm_hook)
+        if found is None:
+            return None
+        keeps = self.comm_hook in (DDPCommunicationHookType.POWER_SGD, DDPCommunicationHookType.BATCHED_POWER_SGD)
+        state = powerSGD_hook.PowerSGDState(None, **self.comm_state_option) if keeps else None
+        return state, wrappers.get(self.comm_wrapper, lambda hook: hook)(found)
 
 
 @dataclass
@@ -209,6 +235,9 @@ class GradientAccumulationPlugin(KwargsHandler):
     sync_each_batch: bool = False
 
 
+_DYNAMO = ("BACKEND", "MODE", "USE_FULLGRAPH", "USE_REGIONAL_COMPILATION", "USE_DYNAMIC")
+
+
 @dataclass
 class TorchDynamoPlugin(KwargsHandler):
     """Options of `torch.compile`, which prepared models are compiled with unless the back end is NO."""
@@ -222,8 +251,19 @@ class TorchDynamoPlugin(KwargsHandler):
     use_regional_compilation: bool | None = None
 
     def __post_init__(self) -> None:
-        chosen = self.backend if self.backend is not None else os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        told = {name: os.environ.get(f"ACCELERATE_DYNAMO_{name}") for name in _DYNAMO}
+        chosen = self.backend if self.backend is not None else told["BACKEND"] or "no"
         self.backend = DynamoBackend(str(chosen).upper())
+        self.mode = self.mode or told["MODE"] or "default"
+        for name in ("FULLGRAPH", "REGIONAL_COMPILATION", "DYNAMIC"):
+            field_name = "use_regional_compilation" if name.startswith("REG") else name.lower()
+            text = told[f"USE_{name}"]
+            if getattr(self, field_name) is None and (text is not None or name != "DYNAMIC"):
+                setattr(self, field_name, bool(str_to_bool(text or "no")))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field, the back end as torch names it."""
+        return {**super().to_dict(), "backend": str(self.backend).lower()}
 
     def to_kwargs(self) -> dict[str, Any]:
         """Return what `torch.compile` takes."""

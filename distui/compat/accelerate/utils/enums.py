@@ -138,7 +138,7 @@ class CustomDtype(enum.Enum):
 
 
 class DDPCommunicationHookType(BaseEnum):
-    """How DDP packs gradients; distui takes NO, FP16 and BF16."""
+    """How DDP packs gradients."""
 
     NO = "no"
     FP16 = "fp16"

@@ -6,6 +6,8 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +126,17 @@ def load_checkpoint_in_model(
 ) -> None:
     """Load weights from a file, an index, or a folder that holds one of them, into a model before `prepare`.
 
-    Raises: NotOffered for a device map with offloading.
+    With a device map the installed Accelerate does it. Raises: NotOffered where there is none.
     """
     if device_map is not None or kwargs.get("offload_folder") is not None:
         from distui.compat.accelerate.refusals import NAMES, refuse_argument
 
-        raise refuse_argument("load_checkpoint_in_model", "device_map", "...", NAMES["load_checkpoint_and_dispatch"])
+        if find_spec("accelerate") is None:
+            way = NAMES["load_checkpoint_and_dispatch"]
+            raise refuse_argument("load_checkpoint_in_model", "device_map", "...", way)
+        theirs: Any = import_module("accelerate.utils")
+        theirs.load_checkpoint_in_model(model, checkpoint, device_map, dtype=dtype, strict=strict, **kwargs)
+        return
     path = Path(checkpoint)
     if path.is_dir():
         indexes, files = sorted(path.glob("*.index.json")), sorted(path.glob("model.safetensors"))

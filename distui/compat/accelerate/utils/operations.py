@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from distui.compat.accelerate.utils.dataclasses import TensorInformation
-from distui.core import ops
 from distui.core.errors import UserError
-from distui.core.ops import (
+from distui.core.ranks import ops
+from distui.core.ranks.ops import (
     broadcast_object_list,
     concatenate,
     convert_outputs_to_fp32,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 from functools import reduce as fold
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +43,9 @@ def compile_regions(module: nn.Module, **compile_kwargs: Any) -> nn.Module:
     return module
 
 
+compile_regions_deepspeed = compile_regions_fsdp2 = compile_regions
+
+
 def model_has_dtensor(model: nn.Module) -> bool:
     """Return whether a parameter is a DTensor."""
     from torch.distributed.tensor import DTensor
@@ -55,12 +61,30 @@ def get_model_tp_size(model: nn.Module) -> int | None:
 def extract_model_from_parallel(
     model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True, recursive: bool = False
 ) -> nn.Module:
-    """Return the model without the wrappers of other libraries; distui does not wrap."""
-    if not keep_torch_compile and is_compiled_module(model):
-        model = model._orig_mod  # type: ignore[assignment]
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+    """Return the model without the wrappers of other libraries; distui does not wrap.
+
+    A compiled one stays so unless `keep_torch_compile` is False; `recursive` goes into children too.
+    """
+    compiled: Any = model if is_compiled_module(model) else None
+    if compiled is not None:
+        model = compiled._orig_mod
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         model = model.module
-    return model
+    if recursive:
+        model = _without_wrappers(model)
+    if compiled is None or not keep_torch_compile:
+        return model
+    compiled._orig_mod = model
+    unwrapped: nn.Module = compiled
+    return unwrapped
+
+
+def _without_wrappers(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "module", None)
+    module = _without_wrappers(inner) if isinstance(inner, nn.Module) else module
+    for name, child in module.named_children():
+        setattr(module, name, _without_wrappers(child))
+    return module
 
 
 def clean_state_dict_for_safetensors(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +160,37 @@ def get_module_children_bottom_up(model: nn.Module, return_fqns: bool = False) -
     """Return every module, children before their parents."""
     named = list(model.named_modules())[::-1]
     return [(name, module) for name, module in named] if return_fqns else [module for _, module in named]
+
+
+def write_basic_config(mixed_precision: str = "no", save_location: Any = None) -> Any:
+    """Write Accelerate's configuration of this machine as JSON, for `distui config import` and for Accelerate.
+
+    Returns its path, or False where there is one already. Raises ValueError for another format than Accelerate's.
+    """
+    if save_location is None:
+        cache = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+        save_location = Path(cache) / "accelerate" / "default_config.json"
+    path = Path(save_location)
+    if path.exists():
+        print(f"Configuration already exists at {path}, will not override. Pass a different `save_location`.")
+        return False
+    if mixed_precision.lower() not in ("no", "fp16", "bf16", "fp8"):
+        raise ValueError(
+            f"`mixed_precision` should be one of 'no', 'fp16', 'bf16', or 'fp8'. Received {mixed_precision.lower()}"
+        )
+    num_gpus = torch.cuda.device_count()
+    config = {
+        "compute_environment": "LOCAL_MACHINE",
+        "debug": False,
+        "distributed_type": "MULTI_GPU" if num_gpus > 1 else "NO",
+        "enable_cpu_affinity": False,
+        "mixed_precision": mixed_precision.lower(),
+        "num_processes": num_gpus or 1,
+        "use_cpu": not num_gpus,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return path
 
 
 def check_os_kernel() -> None:

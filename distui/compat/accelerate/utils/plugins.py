@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from distui.compat.accelerate.refusals import refuse_argument
+from distui.compat.deepspeed_json import HANDLED_BY_PLUGIN, refuse_features, refuse_lost
+from distui.core.config.imports.carried import flatten
+from distui.core.config.imports.deepspeed import refuse_unknown
 
 Sections = dict[str, dict[str, Any]]
 """Section of the configuration -> key -> value."""
@@ -81,7 +84,8 @@ class FullyShardedDataParallelPlugin:
     def sections(self) -> Sections:
         """Return the configuration that this asks for."""
         found: Sections = {"strategy": {"zero_stage": self.zero_stage}}
-        if self.cpu_offload is True or getattr(self.cpu_offload, "offload_params", False):
+        policy = type(self.cpu_offload).__name__ == "CPUOffloadPolicy"  # FSDP2's; FSDP1's has a field
+        if policy or self.cpu_offload is True or getattr(self.cpu_offload, "offload_params", False):
             found["offload"] = {"params": "cpu", "optimizer": "cpu"}
         if self.activation_checkpointing:
             found["activation_checkpointing"] = {"mode": "full"}
@@ -124,14 +128,12 @@ class DeepSpeedPlugin:
         if isinstance(given, (str, Path)):
             given = json.loads(Path(given).read_text(encoding="utf-8"))
         self.deepspeed_config = dict(given or {})
-        for section in ("optimizer", "scheduler"):
-            if section in self.deepspeed_config:
-                raise refuse_argument(
-                    type(self).__name__,
-                    f"hf_ds_config[{section!r}]",
-                    self.deepspeed_config[section].get("type"),
-                    f"make the {section} in the script and pass it to prepare()",
-                )
+        flat = flatten(self.deepspeed_config)
+        refuse_features(flat)
+        # Optimizer and schedule are made by `prepare`, of DummyOptim and DummyScheduler.
+        made = ("optimizer", "scheduler")
+        self._carried = refuse_unknown({k: v for k, v in self.deepspeed_config.items() if k not in made})
+        refuse_lost(self._carried, flat, HANDLED_BY_PLUGIN)
         zero = self.deepspeed_config.setdefault("zero_optimization", {})
         self.zero_stage = int(self._choose(self.zero_stage, zero, "stage", 2))
         for which in ("optimizer", "param"):
@@ -156,7 +158,12 @@ class DeepSpeedPlugin:
 
     def sections(self) -> Sections:
         """Return the configuration that this asks for."""
-        found: Sections = {"strategy": {"zero_stage": self.zero_stage}}
+        found: Sections = {}
+        for key, value in self._carried.values.items():
+            section, _, name = key.partition(".")
+            if key not in ("optimizer.max_grad_norm", "batch.accumulation"):
+                found.setdefault(section, {})[name] = value
+        found.setdefault("strategy", {})["zero_stage"] = self.zero_stage
         homes = {"optimizer": self.offload_optimizer_device, "params": self.offload_param_device}
         offload: dict[str, Any] = {key: home for key, home in homes.items() if home not in (None, "none")}
         if path := self.offload_optimizer_nvme_path or self.offload_param_nvme_path:
@@ -164,7 +171,7 @@ class DeepSpeedPlugin:
         if offload:
             found["offload"] = offload
         if self.gradient_clipping:
-            found["optimizer"] = {"max_grad_norm": float(self.gradient_clipping)}
+            found.setdefault("optimizer", {})["max_grad_norm"] = float(self.gradient_clipping)
         return found
 
     def get_value(self, ds_key_long: str, default: Any = None) -> Any:
@@ -213,6 +220,22 @@ class ParallelismConfig:
         for name in ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size"):
             total *= getattr(self, name)
         return total
+
+    def __getattr__(self, name: str) -> Any:
+        axis = name.removesuffix("_enabled")
+        if name.endswith("_enabled") and f"{axis}_size" in self.__dict__:
+            return self.__dict__[f"{axis}_size"] > 1
+        raise AttributeError(f"'ParallelismConfig' object has no attribute {name!r}")
+
+    @property
+    def data_parallel_size(self) -> int:
+        """The ranks that see different samples."""
+        return int((self.dp_replicate_size or 1) * (self.dp_shard_size or 1))
+
+    @property
+    def non_data_parallel_size(self) -> int:
+        """The ranks that share samples."""
+        return self.total_size // self.data_parallel_size
 
     def sections(self) -> Sections:
         """Return the configuration that this asks for."""

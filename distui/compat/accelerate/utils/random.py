@@ -12,7 +12,7 @@ import torch
 from distui.compat.accelerate.refusals import NotOffered
 from distui.compat.accelerate.state import AcceleratorState, PartialState
 from distui.compat.accelerate.utils.enums import RNGType
-from distui.core import ops
+from distui.core.ranks import ops
 
 
 def set_seed(seed: int, device_specific: bool = False, deterministic: bool = False) -> None:

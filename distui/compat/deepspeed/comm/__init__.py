@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ReduceOp as ReduceOp
 
 from distui.compat.deepspeed.refusals import PAGE
-from distui.core.process import ProcessState
+from distui.core.ranks.process import ProcessState
 
 
 def init_distributed(

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from distui.compat.deepspeed.optimizers import DeepSpeedCPUAdam, FusedAdam
+from distui.compat.deepspeed.optim.optimizers import DeepSpeedCPUAdam, FusedAdam
 
 __all__ = ["DeepSpeedCPUAdam", "FusedAdam"]

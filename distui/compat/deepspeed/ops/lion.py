@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from distui.compat.deepspeed.optimizers import DeepSpeedCPULion, FusedLion
+from distui.compat.deepspeed.optim.optimizers import DeepSpeedCPULion, FusedLion
 
 __all__ = ["DeepSpeedCPULion", "FusedLion"]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from distui.compat.deepspeed.engine import DeepSpeedEngine
-from distui.compat.deepspeed.whole import Whole, local_part, put_local
 from distui.compat.deepspeed.zero import _engine_of
 from distui.compat.not_offered import NotOffered
+from distui.compat.whole import Whole, local_part, put_local
 from distui.core.backends.native import NativeBackend
 from distui.core.checkpoint.flat import FlatShard
 

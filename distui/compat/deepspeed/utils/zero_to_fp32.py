@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distui.core.checkpoint import deepspeed_files
-from distui.core.checkpoint.folder import MANIFEST, find, verify
+from distui.core.checkpoint.folder import MANIFEST
+from distui.core.checkpoint.formats import deepspeed_files
 from distui.core.checkpoint.weights import read_weights
 
 
@@ -27,9 +27,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
     """Return the whole weights in a checkpoint of either; one process is enough."""
     folder = _folder(checkpoint_dir, tag)
     if (folder / MANIFEST).is_file() or not deepspeed_files.is_deepspeed(folder):
-        source = find(folder.absolute())
-        models = read_weights(source, verify(source))
-        return dict(models["model0"])
+        return dict(read_weights(folder.absolute(), tied=True)["model0"])
     return deepspeed_files.read(folder, optimizer_states=False).weights
 
 

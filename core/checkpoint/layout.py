@@ -1,0 +1,161 @@
+"""Where a checkpoint's tensors lie in its files.
+
+rank<R>.bin   what rank R wrote: the elements of its ranges, one range after another, and its larger states
+rank<R>.json  the states of rank R alone (see `plain`), and where their tensors lie in rank<R>.bin
+common.json   the states that all ranks share, likewise, in rank 0's file
+index.json    of every tensor the format, the size, and the ranges of it: in which file, where, from which element on
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distui.core.checkpoint.files import Facts, SummedFile, write_file
+from distui.core.checkpoint.flat import FlatShard
+from distui.core.checkpoint.plain import DTYPES, Plain
+from distui.core.errors import UserError
+
+INDEX, COMMON = "index.json", "common.json"
+Number = bool | int | float
+
+
+def data_file(rank: int) -> str:
+    """Return the name of a rank's file of tensors."""
+    return f"rank{rank:05d}.bin"
+
+
+def state_file(rank: int) -> str:
+    """Return the name of a rank's file of its own states."""
+    return f"rank{rank:05d}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some elements of a tensor, flattened: where they lie, and which they are."""
+
+    file: str
+    offset: int
+    """Byte in the file."""
+    start: int
+    numel: int
+    nbytes: int
+
+
+@dataclass(slots=True)
+class Entry:
+    """A tensor of a checkpoint; a parameter or what has its shape is flattened. Or, with `number`, no tensor at all."""
+
+    size: torch.Size
+    dtype: torch.dtype
+    chunks: list[Chunk] = field(default_factory=list)
+    number: Number | None = None
+    value: float | None = None
+    """What a tensor without dimensions holds, where that was read."""
+
+    def take_value(self, at: int, values: torch.Tensor) -> None:
+        """Keep what was read of a tensor without dimensions."""
+        self.value = float(values)
+
+
+Items = Mapping[str, Any]
+"""What a rank writes by key: `FlatShard`s, whole tensors, and numbers."""
+
+
+def write_rank(folder: Path, rank: int, items: Items, own: Plain | None, common: Plain | None) -> dict[str, Any]:
+    """Write a rank's files, and return what of them the index and the manifest must know, as JSON."""
+    chunks, numbers, facts = [], {}, {}
+    file = SummedFile(folder / data_file(rank))
+    try:
+        for key, item in items.items():
+            if not isinstance(item, torch.Tensor):
+                numbers[key] = item
+                continue
+            is_flat = isinstance(item, FlatShard)
+            values = item.read() if isinstance(item, FlatShard) else item
+            if not values.numel() and is_flat:
+                continue
+            dtype = str(item.dtype).removeprefix("torch.")
+            if dtype not in DTYPES:
+                raise UserError(f"{key} cannot be saved", f"its elements are {dtype}", "convert it before saving")
+            start = item.start if isinstance(item, FlatShard) else 0
+            chunks.append([key, dtype, list(item.shape), file.write_tensor(values), start, values.numel()])
+        for name, plain in ((state_file(rank), own), (COMMON, common)):
+            if plain is not None:
+                places = [[file.write_tensor(tensor), tensor.numel()] for tensor in plain.tensors]
+                content = {"tree": plain.tree, "file": data_file(rank), "places": places}
+                facts[name] = write_file(folder / name, json.dumps(content, allow_nan=False).encode())
+        facts[data_file(rank)] = file.finish()
+    finally:
+        file.close()
+    return {"rank": rank, "chunks": chunks, "numbers": numbers, "files": facts}
+
+
+def write_index(folder: Path, parts: list[dict[str, Any]]) -> dict[str, Facts]:
+    """Write the index of what all ranks wrote, and return the facts of all files. One rank calls it.
+
+    Of a tensor that several ranks wrote whole the first one's counts.
+    """
+    tensors: dict[str, list[Any]] = {}
+    numbers: dict[str, Number] = {}
+    facts: dict[str, Facts] = {}
+    for part in parts:
+        numbers = part["numbers"] | numbers
+        facts |= part["files"]
+        for key, dtype, shape, offset, start, numel in part["chunks"]:
+            entry = tensors.setdefault(key, [dtype, shape, []])
+            if entry[0] != dtype or entry[1] != shape:
+                raise UserError(
+                    f"{key} is not the same on all ranks",
+                    f"{dtype} of {shape} on rank {part['rank']}, {entry[0]} of {entry[1]} before it",
+                    "build and prepare the same objects on all ranks",
+                )
+            if not any(known[2] == start for known in entry[2][-1:] + entry[2][:1]):
+                entry[2].append([data_file(part["rank"]), offset, start, numel])
+    content = json.dumps({"tensors": tensors, "numbers": numbers}).encode()
+    return {**facts, INDEX: write_file(folder / INDEX, content)}
+
+
+def read_index(content: bytes, facts: Mapping[str, Facts]) -> dict[str, Entry]:
+    """Return the entries of an index; `facts` are of the files that it may name.
+
+    Raises: ValueError, TypeError, KeyError for what `write_index` does not write; `check_tiled` looks at the ranges.
+    """
+    found = json.loads(content)
+    entries: dict[str, Entry] = {}
+    for key, (name, shape, chunks) in found["tensors"].items():
+        entry = Entry(torch.Size(shape), DTYPES[name])
+        for file, offset, start, numel in chunks:
+            nbytes = numel * entry.dtype.itemsize
+            if offset < 0 or numel < 0 or offset + nbytes > facts[file]["bytes"]:
+                raise ValueError(f"{key} would lie at byte {offset} of {file}")
+            entry.chunks.append(Chunk(file, offset, start, numel, nbytes))
+        entries[key] = entry
+    for key, value in found["numbers"].items():
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{key} is {value!r}")
+        entries[key] = Entry(torch.Size(()), torch.float64, number=value)
+    return entries
+
+
+def check_tiled(entries: Mapping[str, Entry]) -> list[str]:
+    """Put every tensor's ranges in order; return what is wrong with those that are not whole."""
+    wrong = []
+    for key, entry in entries.items():
+        if entry.number is not None:
+            continue
+        entry.chunks.sort(key=lambda chunk: chunk.start)
+        at = 0
+        for chunk in entry.chunks:
+            if chunk.start != at:
+                break
+            at += chunk.numel
+        if at != math.prod(entry.size) or any(length < 0 for length in entry.size):
+            wrong.append(f"{key} has its first {at:,} of {math.prod(entry.size):,} elements")
+    return wrong

@@ -1,1 +1,0 @@
-"""Reads the configurations of other tools: a DeepSpeed JSON, an Accelerate YAML."""

@@ -1,0 +1,5 @@
+"""What is done to a user's modules beside sharding them: recomputation, kernels, and counting their FLOPs.
+
+Way in: `activation_checkpointing.apply_activation_checkpointing`, `kernel_swap.apply_kernels`, `flops.FlopMeter`.
+Each can be taken off again. Knows units only by their borders, and no optimizer, checkpoint or backend.
+"""

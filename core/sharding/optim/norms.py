@@ -1,0 +1,64 @@
+"""The norm of gradients of which every rank holds a part."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from distui.core.sharding.optim.onebit_adam import OneBitAdam
+from distui.core.sharding.transport.transport import Transport
+from distui.core.sharding.units.unit import Unit
+from distui.kernels.l2_norm import l2_norm
+
+
+class Steps(Protocol):
+    """What an optimizer is to this file."""
+
+    units: list[Unit]
+    transport: Transport | None
+    onebit: OneBitAdam | None
+    grad_factor: float
+
+
+def gradient_norm(optimizer: Steps, place: dict[int, set[int]] | None, norm_type: float) -> torch.Tensor:
+    """Return the norm of the summed gradients at `place` (None: all), times the factor of the next step.
+
+    Collective: all ranks (one number travels). Shapes: a scalar, on the shards' device.
+    """
+    units = optimizer.units
+    parts = []
+    for unit in units:
+        if not unit.trainable or not unit.has_gradient:
+            continue
+        if place is None and norm_type == 2.0 and unit.stored_norm is not None:
+            parts.append(unit.stored_norm)
+            continue
+        ranges = [(0, unit.layout.shard_numel)]
+        if place is not None:
+            ranges = unit.layout.runs(place.get(id(unit), ()), unit.rank)
+        if not ranges:
+            continue
+        with unit.gradient() as grad:
+            pieces = [grad[start:end] for start, end in ranges]
+            if norm_type == 2.0:
+                parts += [l2_norm(piece) for piece in pieces]
+            else:
+                parts += [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float32) for piece in pieces]
+    device = units[0].device if units else torch.device("cpu")
+    norms = torch.stack(parts) if parts else torch.zeros(1, device=device)
+    if math.isinf(norm_type):
+        total = norms.max()
+        op = dist.ReduceOp.MAX
+    else:
+        total = norms.double().pow(norm_type).sum() if norms.device.type == "cpu" else norms.pow(norm_type).sum()
+        op = dist.ReduceOp.SUM
+    if optimizer.onebit is not None and optimizer.onebit.frozen:
+        total = optimizer.onebit.mean_norm(total, norm_type)
+    elif units and units[0].placement.shards_optimizer and optimizer.transport is not None:
+        optimizer.transport.all_reduce(total, op=op).wait()
+    if not math.isinf(norm_type):
+        total = total.pow(1.0 / norm_type)
+    return total.float() * abs(optimizer.grad_factor)

@@ -1,0 +1,73 @@
+"""Stage 0: a rank has whole gradients, and plain code reads and changes them in `param.grad`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from distui.core.sharding.units.guarded import GRAD
+from distui.core.sharding.units.unit import Unit
+
+
+class ShownGradients:
+    """The part of a schedule that stands behind `param.grad`."""
+
+    stage: int
+    order: list[Unit]
+    _shown = False
+    """Whether `param.grad` of every parameter is the reduced gradient."""
+
+    def show_gradients(self) -> None:
+        """Stage 0: put the reduced gradients where plain code reads and changes them, in `param.grad`."""
+        if self.stage > 0:
+            return
+        self._shown = True
+        for unit in self.order:
+            unit.finish_reduce()
+            if unit.grad_full is not None and unit.grad_dtype == unit.dtype:
+                for param, view, present in zip(unit.params, unit.views(unit.grad_full), unit.present, strict=True):
+                    if present:
+                        GRAD.__set__(param, view)
+
+    def _gradient_reader(self, unit: Unit) -> Callable[[int], torch.Tensor | None]:
+        schedule_of, unit_of = weakref.ref(self), weakref.ref(unit)
+
+        def read(index: int) -> torch.Tensor | None:
+            self, unit = schedule_of(), unit_of()
+            assert self is not None and unit is not None
+            param = unit.params[index]
+            grad = GRAD.__get__(param)
+            if grad is None and self._shown and unit.grad_full is not None:
+                # Reduced in another format than the parameter's: what the script sees is a copy, taken back later.
+                grad = unit.views(unit.grad_full)[index].to(unit.dtype)
+                GRAD.__set__(param, grad)
+            return grad
+
+        return read
+
+    def _take_shown(self) -> None:
+        """Take what the script assigned to `param.grad`, or wrote to a copy of it, into the flat gradients."""
+        for unit in self.order:
+            if unit.grad_full is None:
+                continue
+            for param, view in zip(unit.params, unit.views(unit.grad_full), strict=True):
+                grad = GRAD.__get__(param)
+                if grad is None or grad is view:
+                    continue
+                if grad.is_sparse:
+                    grad = grad.to_dense()
+                unit.holds_gradient = True
+                view.copy_(torch.where(grad == view.to(grad.dtype), view, grad.to(view.dtype)))
+                GRAD.__set__(param, view if grad.dtype == view.dtype else grad)
+
+    def hide_gradients(self) -> None:
+        """Before a backward: autograd must hand fresh gradients over, not add to the flat ones."""
+        if not self._shown:
+            return
+        self._take_shown()
+        self._shown = False
+        for unit in self.order:
+            for param in unit.params:
+                GRAD.__set__(param, None)

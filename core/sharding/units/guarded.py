@@ -1,0 +1,205 @@
+"""Parameters that cannot be read as if they were whole when they are not.
+
+A prepared parameter stays the same object and an `nn.Parameter`; only its class changes with its unit's state:
+
+    Kept      whole. `data` and `grad` are watched, all else is as fast as ever
+    Fetched   not whole, or new numbers are on their way. Whatever is done with it, through whatever name (an attribute,
+              a list kept from before, `F.linear(x, block.weight)`), first brings the unit here. Its memory is NaN.
+
+What describes a tensor (shape, dtype, requires_grad, hooks) never fetches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from distui.core.errors import UserError
+
+DATA: Any = torch.Tensor.data
+GRAD: Any = torch.Tensor.grad
+"""torch's own descriptors, for the engine itself: they read and write what is there."""
+
+
+class Holder(Protocol):
+    """What a unit is to its parameters."""
+
+    name: str
+    touched: bool
+
+    def reading(self, indices: Iterable[int]) -> contextlib.AbstractContextManager[None]:
+        """Enter with these parameters whole and current."""
+
+    def write_data(self, index: int, value: torch.Tensor) -> None:
+        """Take what the script assigned to `param.data`."""
+
+    def read_gradient(self, index: int) -> torch.Tensor | None:
+        """Return what the script sees as `param.grad`."""
+
+    def write_gradient(self, index: int, value: torch.Tensor | None) -> None:
+        """Take what the script assigned to `param.grad`."""
+
+
+_places: dict[int, tuple[weakref.ref[Any], int]] = {}
+"""Identity of a parameter -> its unit and its index there. The unit keeps the parameter alive."""
+
+
+def place_of(param: torch.Tensor) -> tuple[Holder, int] | None:
+    """Return the unit that holds a prepared parameter, and its index there; None for any other tensor."""
+    found = _places.get(id(param))
+    unit = found[0]() if found is not None else None
+    return (unit, found[1]) if found is not None and unit is not None else None
+
+
+ANSWERS: dict[str, Callable[[Any], Any]] = {}
+"""Attributes of prepared parameters that somebody above answers for, at the moment that they are asked."""
+
+
+class Kept:
+    """What a prepared parameter is beside its own class."""
+
+    __slots__ = ()
+    distui_original: type
+    requires_grad: bool
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The parameter's numbers; what is written to them is kept."""
+        if (place := place_of(self)) is not None:  # type: ignore[arg-type]
+            unit, index = place
+            unit.touched = True
+            with torch.no_grad(), unit.reading((index,)):
+                return DATA.__get__(self)
+        return DATA.__get__(self)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if (place := place_of(self)) is not None:  # type: ignore[arg-type]
+            place[0].write_data(place[1], value)
+        else:
+            DATA.__set__(self, value)
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        """The parameter's gradient, where a rank has the whole of it."""
+        place = place_of(self)  # type: ignore[arg-type]
+        return GRAD.__get__(self) if place is None else place[0].read_gradient(place[1])
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        if (place := place_of(self)) is not None:  # type: ignore[arg-type]
+            place[0].write_gradient(place[1], value)
+        else:
+            GRAD.__set__(self, value)
+
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the parameter would lie elsewhere than where it is stepped."""
+        if (place := place_of(self)) is None:  # type: ignore[arg-type]
+            return torch.Tensor.set_(self, *args, **kwargs)  # type: ignore[call-overload]
+        raise UserError(
+            f"set_ of a prepared parameter of {place[0].name}",
+            "its memory is a part of the flat memory that is stepped and sent",
+            "assign to its data, or copy_ to it",
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what the parameter does not have comes here.
+        if name in ANSWERS:
+            return ANSWERS[name](self)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            copied = self.data.clone(memory_format=torch.preserve_format)
+            memo[id(self)] = self.distui_original(copied, self.requires_grad)
+        return memo[id(self)]
+
+
+def _getters(*names: str) -> set[Any]:
+    return {getattr(torch.Tensor, name).__get__ for name in names}
+
+
+DESCRIBES = {
+    *_getters("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "grad_fn", "layout", "is_meta"),
+    *_getters("is_cuda", "is_cpu", "is_sparse", "_backward_hooks", "_post_accumulate_grad_hooks", "output_nr"),
+    *_getters("grad", "retains_grad", "is_quantized", "is_nested", "itemsize", "nbytes"),
+    *(getattr(torch.Tensor, name).__set__ for name in ("requires_grad", "grad", "_backward_hooks")),
+    getattr(torch.Tensor, "_post_accumulate_grad_hooks").__set__,  # noqa: B009
+    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.element_size),
+    *(torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel),
+    *(torch.Tensor.requires_grad_, torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook),
+    *(torch.Tensor.__len__, torch.Tensor.__hash__, torch.Tensor.get_device, torch.Tensor.is_signed),
+}
+"""What can be asked of a tensor without its numbers."""
+
+
+class Fetched(Kept):
+    """What a prepared parameter is while it is not whole."""
+
+    __slots__ = ()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DESCRIBES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        wanted: dict[int, tuple[Holder, set[int]]] = {}
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Fetched) and (place := place_of(leaf)) is not None:  # type: ignore[arg-type]
+                wanted.setdefault(id(place[0]), (place[0], set()))[1].add(place[1])
+        with contextlib.ExitStack() as whole:
+            for unit, indices in wanted.values():
+                unit.touched = True  # the operation may write
+                whole.enter_context(unit.reading(indices))
+            return func(*args, **kwargs)
+
+
+@functools.cache
+def _classes(original: type) -> tuple[type, type]:
+    def derived(mixin: type) -> type:
+        def fill(body: dict[str, Any]) -> None:
+            body.update(__module__=original.__module__, __qualname__=original.__qualname__, distui_original=original)
+
+        return types.new_class(original.__name__, (mixin, original), {}, fill)
+
+    return derived(Kept), derived(Fetched)
+
+
+def original_class(param: torch.Tensor) -> type:
+    """Return the class that a parameter had before it was prepared."""
+    return param.distui_original if isinstance(param, Kept) else type(param)
+
+
+def guard(params: Iterable[nn.Parameter], unit: Holder) -> list[tuple[type, type]]:
+    """Make `unit` the holder of `params`; returns for each its class while it is whole, and while it is not."""
+    classes = []
+    reference = weakref.ref(unit)
+    for index, param in enumerate(params):
+        _places[id(param)] = (reference, index)
+        classes.append(_classes(original_class(param)))
+    weakref.finalize(unit, _forget, [id(param) for param in params])
+    return classes
+
+
+def let_go(params: Iterable[nn.Parameter]) -> None:
+    """Give parameters their own class back."""
+    for param in params:
+        _places.pop(id(param), None)
+        if isinstance(param, Kept):
+            param.__class__ = param.distui_original
+
+
+def _forget(identities: list[int]) -> None:
+    for identity in identities:
+        found = _places.get(identity)
+        if found is not None and found[0]() is None:
+            del _places[identity]

@@ -1,0 +1,220 @@
+"""Who holds up the others all the time, and which group has become slow: from the collectives that all have told of.
+
+Synchronous training makes all ranks' steps equally long, so a straggler shows in who arrives last, and by how much.
+A slow link shows in the time from the last arrival to the end, against what the same collective took before, or what
+it takes in the groups beside.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+from distui.proto import telemetry_pb2 as pb
+
+WINDOW_S = 2.0
+MAX_WINDOW_S = 60.0
+NUM_WINDOWS, MIN_WINDOWS = 8, 3
+"""A verdict needs this many of the last windows to agree, and most of those in which anything was lost."""
+MIN_COLLECTIVES = 4
+"""A window lasts until it has so many: with steps of seconds and one collective in each, longer than `WINDOW_S`."""
+LOST_SHARE = 0.08
+"""A straggler costs the others at least this share of their time."""
+BLAME_SHARE = 0.75
+"""And at least this share of all time that ranks waited for late ones."""
+WITH_SHARE = 0.5
+"""Who costs more than this share of what the worst does is late with it: the two ranks of one slow host."""
+NUM_RECENT = 8
+SLOWER, SLOWER_S = 4.0, 0.005
+CALM = 2.0
+"""A link that was slow is so until it takes less than so many times the usual, for a window."""
+MIN_LINK_BYTES = 32 << 10
+"""What is smaller tells of the latency of processes, not of a link."""
+NUM_BASELINE = 24
+MAX_LINKS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Straggler:
+    """Ranks that the others wait for again and again."""
+
+    ranks: tuple[int, ...]
+    group: str
+    op: str
+    seq: int
+    lost_share: float
+    mean_gap_s: float
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SlowLink:
+    """A group in which the same transfer takes much longer than it did, or than it does elsewhere."""
+
+    group: str
+    op: str
+    seq: int
+    num_bytes: int
+    took_s: float
+    usual_s: float
+    ranks: tuple[int, ...]
+    since_s: float
+
+
+@dataclass(slots=True)
+class _Window:
+    began_s: float
+    newest_s: float = 0.0
+    num: int = 0
+    total_s: float = 0.0
+    lost_s: dict[int, float] = field(default_factory=dict)
+    times_late: dict[int, int] = field(default_factory=dict)
+    newest: pb.Collective | None = None
+
+    @property
+    def lasted_s(self) -> float:
+        return self.newest_s - self.began_s
+
+    def lossy(self) -> bool:
+        """Tell whether a part of its time that counts was lost."""
+        return self.total_s > LOST_SHARE / 2 * self.lasted_s
+
+    def blames(self, rank: int) -> bool:
+        """Tell whether most of what was lost was lost to one rank, or to several of which it is one."""
+        return self.lost_s.get(rank, 0.0) > BLAME_SHARE * self.total_s
+
+
+@dataclass(slots=True)
+class _Link:
+    ranks: tuple[int, ...]
+    usual_s: float = math.inf
+    first: list[float] = field(default_factory=list)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
+    slow_since_s: float = 0.0
+    slow_until_s: float = 0.0
+    newest: pb.Collective | None = None
+
+
+class Pace:
+    """Takes in each collective once all ranks of its group have told of it."""
+
+    def __init__(self) -> None:
+        self._windows: dict[str, deque[_Window]] = {}
+        self._links: dict[tuple[str, str, int], _Link] = {}
+
+    def add(self, ranks: dict[int, pb.Collective]) -> None:
+        """Take in what every member told of one collective."""
+        arrivals = sorted((one.enqueued_s, rank) for rank, one in ranks.items())
+        last_s, last = arrivals[-1]
+        newest = ranks[last]
+        windows = self._windows.setdefault(newest.group, deque(maxlen=NUM_WINDOWS + 1))
+        if not windows or last_s - windows[-1].newest_s > MAX_WINDOW_S:
+            windows.append(_Window(last_s))
+        elif last_s - windows[-1].began_s > WINDOW_S and windows[-1].num >= MIN_COLLECTIVES:
+            windows.append(_Window(windows[-1].newest_s))
+        window = windows[-1]
+        window.num += 1
+        window.newest, window.newest_s = newest, max(window.newest_s, last_s)
+        # Those behind the widest gap are late, at most half of them: ranks of one slow host are late together.
+        first_late = max(
+            range(len(arrivals) - max(1, len(arrivals) // 2), len(arrivals)),
+            key=lambda at: arrivals[at][0] - arrivals[at - 1][0],
+        )
+        gap_s = arrivals[first_late][0] - arrivals[first_late - 1][0]
+        window.total_s += gap_s
+        for _, rank in arrivals[first_late:]:
+            window.lost_s[rank] = window.lost_s.get(rank, 0.0) + gap_s
+            window.times_late[rank] = window.times_late.get(rank, 0) + 1
+        self._transfer(ranks, last_s, newest)
+
+    def _transfer(self, ranks: dict[int, pb.Collective], last_s: float, newest: pb.Collective) -> None:
+        if newest.bytes < MIN_LINK_BYTES:
+            return
+        # Who waits late also sees the end late: the first to see it is the nearest to the truth.
+        ends = [one.finished_s for one in ranks.values() if one.HasField("finished_s")]
+        if len(ends) < len(ranks):
+            return
+        took_s = max(0.0, min(ends) - last_s) if newest.op != "broadcast" else max(0.0, max(ends) - last_s)
+        key = (newest.group, newest.op, newest.bytes.bit_length())
+        link = self._links.get(key)
+        if link is None:
+            if len(self._links) >= MAX_LINKS:
+                return
+            link = self._links[key] = _Link(tuple(sorted(ranks)))
+        link.newest = newest
+        link.recent.append(took_s)
+        if len(link.first) < NUM_BASELINE:
+            link.first.append(took_s)
+            if len(link.first) < NUM_BASELINE:
+                return
+            link.usual_s = statistics.median(link.first)
+        median_s = statistics.median(link.recent)
+        link.usual_s = min(link.usual_s, median_s)
+        slower, more_s = self._slower(key, link, median_s)
+        if slower > SLOWER and more_s > SLOWER_S:
+            link.slow_since_s, link.slow_until_s = link.slow_since_s or last_s, last_s
+        elif slower > CALM and link.slow_since_s:
+            link.slow_until_s = last_s
+        elif last_s - link.slow_until_s > WINDOW_S:
+            link.slow_since_s = 0.0
+
+    def _slower(self, key: tuple[str, str, int], link: _Link, median_s: float) -> tuple[float, float]:
+        """Return how many times as long as usual a link takes, and how much longer."""
+        beside = [
+            other.usual_s
+            for (group, op, size), other in self._links.items()
+            if (op, size) == key[1:] and group != key[0] and len(other.ranks) == len(link.ranks)
+        ]
+        usual_s = min([link.usual_s, *([statistics.median(beside)] if len(beside) > 1 else [])])
+        return median_s / max(usual_s, 1e-9), median_s - usual_s
+
+    def straggler(self, now_s: float) -> Straggler | None:
+        """Return who holds up the others, if the last windows agree on it."""
+        for group, windows in self._windows.items():
+            full = [one for one in windows if one.lasted_s > WINDOW_S / 2 and one.num >= MIN_COLLECTIVES]
+            if not full or now_s - windows[-1].newest_s > 3 * max(WINDOW_S, full[-1].lasted_s):
+                continue  # nothing passes there: it is another's to say why
+            lossy, lasted_s = [one for one in full if one.lossy()], sum(one.lasted_s for one in full)
+            found = []
+            for rank in {rank for one in lossy for rank in one.lost_s}:
+                mine = [one for one in lossy if one.blames(rank)]
+                lost_s = sum(one.lost_s.get(rank, 0.0) for one in full)
+                if len(mine) >= max(MIN_WINDOWS, BLAME_SHARE * len(lossy)) and lost_s > LOST_SHARE * lasted_s:
+                    found.append((rank, lost_s, mine))
+            if found:
+                worst, lost_s, mine = max(found, key=lambda one: one[1])
+                costs = {rank: sum(one.lost_s.get(rank, 0.0) for one in mine) for one in mine for rank in one.lost_s}
+                late = tuple(sorted(rank for rank, cost_s in costs.items() if cost_s > WITH_SHARE * costs[worst]))
+                newest = full[-1].newest
+                assert newest is not None
+                gap_s = sum(one.total_s for one in mine) / sum(max(one.times_late.values()) for one in mine)
+                return Straggler(late, group, newest.op, newest.seq, lost_s / lasted_s, gap_s, now_s - mine[0].began_s)
+        return None
+
+    def slow_link(self, now_s: float) -> SlowLink | None:
+        """Return the group that has been slow the longest, two windows at least; the ranks that all such share."""
+        slow = [
+            (key, link)
+            for key, link in self._links.items()
+            if link.slow_since_s
+            and link.newest is not None
+            and link.newest.enqueued_s - link.slow_since_s > 2 * WINDOW_S
+        ]
+        slow = [one for one in slow if one[1].newest and now_s - one[1].newest.enqueued_s < 3 * WINDOW_S]
+        if not slow:
+            return None
+        (group, op, _), link = min(slow, key=lambda one: one[1].slow_since_s)
+        shared = set.intersection(*(set(other.ranks) for _, other in slow)) or set(link.ranks)
+        assert link.newest is not None
+        return SlowLink(
+            group,
+            op,
+            link.newest.seq,
+            link.newest.bytes,
+            statistics.median(link.recent),
+            link.usual_s,
+            tuple(sorted(shared)),
+            now_s - link.slow_since_s,
+        )

@@ -1,0 +1,147 @@
+"""What shows over many steps only: a loss against its own past, memory against time, a share that comes and goes."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+CALM_STEPS = 100
+"""What a loss usually is, is told from so many steps."""
+MIN_CALM_STEPS = 20
+JUMP_STEPS = 4
+"""A loss that is up for fewer steps met a hard batch."""
+BACK_STEPS = 5
+NEW_LEVEL_STEPS = 200
+"""A loss that stays up for so long is the usual one from then on."""
+DEVIATIONS = 8.0
+"""Of the median absolute deviation, as that of a normal distribution."""
+RISE = 0.5
+LEAST_RISE = 0.01
+_MAD = 1.4826
+_REFRESH_STEPS = 10
+
+MIN_POINTS = 16
+MAX_POINTS = 64
+MIN_SPAN_S = 30.0
+MIN_GROWTH_BYTES = 64 << 20
+MIN_GROWTH_SHARE = 0.02
+STEADY_SHARE = 0.1
+"""Of the whole rise, what each quarter of the time must bring: what jumps once, or comes to rest, does not grow."""
+
+
+class Jump(NamedTuple):
+    """A loss that went up and stayed there."""
+
+    step: int
+    since_s: float
+    seen_s: float
+    """When it had stayed there for long enough to be told."""
+    usual: float
+    now: float
+
+
+class LossTrend:
+    """One rank's losses, and whether they have jumped."""
+
+    __slots__ = ("_calm", "_high", "_limit", "_low", "_next_look", "_usual")
+
+    def __init__(self) -> None:
+        self._calm: deque[float] = deque(maxlen=CALM_STEPS)
+        self._high: list[tuple[int, float, float]] = []
+        self._low = self._next_look = 0
+        self._limit = self._usual = 0.0
+
+    def add(self, step: int, loss: float, time_s: float) -> None:
+        """Take in a finite loss. Units: Unix seconds."""
+        if len(self._calm) >= MIN_CALM_STEPS and loss > self._highest(step):
+            self._high.append((step, loss, time_s))
+            self._low = 0
+            if len(self._high) > NEW_LEVEL_STEPS:
+                self._calm = deque((loss for _, loss, _ in self._high), maxlen=CALM_STEPS)
+                self._high, self._next_look = [], 0
+            return
+        self._calm.append(loss)
+        self._low += 1
+        if len(self._high) < JUMP_STEPS or self._low >= BACK_STEPS:
+            self._high.clear()
+
+    def _highest(self, step: int) -> float:
+        if self._high:  # what it is compared with does not move while it is up
+            return self._limit
+        if step >= self._next_look:
+            self._usual = statistics.median(self._calm)
+            deviation = _MAD * statistics.median(abs(loss - self._usual) for loss in self._calm)
+            self._limit = self._usual + max(DEVIATIONS * deviation, RISE * abs(self._usual), LEAST_RISE)
+            self._next_look = step + _REFRESH_STEPS
+        return self._limit
+
+    @property
+    def jump(self) -> Jump | None:
+        """The jump that it has not come back from, if any."""
+        if len(self._high) < JUMP_STEPS:
+            return None
+        step, _, since_s = self._high[0]
+        return Jump(step, since_s, self._high[JUMP_STEPS - 1][2], self._usual, self._high[-1][1])
+
+
+class MemoryTrend:
+    """What a rank holds over time, thinned so that the whole run counts."""
+
+    __slots__ = ("_gap_s", "_points")
+
+    def __init__(self) -> None:
+        self._points: list[tuple[float, int]] = []
+        self._gap_s = 1.0
+
+    def add(self, time_s: float, num_bytes: int) -> None:
+        """Take in what it holds now. Units: seconds of any clock that does not go back."""
+        if self._points and time_s - self._points[-1][0] < self._gap_s:
+            return
+        self._points.append((time_s, num_bytes))
+        if len(self._points) >= MAX_POINTS:
+            del self._points[::2]
+            self._gap_s *= 2
+
+    @property
+    def bytes_per_s(self) -> float:
+        """How fast it grows; 0 where it does not grow all the time."""
+        if len(self._points) < MIN_POINTS:
+            return 0.0
+        first_s, last_s = self._points[0][0], self._points[-1][0]
+        first_s = min(max(first_s, (first_s + last_s) / 2), last_s - MIN_SPAN_S)
+        recent = [(time_s, held) for time_s, held in self._points if time_s >= first_s]
+        span_s = recent[-1][0] - recent[0][0]
+        if span_s < MIN_SPAN_S * 0.9:
+            return 0.0
+        quarters: list[list[int]] = [[], [], [], []]
+        for time_s, held in recent:
+            quarters[min(3, int(4 * (time_s - recent[0][0]) / span_s))].append(held)
+        if not all(quarters):
+            return 0.0
+        means = [sum(quarter) / len(quarter) for quarter in quarters]
+        rise = means[-1] - means[0]
+        if rise < max(MIN_GROWTH_BYTES, MIN_GROWTH_SHARE * means[-1]):
+            return 0.0
+        if any(later - earlier < STEADY_SHARE * rise for earlier, later in itertools.pairwise(means)):
+            return 0.0
+        return rise / (0.75 * span_s)
+
+
+@dataclass(slots=True)
+class Lasting:
+    """Since when a share has been high: from above `begin`, until it is below `end`."""
+
+    begin: float
+    end: float
+    since_s: float = 0.0
+
+    def look(self, share: float, now_s: float) -> float:
+        """Take in the share now; return for how long it has been high. Units: seconds."""
+        if share < self.end or (not self.since_s and share < self.begin):
+            self.since_s = 0.0
+            return 0.0
+        self.since_s = self.since_s or now_s
+        return now_s - self.since_s

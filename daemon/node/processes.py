@@ -1,0 +1,63 @@
+"""What the kernel says of a process of this node, and how many files it may open."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+RUNNING, STOPPED, DEAD = "running", "stopped", "dead"
+MAX_FILES = 1 << 16
+_SLACK_S = 2.0
+"""Boot time and clock are known to about a second."""
+
+
+def raise_file_limit() -> None:
+    """Allow this process as many open files as the system lets it have, up to `MAX_FILES`: each caller holds one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def process_state(pid: int, began_s: float) -> str:
+    """Return `running`, `stopped` (by a signal or a debugger) or `dead`.
+
+    A process that started after `began_s` (Unix seconds) has taken over the pid of the one that is meant: `dead`.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return DEAD
+    fields = stat.rpartition(")")[2].split()  # the name before may hold blanks
+    state, started_ticks = fields[0], int(fields[19])
+    if began_s and _boot_s() + started_ticks / os.sysconf("SC_CLK_TCK") > began_s + _SLACK_S:
+        return DEAD
+    if state in "ZXx":
+        return DEAD
+    return STOPPED if state in "Tt" else RUNNING
+
+
+_boot_times_s: list[float] = []
+"""When the system started, as the kernel has told: another time once the clock was set."""
+
+
+def clock_was_set() -> None:
+    """Take in that the clock has jumped, and with it the time of the system's start.
+
+    Processes are compared with the earliest, so that none is taken for another that has its pid.
+    """
+    _boot_times_s.append(_read_boot_s())
+
+
+def _boot_s() -> float:
+    if not _boot_times_s:
+        _boot_times_s.append(_read_boot_s())
+    return min(_boot_times_s)
+
+
+def _read_boot_s() -> float:
+    for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines():
+        if line.startswith("btime "):
+            return float(line.split()[1])
+    return 0.0

@@ -1,0 +1,5 @@
+"""`accelerate.parallelism_config`: where Accelerate keeps `ParallelismConfig`."""
+
+from __future__ import annotations
+
+from distui.compat.accelerate.utils.plugins import ParallelismConfig as ParallelismConfig

@@ -1,0 +1,162 @@
+"""The optimizers that DeepSpeed's JSON names, and those that scripts build themselves, as torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from distui.compat.deepspeed.lr_schedules import check_params
+from distui.compat.deepspeed.optim.closures import closure_loss
+from distui.compat.deepspeed.optim.muon import build_muon
+from distui.compat.not_offered import NotOffered
+from distui.core.config.settings import nearest
+from distui.core.errors import ConfigError, Problem
+
+_NEED_MATRICES = {
+    "lamb": "it scales each layer by its own norms, and shards are flat: use AdamW",
+    "fusedlamb": "it scales each layer by its own norms, and shards are flat: use AdamW",
+    "onebitlamb": "use OneBitAdam, or AdamW with compression.gradients = onebit in distui's settings",
+    "muadam": "pass mup's optimizer to deepspeed.initialize(optimizer=...)",
+    "muadamw": "pass mup's optimizer to deepspeed.initialize(optimizer=...)",
+    "musgd": "pass mup's optimizer to deepspeed.initialize(optimizer=...)",
+}
+
+
+def FusedAdam(
+    params: Any,
+    lr: float = 1e-3,
+    bias_correction: bool = True,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    adam_w_mode: bool = True,
+    weight_decay: float = 0.0,
+    amsgrad: bool = False,
+    set_grad_none: bool = True,
+) -> torch.optim.Adam:
+    """Return torch's AdamW, or Adam, with the defaults of DeepSpeed's FusedAdam: no decay unless it is given.
+
+    Torch's own class, so that the engine's kernels and homes, which know it, step it.
+    """
+    if not bias_correction:
+        raise NotOffered(
+            "FusedAdam(bias_correction=False) is not offered by distui",
+            "torch's Adam corrects the bias of its moments",
+            "leave bias_correction out",
+        )
+    kind = torch.optim.AdamW if adam_w_mode else torch.optim.Adam
+    return kind(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+
+
+def DeepSpeedCPUAdam(
+    model_params: Any,
+    lr: float = 1e-3,
+    bias_correction: bool = True,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    amsgrad: bool = False,
+    adamw_mode: bool = True,
+    fp32_optimizer_states: bool = True,
+) -> torch.optim.Adam:
+    """Return torch's AdamW or Adam; it steps in host memory where the states' home is there (offload)."""
+    return FusedAdam(model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay, amsgrad)
+
+
+class FusedLion(torch.optim.Optimizer):
+    """Lion: the sign of an interpolated momentum (Chen et al., arXiv 2302.06675, algorithm 2)."""
+
+    def __init__(
+        self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient."""
+        loss = closure_loss(closure)
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            for param in params:
+                if "exp_avg" not in self.state[param]:
+                    self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            grads = [param.grad for param in params]
+            momenta = [self.state[param]["exp_avg"] for param in params]
+            beta1, beta2 = group["betas"]
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            updates = torch._foreach_mul(momenta, beta1)
+            torch._foreach_add_(updates, grads, alpha=1 - beta1)
+            for param, update in zip(params, updates, strict=True):
+                param.add_(update.sign_(), alpha=-group["lr"])
+            torch._foreach_mul_(momenta, beta2)
+            torch._foreach_add_(momenta, grads, alpha=1 - beta2)
+        return loss
+
+
+DeepSpeedCPULion = FusedLion
+
+
+def build_optimizer(section: Mapping[str, Any], parameters: Iterable[Any]) -> torch.optim.Optimizer | None:
+    """Return the optimizer that the JSON's `optimizer` names, on `parameters`; None where there is none.
+
+    Adam is AdamW unless `adam_w_mode` is false, and decays nothing by default, both as in DeepSpeed.
+
+    Raises: ConfigError for an unknown name or parameter; NotOffered for one that needs whole matrices.
+    """
+    name = section.get("type")
+    if name is None or name == "auto":
+        return None
+    params = {key: value for key, value in (section.get("params") or {}).items() if value != "auto"}
+    if "max_grad_norm" in params:
+        raise ConfigError(
+            [
+                Problem(
+                    "optimizer.params.max_grad_norm",
+                    "is no parameter of an optimizer",
+                    "DeepSpeed clips by its own key",
+                    f"write gradient_clipping: {params['max_grad_norm']}",
+                )
+            ]
+        )
+    lowered = str(name).lower()
+    if lowered in _NEED_MATRICES:
+        raise NotOffered(
+            f"DeepSpeed's optimizer {name} is not offered by distui",
+            "no torch.optim class stands for it",
+            _NEED_MATRICES[lowered],
+        )
+    if lowered == "muon":
+        return build_muon(params, parameters)
+    kind: Any
+    if lowered in ("adam", "adamw", "fusedadam", "cpuadam", "onebitadam", "zerooneadam"):
+        own = bool(params.pop("torch_adam", False))
+        for unused in ("fp32_optimizer_states", "fused", "foreach"):
+            params.pop(unused, None)
+        if lowered.startswith(("onebit", "zeroone")):
+            for wire in ("freeze_step", "cuda_aware", "comm_backend_name", "pipeline_enable", "var_freeze_step"):
+                params.pop(wire, None)
+        decoupled = bool(params.pop("adam_w_mode", True)) or lowered == "adamw"
+        kind = FusedAdam
+        if own:
+            kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+        if not own:
+            params["adam_w_mode"] = decoupled
+    elif lowered in ("lion", "fusedlion", "cpulion"):
+        kind = FusedLion
+    else:
+        names = {kind.lower(): kind for kind in dir(torch.optim) if isinstance(getattr(torch.optim, kind), type)}
+        if lowered not in names or not issubclass(getattr(torch.optim, names[lowered]), torch.optim.Optimizer):
+            near = nearest(str(name), ["Adam", "AdamW", "Lion", "Adagrad", "SGD", "RMSprop", *names.values()])
+            known = "Adam, AdamW, Lion, and every class of torch.optim"
+            fix = f"write {near}" if near else f"use {known}"
+            raise ConfigError([Problem("optimizer.type", f"{name!r} is no optimizer", f"known: {known}", fix)])
+        kind = getattr(torch.optim, names[lowered])
+    if "betas" in params:
+        params["betas"] = tuple(params["betas"])
+    check_params("optimizer", kind, params)
+    optimizer: torch.optim.Optimizer = kind(parameters, **params)
+    return optimizer

@@ -1,0 +1,123 @@
+"""`distui launch`: what stands after the script belongs to the script."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from distui.core.errors import UserError
+from distui.launcher.compat.deepspeed_flags import Placement, check_config, deepspeed_options, given_flags, place
+
+
+def overrides_of(assignments: tuple[str, ...], flags: dict[str, str | None]) -> dict[str, str]:
+    """Return `section.key` -> text from `--set` and the short flags, which win.
+
+    Raises:
+        UserError: an assignment has no `=`.
+    """
+    found = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.strip():
+            raise UserError(
+                f"--set {assignment} sets nothing", "it takes section.key=value", "for example --set batch.micro_size=8"
+            )
+        found[key.strip()] = value.strip()
+    found.update({key: value for key, value in flags.items() if value is not None})
+    return found
+
+
+def deepspeed_placement(face: str | None, flags: dict[str, Any], target: tuple[str, ...]) -> Placement:
+    """Return what DeepSpeed's flags and the JSON that the script names come to.
+
+    Raises:
+        UserError: DeepSpeed's flags without `--as deepspeed`; see `distui.launcher.compat.deepspeed_flags`.
+    """
+    if face != "deepspeed":
+        if foreign := given_flags(flags):
+            raise UserError(
+                f"{', '.join(foreign.values())} without --as deepspeed",
+                "these are flags of DeepSpeed's launcher",
+                "add --as deepspeed, or see `distui launch --help` for ours",
+            )
+        return Placement(passes_local_rank=False)
+    check_config(target[2 if target[0] == "-m" else 1 :])
+    return place(flags, target)
+
+
+@click.command(
+    "launch",
+    context_settings={"allow_interspersed_args": False, "help_option_names": ["-h", "--help"]},
+    short_help="Start a training script on every rank.",
+)
+@click.option("--nproc", metavar="N|auto", help="Ranks on this node; auto: the GPUs, else half of the physical cores.")
+@click.option("--nodes", metavar="N", help="Nodes that take part.")
+@click.option("--node-rank", metavar="R", help="This node's place among them, from 0.")
+@click.option("--master-addr", metavar="ADDR", help="Address of node 0.")
+@click.option("--master-port", metavar="PORT", help="Port on node 0 where ranks meet.")
+@click.option("--backend", metavar="NAME", help="strategy.backend: native, ddp, fsdp2, deepspeed, or a plug-in's.")
+@click.option("--zero", metavar="0-3", help="strategy.zero_stage: what is sharded over the ranks.")
+@click.option("--offload", metavar="HOME", help="offload.optimizer: none, cpu or nvme.")
+@click.option("--name", metavar="NAME", help="Name of the run.")
+@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Any setting, as section.key=value.")
+@click.option(
+    "--config", "config_path", metavar="FILE", type=click.Path(path_type=Path), help="Settings; else ./distui.toml."
+)
+@click.option("--as", "face", metavar="NAME", help="Run a script written for accelerate or deepspeed, unchanged.")
+@deepspeed_options
+@click.option("--profile-flops", is_flag=True, help="At the end, show FLOPs and forward time of every module.")
+@click.option("--no-tui", is_flag=True, help="Plain lines even in a terminal (also DISTUI_NO_TUI=1).")
+@click.option("--detach", is_flag=True, help="Start it in the background; distui attach, logs, stop are for it then.")
+@click.option("-m", "--module", is_flag=True, help="The target is a module, as with python -m.")
+@click.argument("script")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def command(
+    nproc: str | None,
+    nodes: str | None,
+    node_rank: str | None,
+    master_addr: str | None,
+    master_port: str | None,
+    backend: str | None,
+    zero: str | None,
+    offload: str | None,
+    name: str | None,
+    assignments: tuple[str, ...],
+    config_path: Path | None,
+    face: str | None,
+    profile_flops: bool,
+    no_tui: bool,
+    detach: bool,
+    module: bool,
+    script: str,
+    args: tuple[str, ...],
+    **deepspeed: Any,
+) -> int:
+    """Start SCRIPT on every rank, with ARGS passed through untouched.
+
+    In a terminal the dashboard shows the job, and q leaves it to run in the background; otherwise rank 0's output comes
+    as it is, with a line of progress every few seconds. With --as deepspeed the flags of DeepSpeed's launcher are taken
+    too (--num_gpus, --hostfile, --include, ...). The exit status is the job's: 0 done (or left in the background), 3 a
+    rank failed, 130 stopped by Ctrl-C, 2 a mistake found first.
+    """
+    from distui.launcher.job.launch import LaunchRequest, launch
+
+    flags = {
+        "cluster.nproc": nproc,
+        "cluster.nodes": nodes,
+        "cluster.node_rank": node_rank,
+        "cluster.master_addr": master_addr,
+        "cluster.master_port": master_port,
+        "strategy.backend": backend,
+        "strategy.zero_stage": zero,
+        "offload.optimizer": offload,
+        "run.name": name,
+        "telemetry.profile_flops": "true" if profile_flops else None,
+    }
+    target = ("-m", script, *args) if module else (script, *args)
+    placement = deepspeed_placement(face, deepspeed, target)
+    os.environ.update(placement.environment)
+    overrides = {**placement.overrides, **overrides_of(assignments, flags)}
+    return launch(LaunchRequest(target, overrides, config_path, no_tui, face, placement.passes_local_rank, detach))

@@ -1,0 +1,75 @@
+"""The launcher's own records, RunStarted and RunFinished, as source -1."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket as sockets
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distui.core.errors import DistuiError
+from distui.core.paths import RunFolder, open_own, read_own
+from distui.core.telemetry.harmless import harmless
+from distui.launcher.job.outcome import Outcome
+
+if TYPE_CHECKING:
+    from distui.proto import telemetry_pb2 as pb
+
+LAUNCHER_RANK = -1
+
+
+class Announcer:
+    """Tells the daemon that a run begins and how it ended.
+
+    What is not acknowledged is sent again with the next record. A daemon that is gone costs the job nothing: run.json
+    and outcome.json say the same.
+    """
+
+    def __init__(self, run: RunFolder, socket: Path | None) -> None:
+        self._run, self._socket = run, socket
+        self._incarnation = time.time_ns()
+        self._records: list[pb.Record] = []
+        self._seq = 0
+
+    def started(self) -> None:
+        """Send RunStarted, as run.json has it."""
+        if self._socket is None:
+            return
+        from distui.proto import telemetry_pb2 as pb
+
+        spec = json.loads(read_own(self._run.spec))
+        names = ("name", "command", "strategy", "config_toml", "world_size", "num_nodes", "planned_memory_bytes")
+        spec["command"] = [harmless(word) for word in spec["command"]]  # an argument need be no Unicode
+        self._send(pb.Record(run_started=pb.RunStarted(**{name: spec[name] for name in names})))
+
+    def finished(self, outcome: Outcome) -> None:
+        """Send RunFinished."""
+        if self._socket is None:
+            return
+        from distui.proto import telemetry_pb2 as pb
+
+        finished = pb.RunFinished(state=outcome.state, exit_status=outcome.exit_status, message=outcome.message)
+        self._send(pb.Record(run_finished=finished))
+
+    def _send(self, record: pb.Record) -> None:
+        from distui.launcher.job.daemon_client import publish
+        from distui.proto import telemetry_pb2 as pb
+
+        assert self._socket is not None
+        self._seq += 1
+        record.seq, record.time_s = self._seq, time.time()
+        self._records.append(record)
+        source = pb.Source(
+            rank=LAUNCHER_RANK, node=sockets.gethostname(), pid=os.getpid(), incarnation=self._incarnation
+        )
+        batch = pb.Batch(run_id=self._run.run_id, run_dir=str(self._run.path), source=source, records=self._records)
+        try:
+            acked = publish(self._socket, batch)
+        except DistuiError as error:
+            path = self._run.logs / "launcher.log"
+            with open(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as log:
+                log.write(f"distui: the daemon did not take the launcher's records: {error}\n")
+            return
+        self._records = [kept for kept in self._records if kept.seq > acked]

@@ -1,0 +1,66 @@
+"""A job that another process has started, found by its agent: to look at it from here, to wait for it, to stop it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from distui.core.paths import RunFolder
+from distui.launcher.job.outcome import Outcome, read_outcome
+from distui.launcher.job.processes import GRACE_S, kill_job, wait_handle
+
+AGENT = b"distui.launcher.node.agent"
+MARGIN_S = 2.0
+"""What an agent has on top of the ranks' grace period."""
+
+
+def agent_of(run: RunFolder) -> int | None:
+    """Return the process that holds the run's ranks on this node; None where there is none any more."""
+    for entry in os.listdir("/proc"):
+        try:
+            words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0") if entry.isdigit() else []
+        except OSError:
+            continue  # it ended meanwhile
+        if AGENT in words and os.fsencode(run.path.resolve()) in [
+            os.path.realpath(word) for word in words[-2:] if word
+        ]:
+            return int(entry)
+    return None
+
+
+class AttachedJob:
+    """The job as `Job` has it, but that leaving it does not end it."""
+
+    def __init__(self, run: RunFolder, agent: int) -> None:
+        self.run = run
+        self.stopped_by: signal.Signals | None = None
+        self._agent, self._handle = agent, os.pidfd_open(agent)
+
+    def ended(self) -> int | None:
+        """Return the job's exit status; None while it runs."""
+        if not self.wait(0.0):
+            return None
+        outcome = read_outcome(self.run)
+        return outcome.exit_status if outcome is not None else 1
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end of the job; False after `timeout_s`."""
+        return wait_handle(self._handle, timeout_s)
+
+    def stop(self, signum: signal.Signals = signal.SIGTERM) -> None:
+        """Have the ranks ended: SIGTERM, and SIGKILL after the grace period. A second call kills at once."""
+        if self.ended() is not None:
+            return
+        if self.stopped_by is None:
+            self.stopped_by = signum
+            signal.pidfd_send_signal(self._handle, signal.SIGTERM)
+        else:
+            kill_job(self.run)
+
+    def stopped(self) -> Outcome | None:
+        """Wait for the end after `stop`; kill what outlives the grace period. None where nobody wrote an outcome."""
+        if not self.wait(GRACE_S + MARGIN_S):
+            kill_job(self.run)
+            self.wait(MARGIN_S)
+        return read_outcome(self.run)

@@ -1,0 +1,251 @@
+"""The one way in which ranks are started: resolve, check, make the run's folder, start, watch, tell the end.
+
+Torch-free: the screen is up while the agent process still imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distui.core.config.check import check
+from distui.core.config.schema import Config
+from distui.core.config.settings import load, to_toml
+from distui.core.errors import EXIT_OK, ConfigError, DaemonUnavailable, UserError
+from distui.core.hardware.detect import Hardware, detect
+from distui.core.paths import JOB_ENV, RunFolder, daemon_socket, default_runs_dir, new_run_id, write_own
+from distui.launcher.compat.faces import check_face
+from distui.launcher.job import preflight
+from distui.launcher.job.announce import Announcer
+from distui.launcher.job.background import Background
+from distui.launcher.job.daemon_keeper import DaemonKeeper
+from distui.launcher.job.job import Job, write_spec
+from distui.launcher.job.masking import masked
+from distui.launcher.job.outcome import Outcome
+from distui.launcher.job.plain import follow_plain, say_start
+from distui.launcher.job.provenance import provenance
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """What the user asked for: the target with its arguments, as typed, and settings as `section.key` -> text."""
+
+    target: Sequence[str]
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    config_path: Path | None = None
+    no_tui: bool = False
+    face: str | None = None
+    """What the script's imports are resolved as: see `distui.launcher.compat.faces`."""
+    passes_local_rank: bool = False
+    """Whether a script that reads `--local_rank` is given it, as DeepSpeed's launcher does."""
+    detach: bool = False
+    """Whether it starts in the background."""
+
+
+def launch(request: LaunchRequest) -> int:
+    """Run a job from beginning to end and return the exit status of `distui launch`.
+
+    Raises:
+        UserError: before anything is started.
+    """
+    os.environ.pop(JOB_ENV, None)  # a launch from within a rank is a job of its own
+    config = resolve(request)
+    run = create_run(request, config)
+    started_s = time.monotonic()
+    screen = wants_screen(request) and config.telemetry.enabled and not request.detach
+
+    def start() -> Job:
+        return Job(run, request.target, dict(os.environ))
+
+    job: Job | Background
+    if screen or request.detach:
+        job = Background(run, start, lambda job: _hold(config, job))
+        if request.detach:
+            job.let_go()
+            print(run.run_id)
+            say_detached(run)
+            return EXIT_OK
+    else:
+        job = start()
+    stopping = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it: the job outlives the terminal
+        stopping.append(signal.SIGHUP)
+    restored = {signum: signal.signal(signum, job.on_signal) for signum in stopping}
+    try:
+        if isinstance(job, Background):
+            outcome = _look_at(config, job, start_daemon(config))
+        else:
+            say_start(run)
+            outcome = _hold(config, job, follow=True)
+    finally:
+        for signum, handler in restored.items():
+            signal.signal(signum, handler)
+    if outcome is None:
+        say_detached(run)
+        return EXIT_OK
+    return _conclude(run, config, outcome, time.monotonic() - started_s)
+
+
+def resolve(request: LaunchRequest) -> Config:
+    """Return the configuration with every `auto` decided, after all checks of it and of this node.
+
+    Raises:
+        UserError: the first thing that stands against starting; all problems of the configuration at once.
+    """
+    check_face(request.face)
+    config = load(request.config_path, request.overrides).config
+    preflight.check_target(request.target, Path.cwd())
+    hardware = detect()
+    config = decided(config, hardware)
+    if problems := check(config, hardware):
+        raise ConfigError(problems)
+    preflight.check_node(config, hardware)
+    preflight.check_port(config)
+    preflight.check_runs_dir(runs_dir(config))
+    if config.telemetry.enabled:
+        daemon_socket()  # refuses a folder of sockets that others may enter
+    return config
+
+
+def decided(config: Config, hardware: Hardware) -> Config:
+    """Return the configuration with numbers for `auto`: ranks, and threads a rank."""
+    config = config.model_copy(deep=True)
+    if config.cluster.nproc == "auto":
+        config.cluster.nproc = hardware.ranks_per_node
+    if config.cluster.threads_per_rank == 0:
+        cpu = hardware.cpu
+        cores = min(cpu.num_cores_physical or cpu.num_cores_usable, cpu.num_cores_usable) if cpu else 1
+        config.cluster.threads_per_rank = max(1, cores // config.cluster.nproc)
+    return config
+
+
+def runs_dir(config: Config) -> Path:
+    """Return the folder that holds the runs."""
+    return Path(config.run.dir).expanduser().absolute() if config.run.dir else default_runs_dir()
+
+
+def configured_runs_dir() -> Path:
+    """Return the folder of runs that `distui.toml` and the environment name, for commands that look at runs."""
+    return runs_dir(load(None, {}).config)
+
+
+def create_run(request: LaunchRequest, config: Config) -> RunFolder:
+    """Make the run's folder with run.json and config.toml."""
+    cluster = config.cluster
+    assert isinstance(cluster.nproc, int)
+    target = request.target[1] if request.target[0] == "-m" else Path(request.target[0]).stem
+    name = config.run.name or target
+    run = RunFolder(runs_dir(config) / new_run_id(f"{name}-node{cluster.node_rank}" if cluster.nodes > 1 else name))
+    run.create()
+    toml = to_toml(config)
+    write_own(run.config, toml)
+    spec: dict[str, object] = {
+        "run_id": run.run_id,
+        "name": name,
+        "command": masked(request.target, config.run.mask_arguments),
+        "face": request.face,
+        "passes_local_rank": request.passes_local_rank,
+        "strategy": config.summary(),
+        "world_size": cluster.nproc * cluster.nodes,
+        "num_nodes": cluster.nodes,
+        "config_toml": toml,
+        "planned_memory_bytes": planned_of(config),
+        "provenance": provenance(Path.cwd(), load(request.config_path, request.overrides).origins),
+    }
+    write_spec(run, spec)
+    return run
+
+
+def planned_of(config: Config) -> dict[str, int]:
+    """Return what a rank's memory should hold, by category; empty where run.model does not name a known model.
+
+    A script's own model is not built here, since that takes a process of its own: `distui plan --script` does.
+    """
+    from distui.core.plan.models import load_model
+    from distui.core.plan.planned import planned_memory
+
+    if not config.run.model or ".py:" in config.run.model:
+        return {}
+    try:
+        model = load_model(config.run.model)
+    except UserError as error:
+        print(f"distui: memory is not planned: run.model: {error.what}", file=sys.stderr)
+        return {}
+    assert isinstance(config.cluster.nproc, int)
+    return planned_memory(config, model, detect(), config.cluster.nproc * config.cluster.nodes)
+
+
+def wants_screen(request: LaunchRequest) -> bool:
+    """Return whether the dashboard can and should be shown: a terminal on both sides, and nobody said no."""
+    said_no = request.no_tui or os.environ.get("DISTUI_NO_TUI") == "1" or os.environ.get("TERM", "dumb") == "dumb"
+    return not said_no and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def start_daemon(config: Config) -> Path | None:
+    """Return the daemon's socket, starting one where none answers; the job goes on without."""
+    if not config.telemetry.enabled:
+        return None
+    from distui.daemon.node.spawn import ensure_daemon
+
+    try:
+        return ensure_daemon()
+    except DaemonUnavailable as error:
+        print(f"distui: no daemon, so nothing to watch: {error}", file=sys.stderr)
+        return None
+
+
+def _hold(config: Config, job: Job, follow: bool = False) -> Outcome:
+    """Tell the daemon of the job, keep a daemon alive, and wait for the end; with `follow` in plain lines."""
+    socket = start_daemon(config)
+    announcer = Announcer(job.run, socket)
+    with DaemonKeeper(daemon_socket() if config.telemetry.enabled else None):  # also where it did not start now
+        announcer.started()
+        if follow:
+            follow_plain(job, config, socket)
+        outcome = job.finish()
+        announcer.finished(outcome)
+    return outcome
+
+
+def _look_at(config: Config, job: Background, socket: Path | None) -> Outcome | None:
+    """Show the job on the dashboard, in plain lines where there is no daemon; None where the user left it."""
+    if socket is None:
+        say_start(job.run)
+        follow_plain(job, config, None)
+        return job.finish()
+    from distui.tui.monitor.app import run_dashboard
+
+    answer = run_dashboard(socket, job.run.run_id, follow_job=job.ended, on_stop=job.stop, on_lost=job.let_go)
+    if answer == "stop" and job.stopped_by is None:
+        job.stop()
+    elif answer == "quit":
+        job.let_go()
+        return None
+    return job.finish()
+
+
+def say_detached(run: RunFolder) -> None:
+    """Say that the job runs in the background, and how to come back to it."""
+    name = run.run_id
+    print(
+        f"distui: {name} goes on in the background: distui attach {name}; distui logs {name} -f; distui stop {name}",
+        file=sys.stderr,
+    )
+
+
+def _conclude(run: RunFolder, config: Config, outcome: Outcome, elapsed_s: float) -> int:
+    from distui.launcher.job.ending import end_line, failure_report, flops_report, left_behind
+
+    if outcome.exit_status != EXIT_OK and outcome.state == "failed":
+        print(failure_report(run, outcome), file=sys.stderr)
+    if config.telemetry.profile_flops and config.cluster.node_rank == 0:
+        print(flops_report(run))
+    if outcome.state == "finished" and (left := left_behind(run)):
+        print(left, file=sys.stderr)
+    print(end_line(run, outcome, elapsed_s), file=sys.stderr)
+    return outcome.exit_status

@@ -1,0 +1,147 @@
+"""The processes of a job: bound to their parent's life, found again by their environment, and ended for certain.
+
+A rank carries `DISTUI_JOB` in its environment and so does what it starts; each rank leads a
+session. A process is the job's if it has either mark, so neither double forks nor cleaned environments hide it, unless
+it has done both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from distui.core.paths import JOB_ENV, RunFolder, list_own, open_own, read_own
+
+AGENT_PID_ENV = "DISTUI_AGENT_PID"
+GRACE_S = 3.0
+"""Between SIGTERM and SIGKILL; with the launcher's own second it keeps a stop under 5 s."""
+
+JOB_POLL_S = 0.05
+"""Between two looks for ranks that are being started."""
+
+_PR_SET_PDEATHSIG = 1
+_SESSIONS = "sessions"
+_STOP = "stop"
+
+
+def die_with_parent(parent_pid: int, signum: signal.Signals) -> None:
+    """Have the kernel send this process `signum` when its parent ends, even by SIGKILL.
+
+    The kernel forgets the wish at fork, so each process asks for itself. A parent that has already ended is noticed
+    by its id: then the signal is sent at once.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signum)
+
+
+@dataclass(frozen=True, slots=True)
+class JobProcess:
+    """A live process of a job; `rank` is the global one where the process or its ancestor is a rank."""
+
+    pid: int
+    session: int
+    rank: int | None
+
+
+def _read_stat(pid: int) -> tuple[str, int]:
+    """Return the state letter and the session of a process."""
+    text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    fields = text[text.rindex(")") + 2 :].split()
+    return fields[0], int(fields[3])
+
+
+def record_session(run: RunFolder) -> None:
+    """Note that this process leads a session of the job, so that its children are found when it is no more."""
+    descriptor = open_own(run.path / _SESSIONS, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with open(descriptor, "a", encoding="ascii") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def request_stop(run: RunFolder) -> bool:
+    """Note that the job is to be stopped by `distui control`; False where that was noted before."""
+    try:
+        os.close(open_own(run.path / _STOP, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def stop_requested(run: RunFolder) -> bool:
+    """Return whether `distui control` stopped the job."""
+    return _STOP in list_own(run.path)
+
+
+def _sessions(run: RunFolder) -> set[int]:
+    try:
+        return {int(line) for line in read_own(run.path / _SESSIONS).split()}
+    except FileNotFoundError:
+        return set()  # no rank has begun
+
+
+def job_processes(run: RunFolder) -> list[JobProcess]:
+    """Return the live processes of `run` on this node, but for this one."""
+    mark = f"{JOB_ENV}={run.path}".encode()
+    sessions = _sessions(run)
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or (pid := int(entry)) == os.getpid():
+            continue
+        try:
+            state, session = _read_stat(pid)
+            if state in "ZX":
+                continue
+            environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            continue  # it ended meanwhile, or is another user's
+        if mark not in environ and session not in sessions:
+            continue
+        rank = next((item[5:] for item in environ if item.startswith(b"RANK=")), b"")
+        found.append(JobProcess(pid, session, int(rank) if rank.isdigit() else None))
+    return found
+
+
+def signal_all(pids: Iterable[int], signum: signal.Signals) -> None:
+    """Send a signal to each process that is still there."""
+    for pid in pids:
+        try:
+            os.kill(pid, signum)
+        except ProcessLookupError:
+            continue
+
+
+def kill_job(run: RunFolder, within_s: float = 1.0) -> None:
+    """SIGKILL every process of a job until none is found, for at most `within_s`.
+
+    What forks while it is being killed is found by the next look. A process in uninterruptible sleep dies when the
+    kernel lets go of it; it is not waited for longer.
+    """
+    deadline = time.monotonic() + within_s
+    while pids := [process.pid for process in job_processes(run)]:
+        handles = []
+        for pid in pids:
+            try:
+                handles.append(os.pidfd_open(pid))
+            except ProcessLookupError:
+                continue
+        signal_all(pids, signal.SIGKILL)
+        for handle in handles:
+            wait_handle(handle, deadline - time.monotonic())
+            os.close(handle)
+        if time.monotonic() >= deadline:
+            return
+
+
+def wait_handle(pidfd: int, timeout_s: float) -> bool:
+    """Wait until the process of a pidfd has ended; False after `timeout_s`."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(max(0.0, timeout_s) * 1000))

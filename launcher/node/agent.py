@@ -1,0 +1,85 @@
+"""The process that starts the ranks of this node: `python -m distui.launcher.node.agent <run folder>`.
+
+The command line starts it as a child, in a session of its own, with stdout and stderr in logs/launcher.log. On one node
+it does without torch, so that the ranks' own import of it is the only one a start waits for. It ends when its ranks
+have ended, and writes outcome.json first, so that a run has an outcome even when the command line was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from distui.core.errors import EXIT_BUG, EXIT_OK, EXIT_RANK_FAILED
+from distui.core.paths import JOB_ENV, RunFolder
+from distui.launcher.job.outcome import Ending, Outcome, judge, tell_ending
+from distui.launcher.job.processes import AGENT_PID_ENV, die_with_parent, kill_job, stop_requested
+from distui.launcher.node.peers import Peers
+from distui.launcher.node.ranks import STOP_SIGNALS, Ranks, listen
+
+
+def main() -> None:
+    """Run the job of the folder in argv and exit with 0, 3 (a rank failed), 128 + signal (stopped), or 1 (a bug)."""
+    run = RunFolder(Path(sys.argv[1]))
+    die_with_parent(int(os.environ[AGENT_PID_ENV]), signal.SIGTERM)
+    outcome = run_job(run, json.load(sys.stdin))
+    outcome.write(run)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(outcome.exit_status)  # the store's threads may hold the interpreter back
+
+
+def run_job(run: RunFolder, command: Sequence[str]) -> Outcome:
+    """Start the ranks, wait for them, and return how the job ended; no process of it is left where it failed."""
+    from distui.core.config.settings import load
+
+    cluster = load(run.config, {}, environ={}).config.cluster
+    assert isinstance(cluster.nproc, int), "the launcher resolves nproc before it writes config.toml"
+    os.environ[JOB_ENV] = str(run.path)
+    os.environ[AGENT_PID_ENV] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(cluster.threads_per_rank or 1))
+    endings: dict[int, Ending] = {}
+
+    def stop_for_peers() -> None:
+        if len(endings) < int(cluster.nproc):  # else this node has done its part, and node 0 may go
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    state, status, message, peers = "finished", EXIT_OK, "", None
+    try:
+        store = listen(cluster) if cluster.node_rank == 0 else None
+        ranks = Ranks(cluster, command, store if cluster.nodes == 1 else None)
+        endings = ranks.endings
+        if cluster.nodes > 1:
+            peers = Peers(cluster, store, stop_for_peers)
+            peers.start()
+        ranks.wait(lambda: kill_job(run), lambda: tell_ending(run, ranks.stopped_by, endings))
+        if ranks.stopped_by is not None:
+            state, status, message = "stopped", 128 + ranks.stopped_by, f"stopped by {ranks.stopped_by.name}"
+            if stop_requested(run):
+                message = "stopped by distui control"
+            if peers is not None and peers.failure:
+                state, status, message = "failed", EXIT_RANK_FAILED, f"another node failed: {peers.failure}"
+        elif any(ending.bad for ending in endings.values()):
+            state, status = "failed", EXIT_RANK_FAILED
+    except Exception as error:  # noqa: BLE001  the ranks must be ended and the outcome told, whatever it was
+        traceback.print_exc()
+        state, status, message = "failed", EXIT_BUG, f"the launcher failed: {type(error).__name__}: {error}"
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)  # nothing is left to be stopped but what is stopped here
+    if state != "finished":
+        kill_job(run)
+    outcome = judge(run, state, status, message, endings, cluster.node_rank * cluster.nproc, cluster.nproc)
+    if peers is not None and state == "failed" and not peers.failure:
+        outcome.message = peers.tell(outcome.message)
+    if peers is not None:
+        peers.leave()
+    return outcome
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The rank processes of one node: started, waited for, and ended together.
+
+The names in a rank's environment are torchrun's, so that a script written for it finds what it looks for.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from distui.core.config.schema import ClusterSection
+from distui.launcher.job.outcome import Ending, signal_name
+from distui.launcher.job.processes import GRACE_S, signal_all
+from distui.launcher.node.store import STORE_ENV, Standby
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+BACKLOG = 4096
+"""Ranks may connect before anybody serves: the kernel keeps so many of them waiting."""
+
+
+def listen(cluster: ClusterSection) -> socket.socket:
+    """Return the socket of the job's store: on loopback for one node, else on every address, for the other nodes.
+
+    Raises: OSError where the port is taken; `cluster.master_port` 0 takes a free one.
+    """
+    if cluster.nodes == 1:
+        return socket.create_server(("127.0.0.1", cluster.master_port), backlog=BACKLOG)
+    if socket.has_dualstack_ipv6():
+        where, family = ("", cluster.master_port), socket.AF_INET6
+        return socket.create_server(where, family=family, dualstack_ipv6=True, backlog=BACKLOG)
+    return socket.create_server(("", cluster.master_port), backlog=BACKLOG)
+
+
+def rank_environ(cluster: ClusterSection, local_rank: int, port: int) -> dict[str, str]:
+    """Return what torchrun puts into the environment of a rank."""
+    assert isinstance(cluster.nproc, int)
+    rank, world_size = cluster.node_rank * cluster.nproc + local_rank, cluster.nproc * cluster.nodes
+    numbers = {
+        "RANK": rank,
+        "LOCAL_RANK": local_rank,
+        "GROUP_RANK": cluster.node_rank,
+        "ROLE_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": cluster.nproc,
+        "GROUP_WORLD_SIZE": cluster.nodes,
+        "ROLE_WORLD_SIZE": world_size,
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "TORCHELASTIC_MAX_RESTARTS": 0,
+    }
+    return {
+        **{name: str(number) for name, number in numbers.items()},
+        "MASTER_ADDR": "127.0.0.1" if cluster.nodes == 1 else cluster.master_addr,
+        "ROLE_NAME": "rank",
+        "TORCHELASTIC_RUN_ID": "distui",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already: rank 0 must not make another
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+    }
+
+
+@dataclass(slots=True)
+class _Rank:
+    rank: int
+    process: subprocess.Popen[bytes]
+
+
+class Ranks:
+    """The ranks of this node. All calls come from the thread that made it, which must live as long as they do."""
+
+    def __init__(self, cluster: ClusterSection, arguments: Sequence[str], store: socket.socket | None) -> None:
+        """Start them with the script's `arguments`; `store` is the socket of a node alone, on which it is served."""
+        self.stopped_by: signal.Signals | None = None
+        """The first signal that asked for the end of the job."""
+        self.endings: dict[int, Ending] = {}
+        self._running: dict[int, _Rank] = {}
+        self._woken, wake = os.pipe()
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, lambda number, frame: self._stop(signal.Signals(number)))
+        assert isinstance(cluster.nproc, int)
+        port = store.getsockname()[1] if store is not None else cluster.master_port
+        command = [sys.executable, "-u", "-m", "distui.launcher.node.rank", *arguments]
+        self._standby = Standby(store) if store is not None else None
+        for local_rank in range(cluster.nproc):
+            environ = {**os.environ, **rank_environ(cluster, local_rank, port)}
+            inherited: tuple[int, ...] = ()
+            if self._standby is not None and local_rank == 0:
+                inherited = self._standby.inherited()
+                environ[STORE_ENV] = ",".join(str(number) for number in inherited)
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, env=environ, pass_fds=inherited, start_new_session=True
+            )
+            self._running[os.pidfd_open(process.pid)] = _Rank(int(environ["RANK"]), process)
+        if self._standby is not None:
+            self._standby.start()
+
+    def wait(self, kill: Callable[[], None], told: Callable[[], None] = lambda: None) -> None:
+        """Wait until every rank has ended.
+
+        `told` is called before the others are ended: whoever watches must know that from then on it is us.
+        From the first that ends badly, or from a signal to stop, the others have the grace period after their SIGTERM;
+        then `kill` is called, which must end whatever is left.
+        """
+        poll = select.poll()
+        for handle in (self._woken, *self._running):
+            poll.register(handle, select.POLLIN)
+        kill_s: float | None = None
+        while self._running:
+            if self._standby is not None and [one.rank for one in self._running.values()] == [0]:
+                self._standby.release()
+            left_s = 3600.0 if kill_s is None else max(0.0, kill_s - time.monotonic())
+            for handle, _ in poll.poll(left_s * 1000):
+                if handle == self._woken:
+                    os.read(handle, 64)
+                    continue
+                poll.unregister(handle)
+                self._reap(handle)
+            bad = any(ending.bad for ending in self.endings.values())
+            if kill_s is None and self._running and (bad or self.stopped_by is not None):
+                told()
+                signal_all((one.process.pid for one in self._running.values()), signal.SIGTERM)
+                kill_s = time.monotonic() + GRACE_S
+            elif kill_s is not None and time.monotonic() >= kill_s:
+                kill()
+                kill_s = time.monotonic() + GRACE_S
+
+    def _stop(self, signum: signal.Signals) -> None:
+        self.stopped_by = self.stopped_by or signum
+
+    def _reap(self, handle: int) -> None:
+        ended = self._running.pop(handle)
+        os.close(handle)
+        code = ended.process.wait()
+        status, signum = (code, None) if code >= 0 else (None, -code)
+        how = f"ended with exit status {code}" if signum is None else f"was ended by {signal_name(signum)}"
+        print(f"rank {ended.rank} (pid {ended.process.pid}) {how}", flush=True)
+        self.endings[ended.rank] = Ending(ended.rank, ended.process.pid, status, signum, time.time())

@@ -1,0 +1,169 @@
+"""Who is slow: from the collectives of all ranks, made up with the times that such a job has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distui.core.paths import RunFolder
+from distui.daemon.diagnosis.observe import observe
+from distui.daemon.diagnosis.pace import Pace, SlowLink
+from distui.daemon.diagnosis.verdicts import diagnose
+from distui.daemon.runs.state import RunState
+from distui.proto import telemetry_pb2 as pb
+
+BEGAN_S = 1000.0
+
+
+class Job:
+    """Steps with a collective each, in which some ranks come later than the others."""
+
+    def __init__(self, world: int = 4) -> None:
+        self.world, self.pace, self.now_s, self.seq = world, Pace(), BEGAN_S, 0
+
+    def steps(
+        self,
+        count: int,
+        step_s: float,
+        late: Mapping[int, Callable[[int], float]] = {},
+        num_bytes: int = 1 << 20,
+        transfer_s: float = 0.002,
+    ) -> None:
+        for _ in range(count):
+            self.seq += 1
+            # A rank is a little late by itself, each time another one.
+            arrivals = {
+                rank: self.now_s
+                + step_s
+                + 0.0005 * ((rank + self.seq) % 3)
+                + late.get(rank, lambda step: 0.0)(self.seq)
+                for rank in range(self.world)
+            }
+            self.now_s = max(arrivals.values()) + transfer_s
+            told = {
+                rank: pb.Collective(
+                    group="world",
+                    seq=self.seq,
+                    op="all_reduce",
+                    bytes=num_bytes,
+                    enqueued_s=arrival_s,
+                    finished_s=self.now_s,
+                    group_size=self.world,
+                )
+                for rank, arrival_s in arrivals.items()
+            }
+            self.pace.add(told)
+
+    def late(self) -> tuple[int, ...]:
+        found = self.pace.straggler(self.now_s)
+        return found.ranks if found is not None else ()
+
+
+def always(seconds: float) -> Callable[[int], float]:
+    return lambda step: seconds
+
+
+def test_both_ranks_of_a_slow_host_are_named() -> None:
+    job = Job()
+    job.steps(200, 0.1, {2: always(0.03), 3: always(0.031)})
+    assert job.late() == (2, 3)
+
+
+@pytest.mark.parametrize("step_s", [0.1, 2.0, 5.0])
+def test_a_rank_half_as_slow_again_is_named_whatever_a_step_takes(step_s: float) -> None:
+    job = Job(3)
+    job.steps(20 if step_s > 1 else 100, step_s, {1: always(step_s / 2)})
+    assert job.late() == (1,)
+    job.steps(200 if step_s < 1 else 40, step_s)
+    assert job.late() == ()
+
+
+def test_a_rank_that_is_slow_every_tenth_step_is_named() -> None:
+    job = Job(3)
+    job.steps(60, 0.5, {1: lambda step: 1.0 * (step % 10 == 0)})
+    assert job.late() == (1,)
+
+
+def test_ranks_that_are_late_in_turns_or_once_are_no_stragglers() -> None:
+    turns = Job(3)
+    turns.steps(200, 0.1, {rank: lambda step, rank=rank: 0.05 * (step % 3 == rank) for rank in range(3)})  # type: ignore[misc]
+    once = Job(3)
+    once.steps(200, 0.1, {0: lambda step: 6.0 * (step == 150)})
+    assert turns.late() == once.late() == ()
+
+
+def slow(job: Job) -> SlowLink | None:
+    return job.pace.slow_link(job.now_s)
+
+
+def test_a_slow_link_is_seen_in_large_messages_only() -> None:
+    for num_bytes in (8, 1 << 20):
+        job = Job()
+        job.steps(100, 0.05, num_bytes=num_bytes)
+        assert slow(job) is None
+        job.steps(60, 0.05, num_bytes=num_bytes, transfer_s=0.2)
+        assert (slow(job) is not None) == (num_bytes > 8)
+
+
+def test_a_slow_link_that_flutters_stays_one_until_it_is_calm() -> None:
+    job = Job()
+    job.steps(100, 0.05)
+    job.steps(60, 0.05, transfer_s=0.02)
+    for transfer_s in (0.007, 0.02) * 6:  # below and above what begins an episode
+        job.steps(10, 0.05, transfer_s=transfer_s)
+        assert slow(job) is not None
+    job.steps(100, 0.05)
+    assert slow(job) is None
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> RunState:
+    run = RunFolder(tmp_path / "train-1")
+    run.create()
+    return RunState(run)
+
+
+def feed(state: RunState, job: Job, parts: Mapping[int, Callable[[int], Any]]) -> None:
+    """Give the state a job's pace, and the last steps of its ranks with their parts."""
+    for rank in range(job.world):
+        records = [
+            pb.Record(seq=step, time_s=job.now_s, step=pb.Step(step=step, step_s=0.5, **parts[rank](step)))
+            for step in range(1, 21)
+        ]
+        source = pb.Source(rank=rank, node="node", pid=1, incarnation=1)
+        state.apply(pb.Batch(source=source, records=records))
+    state.collectives.pace = job.pace
+
+
+def test_the_phase_is_that_of_its_slow_steps(state: RunState, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of ten reads a file for a second; in all others its backward is a little longer than the others'."""
+    job = Job(3)
+    job.steps(60, 0.5, {1: lambda step: 1.0 * (step % 10 == 0)})
+    usual = {"forward_s": 0.2, "backward_s": 0.2}
+
+    def slow_rank(step: int) -> dict[str, float]:
+        return {"forward_s": 0.2, "backward_s": 0.32, "data_wait_s": 1.0 * (step % 10 == 0)}
+
+    feed(state, job, {0: lambda step: usual, 1: slow_rank, 2: lambda step: usual})
+    monkeypatch.setattr("time.time", lambda: job.now_s)
+    (found,) = diagnose(state, observe(state, job.now_s), job.now_s)
+    assert (found.kind, list(found.ranks)) == ("straggler", [1])
+    assert "its data takes 1000 ms longer" in found.message
+
+
+@pytest.mark.parametrize(("nice", "told"), [(0.0, []), (60.0, ["slow_link"])])
+def test_processors_with_nothing_left_say_nothing_of_a_link(
+    state: RunState, monkeypatch: pytest.MonkeyPatch, nice: float, told: list[str]
+) -> None:
+    job = Job(2)
+    job.steps(100, 0.05)
+    job.steps(60, 0.05, transfer_s=0.2)
+    feed(state, job, dict.fromkeys(range(2), lambda step: {}))
+    sample = pb.HardwareSample(cpu_percent=99.0, cpu_nice_percent=nice)
+    daemon = pb.Source(rank=-2, node="node", pid=1, incarnation=1)
+    state.apply(pb.Batch(source=daemon, records=[pb.Record(seq=1, time_s=job.now_s, hardware=sample)]))
+    monkeypatch.setattr("time.time", lambda: job.now_s)
+    assert [found.kind for found in diagnose(state, observe(state, job.now_s), job.now_s)] == told

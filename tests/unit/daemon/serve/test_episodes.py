@@ -1,0 +1,45 @@
+"""A verdict is told once an episode, however its numbers change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distui.core.paths import RunFolder
+from distui.daemon.runs.state import RunState
+from distui.daemon.serve import live as live_module
+from distui.daemon.serve.live import LiveRun
+from distui.proto import telemetry_pb2 as pb
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> LiveRun:
+    run = RunFolder(tmp_path / "train-1")
+    run.create()
+    return LiveRun(RunState(run), 1)
+
+
+def tell(live: LiveRun, **found: object) -> list[str]:
+    """Tell of one verdict, or of none; return the kinds of all events so far."""
+    diagnosis = [pb.Diagnosis(**found)] if found else []  # type: ignore[arg-type]
+    live._tell(pb.Snapshot(run=pb.RunInfo(state="running"), diagnosis=diagnosis))
+    return [event.event.kind for event in live.state.events.all()]
+
+
+def test_a_straggler_is_one_event_though_its_collectives_go_on(live: LiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seq in range(1, 60):
+        told = tell(live, kind="straggler", ranks=[1], group="world", seq=seq, message=f"rank 1 is {seq} ms behind")
+    assert told == ["straggler"]
+    assert live.state.events.all()[0].event.level == pb.Event.WARNING
+    assert tell(live) == ["straggler"]  # it may come back at once
+    assert tell(live, kind="straggler", ranks=[1], group="world", seq=61, message="rank 1 is 9 ms behind") == told
+    monkeypatch.setattr(live_module, "CALM_S", 0.0)
+    assert tell(live) == ["straggler", "straggler_over"]
+
+
+def test_what_a_rank_died_of_is_told_when_it_is_known(live: LiveRun) -> None:
+    tell(live, kind="dead_rank", ranks=[1], message="rank 1 is gone without a word")
+    told = tell(live, kind="dead_rank", ranks=[1], message="rank 1 was ended by SIGSEGV")
+    assert told == ["dead_rank", "dead_rank"]
+    assert tell(live, kind="dead_rank", ranks=[1], message="rank 1 was ended by SIGSEGV") == told

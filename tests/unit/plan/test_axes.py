@@ -1,0 +1,132 @@
+"""Context and expert parallelism, compressed gradients and other backends: memory, time, and which can be launched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from distui.core.config.check import check
+from distui.core.config.schema import Config
+from distui.core.errors import UserError
+from distui.core.hardware.detect import parse_hardware
+from distui.core.plan.measured import Measured
+from distui.core.plan.memory import Strategy, activation_bytes, footprint, wire_bytes
+from distui.core.plan.models import load_model
+from distui.core.plan.planned import planned_memory
+from distui.core.plan.rates import rates_of
+from distui.core.plan.search import BACKENDS, COMPRESSIONS, explain, plan_all
+from distui.core.plan.time import step_time
+
+BASE = Strategy(1, "none", "none", "none", 1, 1, 1, 1, 8, "bf16", "fp32", "adamw")
+EIGHT = parse_hardware("8xA100-40GB")
+RATES = rates_of(EIGHT, "bf16", 8)
+
+
+def test_context_ranks_share_a_sequence_and_the_states() -> None:
+    model = load_model("llama-7b", 8192)
+    cut = replace(BASE, data_parallel=2, context_parallel=4, zero_stage=3)
+    assert cut.world_size == 8 and cut.num_shards == 8
+    whole = replace(BASE, zero_stage=3)
+    assert footprint(model, cut, "cuda").model_states == footprint(model, whole, "cuda").model_states
+    assert sum(activation_bytes(model, cut, 2)) == pytest.approx(sum(activation_bytes(model, whole, 2)) / 4)
+    assert step_time(model, cut, RATES).forward_s == pytest.approx(step_time(model, whole, RATES).forward_s / 4)
+
+
+def test_expert_ranks_hold_a_part_of_the_experts_and_shards_stay_equal() -> None:
+    model = load_model("mixtral-8x7b")
+    assert model.expert_parameters == 32 * 8 * 3 * 4096 * 14336
+    for stage in (0, 1, 2, 3):
+        alone = footprint(model, replace(BASE, zero_stage=stage), "cuda")
+        cut = footprint(model, replace(BASE, zero_stage=stage, expert_parallel=8), "cuda")
+        if stage < 3:
+            assert alone.parameters - cut.parameters == pytest.approx(2 * model.expert_parameters * 7 / 8, rel=1e-6)
+        else:
+            assert cut.parameters == alone.parameters, "an expert is sharded over the ranks that hold it"
+        if stage >= 1:
+            assert cut.optimizer_states == alone.optimizer_states
+    timing = step_time(model, replace(BASE, expert_parallel=8), RATES)
+    assert timing.expert_s > 0 and step_time(model, BASE, RATES).expert_s == 0
+
+
+def test_compressed_gradients_travel_in_fewer_bytes_and_one_bit_keeps_its_error() -> None:
+    model = load_model("gpt2-xl")
+    assert wire_bytes("onebit", 4) < wire_bytes("int8", 4) == wire_bytes("fp8", 4) < wire_bytes("none", 4) == 4
+    slow = replace(RATES, intra_bandwidth=1e9)
+    plain, packed = (replace(BASE, zero_stage=0, compression=form) for form in ("none", "int8"))
+    assert step_time(model, packed, slow).total_s < step_time(model, plain, slow).total_s  # type: ignore[operator]
+    extra = footprint(model, replace(plain, compression="onebit"), "cuda").buffers
+    assert extra > 8 * model.num_parameters
+
+
+def test_every_backend_is_planned_in_its_own_stages() -> None:
+    model = load_model("gpt2-xl")
+    plans = plan_all(model, EIGHT, backends=tuple(BACKENDS), compressions=COMPRESSIONS)
+    found = {(plan.backend, plan.zero_stage) for plan in plans}
+    assert found == {(backend, stage) for backend, stages in BACKENDS.items() for stage in stages}
+    assert len({plan.name for plan in plans}) == len(plans)
+    assert {plan.compression for plan in plans} == set(COMPRESSIONS)
+    for plan in plans[:: max(1, len(plans) // 50)]:
+        terms = {term.name: term.value for term in explain(plan, model, EIGHT)}
+        assert terms["memory of a rank"] == plan.memory_per_rank_bytes
+        if plan.step_s:
+            assert terms["step"] == pytest.approx(plan.step_s)
+    with pytest.raises(UserError, match="zero4"):
+        plan_all(model, EIGHT, backends=("zero4",))
+
+
+def test_a_plan_is_available_exactly_where_the_settings_can_be_launched() -> None:
+    plans = plan_all(load_model("mixtral-8x7b"), EIGHT, backends=tuple(BACKENDS), compressions=COMPRESSIONS)
+    for plan in plans[:: max(1, len(plans) // 60)]:
+        problems = check(Config.model_validate(plan.to_config()))
+        assert plan.available == all(problem.path == "offload.nvme_path" for problem in problems), plan.name
+
+
+KEPT = {
+    "2": {
+        "torch": "2.13.0",
+        "measured_s": 0.0,
+        "compute": {"fp32": [[256, 128, 1e10], [256, 512, 2e10], [1024, 128, 3e10], [1024, 512, 4e10]]},
+        "optimizer_bandwidth": 5e9,
+        "collectives": {"all_gather": [1e-3, 1e9], "reduce_scatter": [1e-3, 5e8], "all_reduce": [1e-3, 4e8]},
+        "baseline_bytes": 300 << 20,
+    }
+}
+
+
+def test_a_calibration_gives_the_rates_between_and_beyond_what_it_measured() -> None:
+    measured = Measured.of(KEPT, 2)
+    assert measured is not None and Measured.of(KEPT, 4) is None and Measured.of({"2": {"torch": "1"}}, 2) is None
+    assert measured.rate("fp32", 256, 128) == 1e10
+    assert measured.rate("fp32", 8192, 1 << 20) == 4e10
+    between = measured.rate("fp32", 512, 256)
+    assert between is not None and 1e10 < between < 4e10
+    assert measured.rate("bf16", 256, 128) is None
+
+
+def test_a_calibrated_plan_uses_the_measured_rates_and_says_so() -> None:
+    from distui.core.hardware.detect import Cpu, Hardware
+
+    cpu = Cpu("test", 2, 2, 2)
+    hardware = Hardware("test", 1, (), cpu, 64 << 30, 64 << 30, calibration=KEPT)
+    model = load_model("gpt2", 128)
+    plans = plan_all(model, hardware, nproc=2, dtype="fp32", micro_size=1)
+    assert all(plan.memory["framework"] == 300 << 20 for plan in plans)
+    ddp = next(plan for plan in plans if plan.name == "DDP")
+    assert ddp.step_s is not None
+    terms = {term.name: term for term in explain(ddp, model, hardware)}
+    assert "distui plan --calibrate" in terms["achieved compute rate"].source
+    assert terms["all_reduce: beta"].value == 4e8
+    other = plan_all(model, replace(hardware, calibration={}), nproc=2, dtype="fp32", micro_size=1)
+    assert all(plan.step_s is None and "--calibrate" in plan.why for plan in other)
+
+
+def test_what_a_launch_plans_for_its_ranks() -> None:
+    model = load_model("gpt2")
+    config = Config.model_validate({"strategy": {"zero_stage": 2}, "batch": {"global_size": 8, "micro_size": 2}})
+    planned = planned_memory(config, model, EIGHT, 4)
+    assert planned["parameters"] == 4 * model.num_parameters
+    assert planned["optimizer_states"] == pytest.approx(2 * model.num_parameters, abs=4)
+    assert planned["activations"] > 0
+    unknown = planned_memory(Config.model_validate({"strategy": {"zero_stage": 2}}), model, EIGHT, 4)
+    assert "activations" not in unknown and unknown["parameters"] == planned["parameters"]
