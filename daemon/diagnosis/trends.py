@@ -15,7 +15,8 @@ JUMP_STEPS = 4
 """A loss that is up for fewer steps met a hard batch."""
 BACK_STEPS = 5
 NEW_LEVEL_STEPS = 200
-"""A loss that stays up for so long is the usual one from then on."""
+NEW_LEVEL_S = 60.0
+"""A loss that stays up for so many steps, and for so long that somebody could see it, is the usual one from then on."""
 DEVIATIONS = 8.0
 """Of the median absolute deviation, as that of a normal distribution."""
 RISE = 0.5
@@ -46,27 +47,37 @@ class Jump(NamedTuple):
 class LossTrend:
     """One rank's losses, and whether they have jumped."""
 
-    __slots__ = ("_calm", "_high", "_limit", "_low", "_next_look", "_usual")
+    __slots__ = ("_calm", "_first", "_high", "_limit", "_low", "_next_look", "_num_high", "_seen_s", "_usual")
 
     def __init__(self) -> None:
         self._calm: deque[float] = deque(maxlen=CALM_STEPS)
-        self._high: list[tuple[int, float, float]] = []
-        self._low = self._next_look = 0
-        self._limit = self._usual = 0.0
+        self._high: deque[float] = deque(maxlen=CALM_STEPS)
+        self._num_high = self._low = self._next_look = 0
+        self._first = (0, 0.0)
+        self._limit = self._usual = self._seen_s = 0.0
 
     def add(self, step: int, loss: float, time_s: float) -> None:
         """Take in a finite loss. Units: Unix seconds."""
         if len(self._calm) >= MIN_CALM_STEPS and loss > self._highest(step):
-            self._high.append((step, loss, time_s))
+            if not self._high:
+                self._first = (step, time_s)
+            self._high.append(loss)
+            self._num_high += 1
             self._low = 0
-            if len(self._high) > NEW_LEVEL_STEPS:
-                self._calm = deque((loss for _, loss, _ in self._high), maxlen=CALM_STEPS)
-                self._high, self._next_look = [], 0
+            if self._num_high == JUMP_STEPS:
+                self._seen_s = time_s
+            if self._num_high > NEW_LEVEL_STEPS and time_s - self._first[1] > NEW_LEVEL_S:
+                self._calm, self._next_look = self._high.copy(), 0
+                self._come_back()
             return
         self._calm.append(loss)
         self._low += 1
-        if len(self._high) < JUMP_STEPS or self._low >= BACK_STEPS:
-            self._high.clear()
+        if self._num_high < JUMP_STEPS or self._low >= BACK_STEPS:
+            self._come_back()
+
+    def _come_back(self) -> None:
+        self._high.clear()
+        self._num_high = 0
 
     def _highest(self, step: int) -> float:
         if self._high:  # what it is compared with does not move while it is up
@@ -81,10 +92,10 @@ class LossTrend:
     @property
     def jump(self) -> Jump | None:
         """The jump that it has not come back from, if any."""
-        if len(self._high) < JUMP_STEPS:
+        if self._num_high < JUMP_STEPS:
             return None
-        step, _, since_s = self._high[0]
-        return Jump(step, since_s, self._high[JUMP_STEPS - 1][2], self._usual, self._high[-1][1])
+        step, since_s = self._first
+        return Jump(step, since_s, self._seen_s, self._usual, self._high[-1])
 
 
 class MemoryTrend:

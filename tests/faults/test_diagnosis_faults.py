@@ -127,7 +127,7 @@ def test_a_loss_that_is_no_number(jobs: Jobs) -> None:
 
 
 def test_a_loss_that_jumps(jobs: Jobs) -> None:
-    event = jobs.event("loss_jumps", "loss_spike", "0,1,2")  # after 200 steps that is what the loss usually is
+    event = jobs.event("loss_jumps", "loss_spike", "0,1,2")  # after a minute that is what the loss usually is
     assert event.level == pb.Event.WARNING
     assert "from about 1 to 7" in event.message
 
@@ -140,7 +140,8 @@ def test_a_rank_that_leaves_early(jobs: Jobs) -> None:
 
 def test_a_loader_s_worker_that_is_killed(jobs: Jobs) -> None:
     found, _ = jobs.verdict("worker_killed")
-    assert list(found.ranks) == [1] and "is killed by signal: Killed" in found.message
+    assert list(found.ranks) == [1]
+    assert "is killed by signal: Killed" in found.message or "exited unexpectedly" in found.message  # whichever is first
     assert "loader's worker" in found.message
 
 

@@ -50,6 +50,13 @@ def test_a_new_level_is_the_usual_one_after_a_while() -> None:
     assert _fed([30.0] * 6, trend, 800).jump is not None
 
 
+def test_fast_steps_leave_a_jump_in_sight_for_a_while() -> None:
+    trend = LossTrend()
+    for step in range(1, 4000):  # 10 ms each
+        trend.add(step, 1.0 if step < 100 else 7.0, NOW + step / 100)
+    assert trend.jump is not None and trend.jump.step == 100
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_is_no_jump(seed: int) -> None:
     draws = random.Random(seed)
