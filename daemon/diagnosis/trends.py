@@ -47,9 +47,13 @@ class Jump(NamedTuple):
 class LossTrend:
     """One rank's losses, and whether they have jumped."""
 
-    __slots__ = ("_calm", "_first", "_high", "_limit", "_low", "_next_look", "_num_high", "_seen_s", "_usual")
+    __slots__ = ("_calm", "_first", "_high", "_last", "_limit", "_low", "_next_look", "_num_high", "_seen_s", "_usual")
 
     def __init__(self) -> None:
+        self._last = 0
+        self._begin()
+
+    def _begin(self) -> None:
         self._calm: deque[float] = deque(maxlen=CALM_STEPS)
         self._high: deque[float] = deque(maxlen=CALM_STEPS)
         self._num_high = self._low = self._next_look = 0
@@ -58,6 +62,9 @@ class LossTrend:
 
     def add(self, step: int, loss: float, time_s: float) -> None:
         """Take in a finite loss. Units: Unix seconds."""
+        if step <= self._last:
+            self._begin()  # another training in the same script, or one that went back
+        self._last = step
         if len(self._calm) >= MIN_CALM_STEPS and loss > self._highest(step):
             if not self._high:
                 self._first = (step, time_s)

@@ -50,6 +50,11 @@ def test_a_new_level_is_the_usual_one_after_a_while() -> None:
     assert _fed([30.0] * 6, trend, 800).jump is not None
 
 
+def test_a_second_training_is_not_held_against_the_first() -> None:
+    trend = _fed(_falling(400))
+    assert _fed([9.0] * 50, trend, first=1).jump is None
+
+
 def test_fast_steps_leave_a_jump_in_sight_for_a_while() -> None:
     trend = LossTrend()
     for step in range(1, 4000):  # 10 ms each
