@@ -44,6 +44,12 @@ class Home:
             text=True,
         )
 
+    def start_aside(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start `distui arguments` so that what it does leaves the processors to the commands about it."""
+        process = self.start(*arguments)
+        psutil.Process(process.pid).nice(19)  # its children inherit it
+        return process
+
     def run(self, *arguments: str) -> tuple[int, str, str]:
         """Run `distui arguments` to its end: exit status, stdout, stderr."""
         process = self.start(*arguments)
@@ -141,7 +147,7 @@ def test_setup_writes_a_config_that_launch_takes(home: Home, plain_losses: list[
 
 
 def test_a_killed_daemon_costs_the_job_nothing_and_loses_no_step(home: Home) -> None:
-    job = home.start("launch", "--nproc", "2", "--zero", "2", str(EXAMPLE), "--steps", "250", *SMALL)
+    job = home.start_aside("launch", "--nproc", "2", "--zero", "2", str(EXAMPLE), "--steps", "250", *SMALL)
     try:
         home.wait_until(lambda status: status["state"] == "running" and (status["ranks"][0]["step"] or 0) > 5)
         first = home.daemon()
@@ -178,25 +184,30 @@ def _kept_steps(run: Path) -> dict[int, list[int]]:
     return kept
 
 
-def test_a_checkpoint_on_command_is_taken_by_all_ranks_and_loads(home: Home) -> None:
-    job = home.start("launch", "--nproc", "2", "--zero", "3", str(EXAMPLE), "--steps", "100000", *SMALL)
+def test_a_running_job_saves_profiles_and_stops_when_told(home: Home) -> None:
+    job = home.start_aside("launch", "--nproc", "2", "--zero", "3", str(EXAMPLE), "--steps", "100000", *SMALL)
     try:
-        home.wait_until(lambda status: status["state"] == "running" and (status["ranks"][0]["step"] or 0) > 2)
-        run = home.status()["run"]
+        run = home.wait_until(lambda found: found["state"] == "running" and (found["ranks"][0]["step"] or 0) > 2)["run"]
+        folder = home.path / "state" / "runs" / run
         code, out, err = home.run("control", run, "checkpoint")
         assert code == 0, out + err
         assert out.count("rank 0: accepted") == out.count("rank 1: accepted") == 1
-        (checkpoint,) = (home.path / "state" / "runs" / run / "checkpoints").glob("step_*")
+        (checkpoint,) = (folder / "checkpoints").glob("step_*")
         code, out, err = home.run("checkpoint", "inspect", str(checkpoint))
         assert code == 0 and "all checksums match" in out, err
-        job.send_signal(signal.SIGINT)
-        _, err = job.communicate(timeout=180)
-        assert job.returncode == 130, err
+        code, out, err = home.run("control", run, "profile", "--steps", "2")
+        assert code == 0 and out.count("done: wrote") == 2, out + err
+        for rank in range(2):  # a Chrome trace
+            trace = json.loads((folder / "profile" / f"rank{rank}.json").read_text())
+            complete = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+            assert complete and all(event["dur"] >= 0 and "ts" in event and "pid" in event for event in complete)
+        code, out, err = home.run("control", run, "log-level", "--level", "debug")
+        assert code == 0 and out.count("the root logger is at DEBUG") == 2, out + err
+        code, out, err = home.run("control", run, "stop")
+        assert code == 0 and job.wait(120) is not None, out + err
     finally:
         job.kill()
-    assert home.status()["state"] == "stopped"
-    left = [p.pid for p in psutil.process_iter() if p.pid != os.getpid() and _job_of(p) and run in _job_of(p)]
-    assert not left
+        job.communicate()
 
 
 def _job_of(process: psutil.Process) -> str:
@@ -267,26 +278,6 @@ def test_a_torchrun_script_runs_unchanged_and_is_seen(home: Home) -> None:
     assert [log.read_text().count("torchrun's script is done") for log in logs] == [1, 1]
 
 
-def test_a_profile_opens_as_a_chrome_trace_and_a_job_stops_when_told(home: Home) -> None:
-    process = home.start("launch", "--no-tui", "--nproc", "2", str(EXAMPLE), "--steps", "100000", *SMALL)
-    try:
-        run = home.wait_until(lambda found: found["state"] == "running" and (found["ranks"][0]["step"] or 0) > 3)["run"]
-        code, out, err = home.run("control", run, "profile", "--steps", "2")
-        assert code == 0, out + err
-        assert out.count("done: wrote") == 2
-        for rank in range(2):
-            trace = json.loads((home.path / "state" / "runs" / run / "profile" / f"rank{rank}.json").read_text())
-            complete = [event for event in trace["traceEvents"] if event["ph"] == "X"]
-            assert complete and all(event["dur"] >= 0 and "ts" in event and "pid" in event for event in complete)
-        code, out, err = home.run("control", run, "log-level", "--level", "debug")
-        assert code == 0 and out.count("the root logger is at DEBUG") == 2, out + err
-        code, out, err = home.run("control", run, "stop")
-        assert code == 0 and process.wait(120) is not None, out + err
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def test_a_read_only_job_refuses_all_but_stacks(home: Home) -> None:
     script = home.path / "plain.py"
     script.write_text(
@@ -303,4 +294,9 @@ def test_a_read_only_job_refuses_all_but_stacks(home: Home) -> None:
         assert code == 0 and "plain.py" in out, err
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=180)
+        _, err = process.communicate(timeout=180)
+    assert process.returncode == 130, err
+    assert home.status()["state"] == "stopped"
+    run = found["run"]
+    left = [p.pid for p in psutil.process_iter() if p.pid != os.getpid() and _job_of(p) and run in _job_of(p)]
+    assert not left
