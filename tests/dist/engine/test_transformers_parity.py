@@ -306,6 +306,6 @@ def _compiled(stage: int) -> None:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.matrix), 3])
 def test_compiled_blocks(run_ranks: RunRanks, stage: int) -> None:
     run_ranks(_compiled, 2, stage)

@@ -125,7 +125,7 @@ def _near_exact(num_steps: int, accumulation: int) -> None:
             assert optimizer.onebit.frozen and rows.isfinite().all() and rows.abs().max() < 10
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.matrix), 3])
 def test_training_is_near_the_exact_run_and_the_same_on_all_ranks(run_ranks: RunRanks, num_ranks: int) -> None:
     run_ranks(_near_exact, num_ranks, 40, num_ranks - 1)
 
