@@ -72,8 +72,7 @@ def test_a_comm_hook_is_torchs_own(name: str, run_ranks: RunRanks) -> None:
 
 def _refused_hook() -> str:
     from distui.compat.accelerate import NotOffered
-    from distui.compat.accelerate.utils import (
-        DDPCommunicationHookType, DeepSpeedPlugin, DistributedDataParallelKwargs)
+    from distui.compat.accelerate.utils import DDPCommunicationHookType, DeepSpeedPlugin, DistributedDataParallelKwargs
 
     with pytest.raises(NotOffered) as caught:
         _accelerator(
@@ -113,8 +112,11 @@ def test_no_sync_of_a_prepared_model(run_ranks: RunRanks) -> None:
         torch.testing.assert_close(found, right)
 
 
-def _optimizer_states() -> None:
-    accelerator = _accelerator()
+def _optimizer_states(stage: int) -> None:
+    from distui.compat.accelerate.utils import DeepSpeedPlugin
+    from distui.core.errors import UserError
+
+    accelerator = _accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage))
     plain, model = _model(), _model()
     steps = []
     for which in (plain, model):
@@ -132,7 +134,7 @@ def _optimizer_states() -> None:
     run(0)
     run(1)
     kept = copy.deepcopy(steps[0].state_dict())
-    found = optimizer.state_dict()
+    found = copy.deepcopy(optimizer.state_dict())  # as plain torch's, it may be views
     assert [group["params"] for group in found["param_groups"]] == [[0, 1], [2, 3]]
     for number, state in kept["state"].items():
         assert found["state"][number].keys() == state.keys()
@@ -140,23 +142,27 @@ def _optimizer_states() -> None:
             assert found["state"][number][key].shape == value.shape
             torch.testing.assert_close(found["state"][number][key], value)
     run(2)
-    steps[0].load_state_dict(kept)
-    optimizer.load_state_dict(kept)  # of a plain optimizer
-    for which in (plain, model):
-        with torch.no_grad():
-            for param in which.parameters():
-                param.fill_(0.1)
+    steps[0].load_state_dict(found)  # into a plain optimizer, and back
+    optimizer.load_state_dict(kept)
+    weights = {name: value.fill_(0.1) for name, value in accelerator.get_state_dict(model).items()}
+    accelerator.engine.load_state_dict(model, weights)
+    plain.load_state_dict(weights)
     run(3)
-    for own, right in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(own, right)
-    for value in (accelerator, optimizer):
-        pickle.loads(pickle.dumps(value))
+    for name, own in accelerator.get_state_dict(model).items():
+        torch.testing.assert_close(own, plain.state_dict()[name])
+    if stage and accelerator.num_processes > 1:
+        with pytest.raises(UserError, match="cannot be pickled or copied"):
+            pickle.dumps(optimizer)
+    else:
+        for value in (accelerator, optimizer):
+            pickle.loads(pickle.dumps(value))
     run(4)  # torch patches the class of an optimizer that it unpickles
 
 
 def test_optimizer_states_have_the_parameters_shapes(run_ranks: RunRanks) -> None:
-    run_ranks(_optimizer_states, 2)
-    _optimizer_states()
+    for stage in (0, 1, 3):
+        run_ranks(_optimizer_states, 2, stage)
+    _optimizer_states(3)
 
 
 def _stateful(dispatch: bool) -> None:
