@@ -68,7 +68,7 @@ class StatesSeen(MutableMapping[Any, Any]):
             raise UserError(
                 f"optimizer.state[{unit.param_names[index]}] cannot be had",
                 parts if in_parts else "the optimizer does not step this parameter",
-                "read optimizer.state_dict() on all ranks; or go over optimizer.state.values(), treating all elements alike",
+                "read optimizer.state_dict() on all ranks, or go over optimizer.state.values() and change all alike",
             )
         span = unit.layout.spans[index]
         views = {

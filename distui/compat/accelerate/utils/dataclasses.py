@@ -29,6 +29,7 @@ from distui.compat.accelerate.utils.enums import (
     RNGType,
 )
 from distui.compat.accelerate.utils.environment import str_to_bool
+from distui.compat.accelerate.utils.imports import stateful_class
 
 __all__ = [
     "AutocastKwargs",
@@ -202,6 +203,10 @@ class DataLoaderConfiguration:
     data_seed: int | None = None
     non_blocking: bool = False
     use_stateful_dataloader: bool = False
+
+    def __post_init__(self) -> None:
+        if self.use_stateful_dataloader:
+            stateful_class()
 
 
 @dataclass
