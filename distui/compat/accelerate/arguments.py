@@ -158,7 +158,7 @@ def plugins_of(
     if megatron_lm_plugin is not None:
         raise refuse_argument("Accelerator", "megatron_lm_plugin", "...", _NO_MEGATRON)
     if torch_tp_plugin is not None:
-        raise refuse_argument("Accelerator", "torch_tp_plugin", "...", "use ParallelismConfig(tp_size=...)")
+        raise refuse_argument("Accelerator", "torch_tp_plugin", "...", "shard over all ranks: strategy.zero_stage")
     found: list[Any] = []
     if isinstance(deepspeed_plugin, dict):
         if len(deepspeed_plugin) != 1:
@@ -177,5 +177,6 @@ def plugins_of(
             raise TypeError("`fsdp_plugin` must be a FullyShardedDataParallelPlugin object.")
         found.append(fsdp_plugin)
     if parallelism_config is not None:
+        parallelism_config.check(int(os.environ.get("WORLD_SIZE", "1")))
         found.append(parallelism_config)
     return found
