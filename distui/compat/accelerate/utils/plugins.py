@@ -207,6 +207,7 @@ class ParallelismConfig:
     def __post_init__(self) -> None:
         for name in ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size"):
             setattr(self, name, getattr(self, name) or 1)
+
     @property
     def total_size(self) -> int:
         """The ranks that the sizes multiply to."""
