@@ -158,6 +158,7 @@ class DeepSpeedBackend(PlainBackend):
             )
         self._trained = model = models[0]
         body = model.__dict__["forward"].wrapper
+        sizes = [len(group["params"]) for group in optimizer.param_groups]  # DeepSpeed puts its partitions there
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.engine, *_ = import_deepspeed().initialize(
@@ -165,6 +166,7 @@ class DeepSpeedBackend(PlainBackend):
             )
         model.__dict__["forward"].wrapper = self.engine
         prepared = DeepSpeedOptimizer(optimizer, self.engine, params, self.group, self.stage)
+        prepared.params_of_groups = sizes
         self.optimizers.append(prepared)
         return prepared
 

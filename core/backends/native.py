@@ -12,7 +12,7 @@ from torch import nn
 
 from distui.core.backends.base import Backend, Part
 from distui.core.backends.native_beside import NativeBeside
-from distui.core.config.check import offload_problems
+from distui.core.config.check import offload_problems, unavailable
 from distui.core.config.schema import Config
 from distui.core.errors import ConfigError, UserError
 from distui.core.ranks.precision import DTYPES, apply_border_casts
@@ -41,7 +41,7 @@ class NativeBackend(NativeBeside, Backend):
         start, self.start = self.start, None
         if id(model) not in self._models:
             # A script that runs without `distui launch` has not been checked.
-            if problems := list(offload_problems(self.config)):
+            if problems := [*unavailable(self.config), *offload_problems(self.config)]:
                 raise ConfigError(problems)
             precision, home = self.config.precision, self.config.offload
             self._models[id(model)] = ShardedModel(

@@ -32,7 +32,7 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
     """
     if world_size is None and isinstance(config.cluster.nproc, int):
         world_size = config.cluster.nproc * config.cluster.nodes
-    problems = [*_unavailable(config), *check_backend(config), *_cluster(config), *_folders(config)]
+    problems = [*unavailable(config), *check_backend(config), *_cluster(config), *_folders(config)]
     problems += [*offload_problems(config), *_states(config), *_compression(config)]
     if hardware is not None:
         problems += _devices(config, hardware)
@@ -50,7 +50,8 @@ def _not_available(path: str, value: object, now: str) -> Problem:
     )
 
 
-def _unavailable(config: Config) -> Iterator[Problem]:
+def unavailable(config: Config) -> Iterator[Problem]:
+    """Yield what the schema knows and this version does not do."""
     for axis in (*MODEL_AXES, "expert_parallel"):
         if (size := getattr(config.strategy, axis)) > 1:
             yield _not_available(f"strategy.{axis}", f"{axis}={size}", "1")

@@ -22,6 +22,10 @@ class NotOffered(UserError, NotImplementedError):
         return f"{self.what}: {self.why}; instead, {self.fix}"
 
 
+class NotInstalled(NotOffered, ImportError):
+    """A part of another trainer's API that needs a library which is not here."""
+
+
 class _Refused(type):
     """The metaclass of a refused name: importing it is fine, using it is not."""
 

@@ -182,14 +182,76 @@ def test_the_accelerator_takes_every_argument() -> None:
 
 
 def test_a_refused_name_can_be_asked_about_but_not_used() -> None:
+    from distui.compat.accelerate.utils import GPTTrainStep
+
+    assert not isinstance(object(), GPTTrainStep)
+    with pytest.raises(NotOffered, match="GPTTrainStep is not offered") as caught:
+        GPTTrainStep()
+    assert "MegatronLMPlugin" in caught.value.fix
+    with pytest.raises(NotOffered):
+        GPTTrainStep.something  # noqa: B018
+
+
+def test_every_field_of_megatrons_plugin_is_obeyed_or_refused() -> None:
     from distui.compat.accelerate.utils import MegatronLMPlugin
 
-    assert not isinstance(object(), MegatronLMPlugin)
-    with pytest.raises(NotOffered, match="MegatronLMPlugin is not offered") as caught:
-        MegatronLMPlugin(tp_degree=2)
-    assert "strategy.tensor_parallel" in caught.value.fix
-    with pytest.raises(NotOffered):
-        MegatronLMPlugin.something  # noqa: B018
+    plugin = MegatronLMPlugin(
+        tp_degree=1,
+        use_distributed_optimizer=True,
+        recompute_activations=True,
+        optimizer_cpu_offload=True,
+        gradient_clipping=0.5,
+    )
+    config = Accelerator(megatron_lm_plugin=plugin).engine.config
+    found = (config.strategy.zero_stage, config.offload.optimizer, config.activation_checkpointing.mode)
+    assert found == (1, "cpu", "selective") and config.optimizer.max_grad_norm == 0.5
+    assert Accelerator(megatron_lm_plugin=MegatronLMPlugin(use_custom_fsdp=True)).engine.config.strategy.zero_stage == 3
+    obeyed = set(inspect.signature(MegatronLMPlugin).parameters)
+    for name, value in {"tp_degree": 2, "num_micro_batches": 4, "custom_loss_function": len, "seq_length": 8}.items():
+        with pytest.raises(NotOffered, match=f"MegatronLMPlugin\\({name}="):
+            MegatronLMPlugin(**{name: value})
+    with pytest.raises(TypeError, match="no field 'mistyped'"):
+        MegatronLMPlugin(mistyped=1)
+    if HAS_ACCELERATE:
+        theirs = importlib.import_module("accelerate.utils").MegatronLMPlugin
+        for name in set(inspect.signature(theirs).parameters) - obeyed:
+            with pytest.raises(NotOffered):
+                MegatronLMPlugin(**{name: 99})
+
+
+def test_recipes_describe_and_are_refused_where_they_are_used() -> None:
+    from distui.compat.accelerate import ParallelismConfig, utils
+
+    assert utils.TERecipeKwargs(fp8_format="e4m3").fp8_format == "E4M3"
+    with pytest.raises(ValueError, match="opt_level"):
+        utils.MSAMPRecipeKwargs(opt_level="O9")
+    for recipe in (utils.AORecipeKwargs, utils.TERecipeKwargs, utils.MSAMPRecipeKwargs, utils.FP8RecipeKwargs):
+        with pytest.raises(NotOffered, match="no fp8 matrix multiplications"):
+            Accelerator(kwargs_handlers=[recipe()])
+    with pytest.raises(NotOffered, match="context parallelism"):
+        Accelerator(parallelism_config=ParallelismConfig(cp_size=2, cp_handler=utils.TorchContextParallelConfig()))
+    with pytest.raises(NotOffered, match="torch_tp_plugin"):
+        Accelerator(torch_tp_plugin=utils.TorchTensorParallelPlugin(tp_size=2))
+    assert Accelerator(torch_tp_plugin=utils.TorchTensorParallelPlugin()).num_processes == 1
+
+
+def test_scalers_and_contexts_of_a_loop_of_its_own() -> None:
+    import torch
+
+    from distui.compat.accelerate import utils
+    from distui.compat.accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    Accelerator(mixed_precision="bf16")
+    with utils.get_mixed_precision_context_manager(native_amp=True, autocast_kwargs=utils.AutocastKwargs()):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
+    with utils.get_mixed_precision_context_manager():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+    assert utils.get_grad_scaler(enabled=False).get_scale() == 1.0
+    assert utils.avg_losses_across_data_parallel_group([torch.tensor(1.0), torch.tensor(3.0)]).tolist() == [1.0, 3.0]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    assert utils.map_pytorch_optim_to_deepspeed(optimizer) is optimizer
+    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.skipif(not HAS_ACCELERATE, reason="needs Accelerate installed")

@@ -211,8 +211,33 @@ DeepSpeedConfig DeepSpeedConfigError DeepSpeedDataLoader DeepSpeedEngine DeepSpe
 DeepSpeedOptimizer DeepSpeedTransformerConfig DeepSpeedTransformerLayer InferenceEngine OnDevice PipelineEngine
 PipelineModule __git_branch__ __git_hash__ __version__ add_config_arguments checkpointing comm default_inference_config
 dist get_accelerator init_distributed init_inference initialize log_dist logger moe module_inject ops pipe
-replace_transformer_layer runtime set_autotp_mode tp_model_init utils zero
+replace_transformer_layer runtime set_autotp_mode tp_model_init utils zero DeepSpeedOptimizerCallable
+DeepSpeedSchedulerCallable KV MLA_KV MLA_Q MUON_OPTIMIZER NOT_HEAD_BLOCKED Optimizer QUERY
+TORCH_DISTRIBUTED_DEFAULT_PORT git_branch git_hash load_ds_config merge_tp_model_init_into_config
+record_tp_model_init_args resolve_per_head_muon_after_sharding set_optimizer_flags
 """
+
+
+def test_what_needs_no_axis_of_its_own_is_taken() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    deepspeed.set_autotp_mode(training=True)
+    assert deepspeed.tp_model_init(model, tp_size=1, dtype=torch.float32) is model
+    with pytest.raises(NotOffered, match="tensor parallelism is not in this version"):
+        deepspeed.tp_model_init(model, tp_size=2, dtype=torch.float32)
+    deepspeed.set_optimizer_flags(type("Config", (), {"optimizer_name": "muon"}), model)
+    assert [param.use_muon for param in model.parameters()] == [True, False, True, False]
+    engine, optimizer, _, _ = deepspeed.initialize(
+        model=model,
+        config={"train_batch_size": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.5}}, "gradient_clipping": 0},
+    )
+    assert isinstance(optimizer, deepspeed.DeepSpeedOptimizer)
+    from distui.compat.accelerate.utils import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper
+
+    before = model[1].bias.item()
+    DeepSpeedEngineWrapper(engine).backward(engine(torch.ones(2, 3)).sum() / 2)
+    DeepSpeedOptimizerWrapper(optimizer).step()
+    assert model[1].bias.item() == pytest.approx(before - 0.5)
+    engine.destroy()
 
 
 def test_every_public_name_is_offered_or_refused_with_the_way_around() -> None:

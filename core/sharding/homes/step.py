@@ -7,8 +7,6 @@ changes in a group's hyper-parameters (a counter) counts once.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -311,17 +309,7 @@ class UnitStream:
         work.moved.setdefault(id(run), set()).add(key)
         return True
 
-    @contextlib.contextmanager
-    def states_in_memory(self) -> Iterator[None]:
-        """Let the optimizer hold all its states while inside, for whoever reads them."""
-        attached = []
+    def forget(self) -> None:
+        """Forget the states that are not in memory, since others are about to be loaded."""
         for work in self._works:
-            for _, run in work.runs:
-                for key, value in self.states_of(run).items():
-                    self._inner.state[run.param][key] = value.read().view(run.shape).to(self._device)
-                    attached.append((run, key))
-        try:
-            yield
-        finally:
-            for run, key in attached:
-                del self._inner.state[run.param][key]
+            work.moved.clear()

@@ -162,9 +162,3 @@ class FlatAdam:
                 state = self._inner.state.get(run.param, {})
                 if self._bits == 8 and "exp_avg" in state:
                     self._moments(run, state, int(state["step"]))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the inner optimizer's state_dict with fp32 moments."""
-        every = [run for runs in self._runs for run in runs]
-        states = {index: self.full_state(run) for index, run in enumerate(every)}
-        return {**self._inner.state_dict(), "state": {index: state for index, state in states.items() if state}}

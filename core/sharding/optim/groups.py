@@ -1,16 +1,15 @@
-"""What a script may not do with the groups and states of a prepared optimizer, since nothing would come of it."""
+"""What a script may not do with the groups of a prepared optimizer, since nothing would come of it."""
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from distui.core.errors import UserError
-from distui.core.sharding.optim.runs import FlatRun
 
 
 def refuse_changed_groups(inner: torch.optim.Optimizer, given: Sequence[Sequence[Any]]) -> None:
@@ -24,16 +23,3 @@ def refuse_changed_groups(inner: torch.optim.Optimizer, given: Sequence[Sequence
             f"there are {len(now)} in it, and {len(before)} were given; what is stepped is laid out in shards already",
             "add groups by optimizer.add_param_group, or prepare another optimizer with the groups as they are to be",
         )
-
-
-def refuse_other_shapes(inner: torch.optim.Optimizer, runs: Iterable[FlatRun]) -> None:
-    """Refuse states that are not of `runs`, which `inner` steps, and forget them. Raises: UserError."""
-    for run in runs:
-        for key, value in inner.state.get(run.param, {}).items():
-            if isinstance(value, torch.Tensor) and value.dim() == 1 == len(run.shape) and value.shape != run.shape:
-                inner.state.clear()
-                raise UserError(
-                    f"the state {key} in it has {value.numel()} elements where {run.shape[0]} are stepped",
-                    "it is not of this prepared optimizer at this number of ranks",
-                    "load it before engine.prepare, or use engine.save_state and engine.load_state",
-                )

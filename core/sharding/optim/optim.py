@@ -18,7 +18,7 @@ from distui.core.sharding.homes.homes import Homes
 from distui.core.sharding.homes.step import UnitStream
 from distui.core.sharding.optim.elementwise import Sight, sight_of
 from distui.core.sharding.optim.flat_adam import FlatAdam
-from distui.core.sharding.optim.groups import refuse_changed_groups, refuse_other_shapes
+from distui.core.sharding.optim.groups import refuse_changed_groups
 from distui.core.sharding.optim.growth import add_group, late_runs
 from distui.core.sharding.optim.matrices import WholeMatrices
 from distui.core.sharding.optim.norms import gradient_norm
@@ -34,6 +34,7 @@ from distui.core.sharding.optim.runs import (
     whole_run,
 )
 from distui.core.sharding.optim.states_seen import StatesSeen
+from distui.core.sharding.optim.whole_states import load_whole, whole_state_dict
 from distui.core.sharding.schedule import Schedule
 from distui.core.sharding.transport.transport import Transport
 from distui.core.sharding.units.unit import Unit
@@ -66,7 +67,8 @@ class ShardedOptimizer(PreparedOptimizer):
         """Which parameters of which units are in this optimizer."""
         self.follow_requires_grad: Callable[[], None] = lambda: None
         """Takes into units what the script has unfrozen since."""
-        self._matrices: WholeMatrices | None = None
+        self.matrices: WholeMatrices | None = None
+        """What is stepped whole by the rank that owns it."""
         self._rebind()
         with self._runs_in_groups():
             self.stream = UnitStream(inner, self.runs, homes) if homes is not None else None
@@ -112,8 +114,8 @@ class ShardedOptimizer(PreparedOptimizer):
             self.flat.step(factor)
         else:
             self._set_gradients(factor)
-            if self._matrices is not None:
-                self._matrices.collect()
+            if self.matrices is not None:
+                self.matrices.collect()
             groups = self.inner.param_groups
             try:
                 # A rank may have nothing of a small group, of which some optimizers make nothing.
@@ -123,8 +125,8 @@ class ShardedOptimizer(PreparedOptimizer):
                         self.inner.step()
             finally:
                 self.inner.param_groups = groups
-            if self._matrices is not None:
-                self._matrices.hand_back()
+            if self.matrices is not None:
+                self.matrices.hand_back()
             self._drop_gradients()
 
     @contextlib.contextmanager
@@ -149,26 +151,18 @@ class ShardedOptimizer(PreparedOptimizer):
         self.inner.state = state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's part of the states, for the same number of ranks; `save_state` writes what reshards."""
-        with self._runs_in_groups():
-            return self._state_dict()
+        """Return the states as plain torch does, whole and in the parameters' shapes.
 
-    def _state_dict(self) -> dict[str, Any]:
-        if self.flat is not None:
-            return self.flat.state_dict()
-        if self.stream is None:
-            return self.inner.state_dict()
-        with self.stream.states_in_memory():
-            found = self.inner.state_dict()
-            # The optimizer's own dicts are in it, which lose again what is in memory only here.
-            return {**found, "state": {key: dict(state) for key, state in found["state"].items()}}
+        Collective from stage 1 on: all ranks, each of which then holds all of it on the CPU; `save_state` does not.
+        """
+        return whole_state_dict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` of this rank returned."""
+        """Take what `state_dict` returned at any stage, or a plain optimizer's, each rank its part of it."""
         with self._runs_in_groups():
-            self.inner.load_state_dict(state_dict)
-            if self.flat is None:  # which keeps some in 8 bits
-                refuse_other_shapes(self.inner, (run for runs in self.runs for run in runs))
+            load_whole(self, state_dict)
+        if self.stream is not None:
+            self.stream.forget()
         if self.flat is not None:
             self.flat.narrow()
         if self.onebit is not None:
@@ -296,7 +290,7 @@ class ShardedOptimizer(PreparedOptimizer):
                 "set offload.optimizer and offload.params to none, or use an element-wise optimizer such as AdamW",
             )
         assert self.transport is not None
-        self._matrices = WholeMatrices(wanted, self.transport)
+        self.matrices = WholeMatrices(wanted, self.transport)
         return {
             (id(matrix.unit), matrix.index): FlatRun(
                 matrix.unit,
@@ -307,7 +301,7 @@ class ShardedOptimizer(PreparedOptimizer):
                 matrix.unit.layout.spans[matrix.index].shape,
                 is_owned=True,
             )
-            for matrix in self._matrices.matrices
+            for matrix in self.matrices.matrices
             if matrix.owner == self.transport.rank
         }
 

@@ -65,10 +65,14 @@ def alike_in_numbers(
     """Return `places` by the numbers in the states that the optimizer has of them: a run has one count of steps."""
     alike: dict[tuple[Any, ...], list[tuple[Unit, int]]] = {}
     for unit, index in places:
-        state = states.get(unit.params[index], {})
-        numbers = [(key, float(value)) for key, value in state.items() if is_number(value)]
-        alike.setdefault((*sorted(state), *sorted(numbers)), []).append((unit, index))
+        alike.setdefault(kind_of_state(states.get(unit.params[index], {})), []).append((unit, index))
     return alike
+
+
+def kind_of_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what states must have in common to be one run's: their keys, and those that are numbers."""
+    numbers = [(key, float(value)) for key, value in state.items() if is_number(value)]
+    return (*sorted(state), *sorted(numbers))
 
 
 def is_number(value: Any) -> bool:

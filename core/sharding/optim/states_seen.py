@@ -68,7 +68,7 @@ class StatesSeen(MutableMapping[Any, Any]):
             raise UserError(
                 f"optimizer.state[{unit.param_names[index]}] cannot be had",
                 parts if in_parts else "the optimizer does not step this parameter",
-                "go over optimizer.state.values() where every element is treated alike, or save_state and read that",
+                "read optimizer.state_dict() on all ranks, or go over optimizer.state.values() and change all alike",
             )
         span = unit.layout.spans[index]
         views = {
@@ -117,51 +117,3 @@ class StatesSeen(MutableMapping[Any, Any]):
 
     def __repr__(self) -> str:
         return repr(self._states)
-
-
-def states_by_parameter(optimizer: Steps) -> dict[str, Any] | None:
-    """Return a `state_dict` as plain torch has it, views in the parameters' own shapes; None where none is whole."""
-    groups = optimizer.inner.param_groups
-    params = [param for group in groups for param in group["params"]]
-    numbers = {id(param): number for number, param in enumerate(params)}
-    seen = StatesSeen(optimizer)
-    try:
-        states = {number: dict(seen[param]) for number, param in enumerate(params) if param in seen}
-    except UserError:
-        return None
-    return {
-        "state": states,
-        "param_groups": [{**group, "params": [numbers[id(param)] for param in group["params"]]} for group in groups],
-    }
-
-
-def flat_states(optimizer: Steps, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return what the inner optimizer loads for a `state_dict` in the parameters' own shapes; another as it is."""
-    params = [param for group in optimizer.inner.param_groups for param in group["params"]]
-    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-    shapes_fit = len(numbers) == len(params) and all(
-        value.shape == params[numbers.index(number)].shape
-        for number, state in state_dict["state"].items()
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.dim()
-    )
-    in_parts = any(run.unit.placement.shards_optimizer for runs in optimizer.runs for run in runs)
-    if not shapes_fit or in_parts or optimizer.stream is not None or optimizer.flat is not None:
-        return state_dict
-    given = {id(param): state_dict["state"].get(number, {}) for number, param in zip(numbers, params, strict=True)}
-    states: dict[int, dict[str, Any]] = {}
-    groups, count = [], 0
-    for group, runs in zip(state_dict["param_groups"], optimizer.runs, strict=True):
-        groups.append({**group, "params": list(range(count, count + len(runs)))})
-        for number, run in enumerate(runs, count):
-            for index in run.indices:
-                span = run.unit.layout.spans[index]
-                for key, value in given[id(run.unit.params[index])].items():
-                    state = states.setdefault(number, {})
-                    if not isinstance(value, torch.Tensor) or not value.dim() or len(run.shape) != 1:
-                        state[key] = value.clone() if isinstance(value, torch.Tensor) else value
-                        continue
-                    whole = state.setdefault(key, torch.zeros(run.param.numel(), dtype=value.dtype))
-                    whole[span.offset - run.start : span.end - run.start] = value.reshape(-1)
-        count += len(runs)
-    return {"state": states, "param_groups": groups}

@@ -17,12 +17,13 @@ from distui.compat.accelerate.utils.dataclasses import (
     ProfileKwargs,
 )
 from distui.compat.accelerate.utils.enums import DDPCommunicationHookType, PrecisionType
+from distui.compat.accelerate.utils.megatron_lm import MegatronLMPlugin
 from distui.compat.accelerate.utils.plugins import DeepSpeedPlugin, FullyShardedDataParallelPlugin, Sections
+from distui.compat.accelerate.utils.recipes import Fp8Recipe
 from distui.core.config.schema import Config
 
 _TO_DTYPE = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _FROM_DTYPE = {dtype: name for name, dtype in _TO_DTYPE.items()}
-_NO_MEGATRON = "use strategy.tensor_parallel and strategy.pipeline_parallel of distui's config"
 
 
 @dataclass
@@ -52,6 +53,8 @@ def sort_handlers(kwargs_handlers: Any) -> Handlers:
     """
     found = Handlers()
     for handler in kwargs_handlers or ():
+        if isinstance(handler, Fp8Recipe):
+            raise handler.refusal()
         if not isinstance(handler, KwargsHandler) or type(handler) not in _KINDS:
             raise refuse_argument("Accelerator", "kwargs_handlers", handler, "leave it out")
         kind = _KINDS[type(handler)]
@@ -153,12 +156,10 @@ def plugins_of(
 ) -> list[Any]:
     """Return the plugins that say how to shard.
 
-    Raises: NotOffered for Megatron's and tensor parallelism's plugins; TypeError for what is no plugin.
+    Raises: NotOffered for axes inside a model; TypeError for what is no plugin.
     """
-    if megatron_lm_plugin is not None:
-        raise refuse_argument("Accelerator", "megatron_lm_plugin", "...", _NO_MEGATRON)
-    if torch_tp_plugin is not None:
-        raise refuse_argument("Accelerator", "torch_tp_plugin", "...", "use ParallelismConfig(tp_size=...)")
+    if torch_tp_plugin is not None and torch_tp_plugin.tp_size > 1:
+        raise refuse_argument("Accelerator", "torch_tp_plugin", torch_tp_plugin, "shard over all ranks: zero_stage=3")
     found: list[Any] = []
     if isinstance(deepspeed_plugin, dict):
         if len(deepspeed_plugin) != 1:
@@ -176,6 +177,11 @@ def plugins_of(
         if not isinstance(fsdp_plugin, FullyShardedDataParallelPlugin):
             raise TypeError("`fsdp_plugin` must be a FullyShardedDataParallelPlugin object.")
         found.append(fsdp_plugin)
+    if megatron_lm_plugin is not None:
+        if not isinstance(megatron_lm_plugin, MegatronLMPlugin):
+            raise TypeError("`megatron_lm_plugin` must be a MegatronLMPlugin object.")
+        found.append(megatron_lm_plugin)
     if parallelism_config is not None:
+        parallelism_config.check(int(os.environ.get("WORLD_SIZE", "1")))
         found.append(parallelism_config)
     return found

@@ -91,6 +91,8 @@ def prepare_data_loader(
                 f"needs to be a round multiple of the number of processes ({num_processes})."
             )
     options: dict[str, Any] = {name: getattr(dataloader, name) for name in _OPTIONS if hasattr(dataloader, name)}
+    if use_stateful_dataloader and hasattr(dataloader, "snapshot_every_n_steps"):
+        options["snapshot_every_n_steps"] = dataloader.snapshot_every_n_steps
     if not options.get("pin_memory_device"):
         options.pop("pin_memory_device", None)  # deprecated in torch: setting it warns
     dataset, synchronized = dataloader.dataset, None

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from distui.compat.accelerate.state import GradientState
+from distui.core.errors import UserError
 from distui.core.sharding.optim.optim import ShardedOptimizer
-from distui.core.sharding.optim.states_seen import flat_states, states_by_parameter
+from distui.core.sharding.optim.whole_states import lies_in_parts
 
 
 class AcceleratedOptimizer(torch.optim.Optimizer):
@@ -55,15 +56,12 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state: in the parameters' shapes, or this rank's ranges where it is sharded."""
-        whole = states_by_parameter(self.optimizer) if isinstance(self.optimizer, ShardedOptimizer) else None
-        state: dict[str, Any] = self.optimizer.state_dict() if whole is None else whole
+        """Return the optimizer's state, whole and in the parameters' shapes. Collective from stage 1 on."""
+        state: dict[str, Any] = self.optimizer.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give the optimizer its state back, or that of a plain optimizer where states are not sharded."""
-        if isinstance(self.optimizer, ShardedOptimizer):
-            state_dict = flat_states(self.optimizer, state_dict)
+        """Give the optimizer its state back, or that of a plain optimizer. All ranks, alike."""
         self.optimizer.load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -96,12 +94,18 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         return bool(getattr(self.optimizer, "step_was_skipped", False))
 
     def __getstate__(self) -> dict[str, Any]:
-        # The optimizer as the script made it, with its states where they are whole: shards are of this process.
+        # The optimizer as the script made it, with its states: shards are of this process.
         plain = getattr(self.optimizer, "inner", self.optimizer)
-        whole = states_by_parameter(self.optimizer) if isinstance(self.optimizer, ShardedOptimizer) else None
-        if whole is not None:
+        if isinstance(self.optimizer, ShardedOptimizer):
+            if lies_in_parts(self.optimizer):
+                raise UserError(
+                    f"a prepared {type(plain).__name__} cannot be pickled or copied from stage 1 on",
+                    "a rank holds its part of the states, and one rank alone cannot ask the others for theirs",
+                    "pickle optimizer.state_dict(), called on all ranks",
+                )
+            states = self.optimizer.state_dict()["state"]
             plain = copy.copy(plain)
             params = [param for group in plain.param_groups for param in group["params"]]
-            plain.state = defaultdict(dict, {params[number]: state for number, state in whole["state"].items()})
+            plain.state = defaultdict(dict, {params[number]: state for number, state in states.items()})
         values = {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
         return {**values, "optimizer": plain, "scaler": None, "after_step": None}

@@ -24,14 +24,11 @@ def refuse_argument(function: str, argument: str, value: Any, way: str) -> NotOf
     return NotOffered(f"{function}({argument}={value!r}) is not offered by distui", "it would have no effect", way)
 
 
-_MEGATRON = "use strategy.tensor_parallel and strategy.pipeline_parallel of distui's config"
-_FP8 = "train in bf16: mixed_precision='bf16'; fp8 is offered for gradients on the wire (compression.gradients='fp8')"
+_MEGATRON = "keep the model an nn.Module in a loop of its own; MegatronLMPlugin maps what distui's engine does"
 _FSDP = (
     "distui's own checkpoints take this place: accelerator.save_state and load_state at any stage and number of ranks,"
     " and `distui checkpoint consolidate` for one file of weights"
 )
-_DEEPSPEED = "choose the stage with strategy.zero_stage (`distui launch --zero N`) and pass a torch.optim optimizer"
-
 _NEEDS = "pip install accelerate: the real one's function is then used, which needs no engine"
 
 _UTILITIES = (
@@ -45,7 +42,8 @@ _UTILITIES = (
     "check_cuda_fp8_capability torchao_required deepspeed_required prepare_deepspeed_cmd_env prepare_multi_gpu_env "
     "prepare_sagemager_args_inputs prepare_simple_launcher_cmd_env prepare_tpu PrepareForLaunch _filter_args "
     "install_xla SageMakerDistributedType set_numa_affinity check_cuda_p2p_ib_support get_gpu_info "
-    "get_cpu_distributed_information "
+    "get_cpu_distributed_information apply_fp8_autowrap contextual_fp8_autocast fsdp2_canonicalize_names "
+    "get_fsdp2_grad_scaler "
 )
 DELEGATED: frozenset[str] = frozenset(_UTILITIES.split())
 """What works on a model or machine alone: the installed Accelerate's own is used."""
@@ -53,37 +51,23 @@ DELEGATED: frozenset[str] = frozenset(_UTILITIES.split())
 NAMES: dict[str, str] = {
     **dict.fromkeys(DELEGATED, _NEEDS),
     "rich": "import rich itself",
-    "prepare_pippy": "use strategy.pipeline_parallel of distui's config",
-    **dict.fromkeys(
-        ("MegatronLMPlugin", "MegatronEngine", "MegatronLMDummyDataLoader", "MegatronLMDummyScheduler"), _MEGATRON
-    ),
+    "prepare_pippy": "dispatch_model divides a model over devices",
+    **dict.fromkeys(("MegatronEngine", "MegatronLMDummyDataLoader", "MegatronLMDummyScheduler"), _MEGATRON),
     **dict.fromkeys(("MegatronLMOptimizerWrapper", "MegatronLMSchedulerWrapper", "AbstractTrainStep"), _MEGATRON),
     **dict.fromkeys(("BertTrainStep", "GPTTrainStep", "T5TrainStep"), _MEGATRON),
-    **dict.fromkeys(("add_model_config_to_megatron_parser", "avg_losses_across_data_parallel_group"), _MEGATRON),
-    **dict.fromkeys(("gather_across_data_parallel_groups", "megatron_lm_initialize"), _MEGATRON),
+    **dict.fromkeys(("add_model_config_to_megatron_parser", "megatron_lm_initialize"), _MEGATRON),
     **dict.fromkeys(("megatron_lm_prepare_data_loader", "megatron_lm_prepare_model_optimizer_scheduler"), _MEGATRON),
     **dict.fromkeys(("megatron_lm_prepare_optimizer", "megatron_lm_prepare_scheduler"), _MEGATRON),
-    **dict.fromkeys(("FP8RecipeKwargs", "AORecipeKwargs", "TERecipeKwargs", "MSAMPRecipeKwargs"), _FP8),
-    **dict.fromkeys(("apply_fp8_autowrap", "contextual_fp8_autocast"), _FP8),
-    **dict.fromkeys(("DeepSpeedEngineWrapper", "DeepSpeedOptimizerWrapper", "DeepSpeedSchedulerWrapper"), _DEEPSPEED),
-    "DeepSpeedSequenceParallelConfig": "use ParallelismConfig(cp_size=...)",
-    "map_pytorch_optim_to_deepspeed": _DEEPSPEED,
-    **dict.fromkeys(("fsdp2_apply_ac", "fsdp2_canonicalize_names", "get_fsdp2_grad_scaler"), _FSDP),
-    **dict.fromkeys(("fsdp2_load_full_state_dict", "fsdp2_prepare_model"), _FSDP),
+    **dict.fromkeys(("fsdp2_apply_ac", "fsdp2_load_full_state_dict", "fsdp2_prepare_model"), _FSDP),
     "fsdp2_switch_optimizer_parameters": _FSDP,
-    **dict.fromkeys(("TorchTensorParallelPlugin", "TorchTensorParallelConfig"), "use ParallelismConfig(tp_size=...)"),
-    "TorchContextParallelConfig": "use ParallelismConfig(cp_size=...)",
-    "get_grad_scaler": "mixed_precision='fp16' scales the loss in the engine; accelerator.scaler holds its scale",
-    "get_mixed_precision_context_manager": "use accelerator.autocast()",
 }
 """Name -> the way around, for every public name of `accelerate` 1.15 and `accelerate.utils` that is not offered."""
 
 MODULES: dict[str, str] = {
     "commands": "use the `distui` command: launch, config, doctor, checkpoint",
     "hooks": _NEEDS,
-    "inference": "use strategy.pipeline_parallel of distui's config",
+    "inference": "dispatch_model divides a model over devices",
     "checkpointing": "accelerator.save_state and load_state",
-    "utils.megatron_lm": _MEGATRON,
     "utils.bnb": _NEEDS,
     "utils.ao": _NEEDS,
     "utils.transformer_engine": _NEEDS,

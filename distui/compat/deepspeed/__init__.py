@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.19.8"
 """Of the DeepSpeed whose API this is: scripts compare it."""
 __version_major__, __version_minor__, __version_patch__ = 0, 19, 8
-__git_hash__ = __git_branch__ = None
+__git_hash__ = __git_branch__ = git_hash = git_branch = None
+TORCH_DISTRIBUTED_DEFAULT_PORT = 29500
 version = __version__
 
 install_module_refusals()
@@ -42,6 +43,17 @@ _LAZY: dict[str, str] = {
     "logger": "utils:logger",
     **{name: name for name in ("accelerator", "checkpointing", "comm", "ops", "runtime", "utils", "zero")},
     "dist": "comm",
+    "DeepSpeedOptimizer": "runtime.base_optimizer:DeepSpeedOptimizer",
+    **{name: f"runtime.engine:{name}" for name in ("DeepSpeedOptimizerCallable", "DeepSpeedSchedulerCallable")},
+    "Optimizer": "runtime.engine:Optimizer",
+    **{name: f"optim.muon:{name}" for name in ("MUON_OPTIMIZER", "QUERY", "KV", "MLA_Q", "MLA_KV", "NOT_HEAD_BLOCKED")},
+    **{name: f"optim.muon:{name}" for name in ("set_optimizer_flags", "resolve_per_head_muon_after_sharding")},
+    **{name: f"runtime.tensor_parallel.init_utils:{name}" for name in ("load_ds_config", "tp_model_init")},
+    "set_autotp_mode": "runtime.tensor_parallel.init_utils:set_autotp_mode",
+    **{
+        name: f"runtime.tensor_parallel.init_utils:{name}"
+        for name in ("record_tp_model_init_args", "merge_tp_model_init_into_config")
+    },
 }
 
 __all__ = ["__version__", *sorted(_LAZY)]

@@ -27,9 +27,6 @@ NAMES: dict[str, str] = {
     **dict.fromkeys(("PipelineModule", "PipelineEngine", "DualPipeVEngine", "DualPipeVModule"), _PIPELINE),
     **dict.fromkeys(("DeepSpeedTransformerLayer", "DeepSpeedTransformerConfig", "replace_transformer_layer"), _KERNELS),
     **dict.fromkeys(("revert_transformer_layer", "module_inject", "HAS_TRITON"), _KERNELS),
-    **dict.fromkeys(("tp_model_init", "set_autotp_mode"), _TP),
-    "set_optimizer_flags": "pass parameter groups to the optimizer",
-    "DeepSpeedOptimizer": "the optimizer that initialize returns is a torch.optim.Optimizer",
 }
 """Name -> the way around, for every public name of `deepspeed` 0.19 that is not offered."""
 

@@ -9,13 +9,12 @@ from torch import nn
 
 from distui.compat.accelerate import Accelerator
 from distui.compat.accelerate.data.loaders import PreparedDataLoader
-from distui.compat.accelerate.refusals import NotOffered
 from distui.compat.accelerate.utils.dataclasses import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
     TorchDynamoPlugin,
 )
-from distui.compat.transformers.arguments import own_plugin
+from distui.compat.transformers.arguments import own_parallelism, own_plugin
 from distui.core.engine.job import job_config
 
 _LOADER_OPTIONS = (
@@ -42,19 +41,16 @@ class TrainerAccelerator(Accelerator):
     ) -> None:
         """Join the job. Collective. Arguments are those that Trainer passes, objects of the real Accelerate's.
 
-        What TrainingArguments' deepspeed and fsdp ask for is mapped onto the engine, and told in a line.
+        What TrainingArguments' deepspeed, fsdp and parallelism_config ask for is mapped onto the engine, and told in
+        a line.
 
-        Raises: NotOffered for a parallelism_config.
+        Raises: NotOffered for axes inside a model.
         """
-        if strategies.pop("parallelism_config", None) is not None:
-            raise NotOffered(
-                "TrainingArguments(parallelism_config=...) chooses an engine, and distui's own runs the model",
-                "the strategy comes from distui's configuration",
-                "launch with --set strategy.tensor_parallel=N, strategy.context_parallel=N",
-            )
         given = {name: value for name, value in strategies.items() if value is not None}
         if "fsdp_plugin" in given:
             given["fsdp_plugin"] = own_plugin(given["fsdp_plugin"])
+        if "parallelism_config" in given:
+            given["parallelism_config"] = own_parallelism(given["parallelism_config"])
         if "deepspeed_plugin" in given:
             mixed_precision = "no"  # the JSON has it: weights in half precision at stage 0 too
         options = {name: getattr(dataloader_config, name, None) for name in _LOADER_OPTIONS}

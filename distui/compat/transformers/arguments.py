@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from distui.compat.accelerate.utils.plugins import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from distui.compat.accelerate.utils.plugins import DeepSpeedPlugin, FullyShardedDataParallelPlugin, ParallelismConfig
 from distui.compat.deepspeed.configuration import load_config
 from distui.compat.deepspeed.lr_schedules import build_schedule
 from distui.compat.deepspeed.optim.optimizers import build_optimizer
@@ -27,8 +28,13 @@ _GIVEN = "_distui_deepspeed"
 
 
 def take_deepspeed(own: Any, args: Any) -> None:
-    """Around `TrainingArguments.__post_init__`: keep `deepspeed=` from starting DeepSpeed, installed or not."""
+    """Around `TrainingArguments.__post_init__`: keep `deepspeed=` from starting DeepSpeed, installed or not.
+
+    Raises: what `ParallelismConfig.check` does.
+    """
     given, args.deepspeed = args.deepspeed, None
+    if (axes := getattr(args, "parallelism_config", None)) is not None:
+        own_parallelism(axes).check(int(os.environ.get("WORLD_SIZE", "1")))  # before anything starts
     own(args)
     if given:
         setattr(args, _GIVEN, given if isinstance(given, Mapping) else load_config(given))
@@ -94,6 +100,13 @@ def plugin_of(args: Any) -> DeepSpeedPlugin | None:
         if wanted:
             filled.setdefault(name, {}).setdefault("enabled", True)
     return DeepSpeedPlugin(hf_ds_config=filled)
+
+
+def own_parallelism(axes: Any) -> ParallelismConfig:
+    """Return the face's configuration of axes for the real Accelerate's."""
+    if isinstance(axes, ParallelismConfig):
+        return axes
+    return ParallelismConfig(**{item.name: getattr(axes, item.name) for item in fields(ParallelismConfig)})
 
 
 def own_plugin(plugin: Any) -> FullyShardedDataParallelPlugin:

@@ -257,7 +257,6 @@ def _corners() -> dict[str, Any]:
     found["averaged"] = third.weight.detach().flatten()[0].item()
     power = DistributedDataParallelKwargs(comm_hook="power_sgd")  # type: ignore[arg-type]
     for arguments in (
-        {"megatron_lm_plugin": object()},
         {"mixed_precision": "fp8"},
         {"deepspeed_plugin": DeepSpeedPlugin(zero_stage=2), "kwargs_handlers": [power]},
         {"log_with": "swanlab"},

@@ -204,18 +204,22 @@ def _refused(folder: str) -> str:
     (Path(folder) / "checkpoint-2" / "optimizer.pt").touch()
     with pytest.raises(UserError) as caught:
         install._load_states(None, trainer, str(Path(folder) / "checkpoint-2"))
-    from distui.compat.accelerate.refusals import NotOffered
-    from distui.compat.transformers.accelerator import TrainerAccelerator
-
-    with pytest.raises(NotOffered) as other:
-        TrainerAccelerator(parallelism_config=object())
-    return f"{caught.value.what} {other.value.fix}"
+    axes: Any = importlib.import_module("accelerate").ParallelismConfig
+    told = [caught.value.what]
+    for sizes in ({"tp_size": 2}, {"cp_size": 2}, {"dp_shard_size": 2, "dp_replicate_size": 2}, {"dp_shard_size": 3}):
+        with pytest.raises(UserError) as caught:
+            importlib.import_module("transformers").TrainingArguments(folder, parallelism_config=axes(**sizes))
+        told.append(str(caught.value))
+    return " ".join(told)
 
 
 def test_what_another_engine_saved_or_chose_is_refused(run_ranks: RunRanks, tmp_path: Path) -> None:
     text, _ = run_ranks(_refused, 2, str(tmp_path))
     assert "saved by Trainer without distui" in text
-    assert "strategy.tensor_parallel" in text
+    assert "tensor parallelism is not in this version's engine" in text
+    assert "context parallelism is not in this version's engine" in text
+    assert "shards over all ranks of the job" in text
+    assert "total_size (3) does not match num_processes (2)" in text
 
 
 DEEPSPEED = {
@@ -242,6 +246,8 @@ DEEPSPEED = {
 def _given(folder: str, options: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     _install(folder, "")
+    if axes := options.get("parallelism_config"):
+        options["parallelism_config"] = importlib.import_module("accelerate").ParallelismConfig(**axes)
     trainer = _trainer(
         folder,
         per_device_train_batch_size=2,
@@ -251,7 +257,7 @@ def _given(folder: str, options: dict[str, Any]) -> dict[str, Any]:
     )
     config = trainer.accelerator.engine.config
     chosen = (config.strategy.backend, config.strategy.zero_stage, config.offload.optimizer)
-    assert chosen == ("native", 3, "cpu"), chosen
+    assert chosen == ("native", 3, "none" if axes else "cpu"), chosen
     trainer.train()
     return {**_outcome(trainer, folder), "scheduler": type(trainer.lr_scheduler).__name__}
 
@@ -262,6 +268,7 @@ def test_what_arguments_ask_of_another_engine_is_obeyed_by_this_one(
     asked: list[dict[str, Any]] = [
         {"deepspeed": DEEPSPEED},
         {"fsdp": True, "fsdp_config": {"reshard_after_forward": True, "cpu_offload": True}},
+        {"parallelism_config": {"dp_shard_size": 2}},
     ]
     for number, options in enumerate(asked):
         found, _ = run_ranks(_given, 2, str(tmp_path / str(number)), options)

@@ -239,6 +239,11 @@ def test_sections_are_validated_with_every_problem() -> None:
         distui.Engine(strategi={})
 
 
+def test_axes_that_are_not_there_are_refused_where_a_script_asks_for_them() -> None:
+    with pytest.raises(ConfigError, match="tensor_parallel=2"):
+        distui.Engine(strategy={"tensor_parallel": 2}).prepare(_model())
+
+
 def test_an_optimizer_of_another_model_is_refused() -> None:
     engine = distui.Engine()
     with pytest.raises(UserError, match="belong to no prepared model"):

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from distui.compat.accelerate.data.epochs import Epochs
 from distui.compat.accelerate.data.mixin import DataLoaderStateMixin
 from distui.compat.accelerate.data.samplers import SkipBatchSampler
+from distui.compat.accelerate.data.stateful import stateful_kind
 from distui.compat.accelerate.state import GradientState, PartialState
 from distui.compat.accelerate.utils.operations import concatenate, find_batch_size, send_to_device, slice_tensors
 from distui.compat.accelerate.utils.random import synchronize_rng_states
@@ -33,31 +35,21 @@ def get_sampler(dataloader: Any) -> Any:
     return getattr(batches, "sampler", None)
 
 
-class _Epochs:
-    """Where a loader stands; the views that `skip_first_batches` makes share it."""
-
-    def __init__(self, iteration: int) -> None:
-        self.iteration = iteration
-        self.num_batches = self.num_used = 0
-        """Handed out in the running epoch, with those that were skipped; 0 between epochs."""
-        self.resume_batches = 0
-        self.generator_state: torch.Tensor | None = None
-        """Of the running epoch's beginning."""
-        self.random_before: RandomStates | None = None
-        """The random states before the batch after the one in hand was read, which is read ahead."""
-        self.resume_random: RandomStates | None = None
-        """Those to read the next epoch's first batch with."""
-
-
 class PreparedDataLoader(DataLoader[Any], DataLoaderStateMixin):
-    """What both kinds of prepared loader have in common."""
+    """What both kinds of prepared loader have in common; with `use_stateful_dataloader` it is torchdata's too."""
+
+    def __new__(cls, *args: Any, use_stateful_dataloader: bool = False, **options: Any) -> PreparedDataLoader:
+        """Make torchdata's where that is asked for. Raises: NotInstalled without it."""
+        if use_stateful_dataloader:
+            cls = stateful_kind(cls)
+        return super().__new__(cls)
 
     def __init__(self, dataset: Any, *, skip_batches: int, iteration: int, stateful: bool, **options: Any) -> None:
         super().__init__(dataset, **options)
         self.skip_batches, self.use_stateful_dataloader = skip_batches, stateful
         self.reset()
         self.gradient_state = GradientState()
-        self._epochs = _Epochs(iteration)
+        self._epochs = Epochs(iteration)
         self._skip_now = 0
         self._reads_per_batch = 1
         self._drop_last = False
@@ -134,6 +126,9 @@ class PreparedDataLoader(DataLoader[Any], DataLoaderStateMixin):
         self.iteration += 1
         self.watch.exhausted(self._epochs)
 
+    def _note_position(self) -> None:
+        """Note where the script is, before a batch is read ahead."""
+
     def _leave(self) -> None:
         self.end()
         self.watch.left(self._epochs)
@@ -145,6 +140,8 @@ class PreparedDataLoader(DataLoader[Any], DataLoaderStateMixin):
 
     def _hand_out(self, batch: Any, is_last: bool, began_s: float) -> Any:
         self.end_of_dataloader = is_last
+        if is_last:
+            self._note_position()
         self._epochs.num_batches += 1
         if self.on_batch is not None:
             self.on_batch(*count_tokens(batch))
@@ -170,16 +167,9 @@ class PreparedDataLoader(DataLoader[Any], DataLoaderStateMixin):
         inside = bool(epochs.num_batches and not self.end_of_dataloader and self.use_stateful_dataloader)
         ended = bool(epochs.num_batches and self.end_of_dataloader)
         now = own.get_state() if own is not None else None
-        # As torchdata's StatefulDataLoader calls it; what counts here is below.
-        theirs = {
-            "_num_yielded": epochs.num_batches,
-            "_sampler_iter_yielded": epochs.num_batches,
-            "_iterator_finished": self.end_of_dataloader,
-        }
         return {
-            **(theirs if self.use_stateful_dataloader else {}),
             "iteration": epochs.iteration + ended,
-            "num_batches": epochs.num_batches if inside else 0,
+            "num_batches": epochs.num_batches if inside else epochs.resume_batches,
             "num_processes": PartialState().num_processes,
             "generator": epochs.generator_state if inside else now,
             "initial_seed": getattr(sampler, "initial_seed", None),
@@ -196,15 +186,11 @@ class PreparedDataLoader(DataLoader[Any], DataLoaderStateMixin):
         self._epochs.resume_random = RandomStates.of(state["random"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was, or torchdata's of a loader that reads this rank's batches.
+        """Go on where `state` was.
 
         Raises: UserError for a position of another number of ranks.
         """
         num_processes = PartialState().num_processes
-        if "iteration" not in state:
-            finished, num_batches = state.get("_iterator_finished", False), state.get("_num_yielded", 0)
-            known = {"num_processes": num_processes, "generator": None, "initial_seed": None}
-            state = {"iteration": self.iteration, "num_batches": 0 if finished else num_batches, **known}
         if state["num_batches"] and state["num_processes"] != num_processes:
             raise UserError(
                 f"the loader's position was saved by {state['num_processes']} ranks, here are {num_processes}",
@@ -267,6 +253,7 @@ class DataLoaderShard(PreparedDataLoader):
                     batch = send_to_device(batch, self.device, non_blocking=self._non_blocking)
                 if self.use_stateful_dataloader:
                     self._epochs.random_before = RandomStates.take()
+                self._note_position()
                 ahead = next(following, self)
                 yield self._hand_out(batch, ahead is self, began_s)
                 self._fetching()
@@ -337,6 +324,7 @@ class DataLoaderDispatcher(PreparedDataLoader):
 
         group = list(islice(batches, each))
         while group and not (self._drop_last and len(group) < each):
+            self._note_position()
             ahead = list(islice(batches, each))
             last = not ahead or (self._drop_last and len(ahead) < each)
             yield join(group), last

@@ -21,8 +21,12 @@ _IN: dict[str, str] = {
     "environment": "are_libraries_initialized clear_environment convert_dict_to_env_variables get_current_device_type "
     "get_int_from_env parse_choice_from_env parse_flag_from_env patch_environment purge_accelerate_environment "
     "str_to_bool",
+    "megatron_lm": "MegatronLMPlugin avg_losses_across_data_parallel_group gather_across_data_parallel_groups",
+    "recipes": "AORecipeKwargs DeepSpeedSequenceParallelConfig FP8RecipeKwargs MSAMPRecipeKwargs TERecipeKwargs "
+    "TorchContextParallelConfig TorchTensorParallelConfig TorchTensorParallelPlugin",
     "memory": "clear_device_cache find_executable_batch_size release_memory",
-    "modeling": "compute_module_sizes convert_file_size_to_int dtype_byte_size find_tied_parameters id_tensor_storage "
+    "modeling": "compute_module_sizes convert_file_size_to_int dtype_byte_size find_tied_parameters get_grad_scaler "
+    "get_mixed_precision_context_manager id_tensor_storage "
     "is_peft_model load_checkpoint_in_model load_state_dict named_module_tensors retie_parameters "
     "set_module_tensor_to_device",
     "operations": "CannotPadNestedTensorWarning DistributedOperationException broadcast broadcast_object_list "
@@ -35,7 +39,8 @@ _IN: dict[str, str] = {
     "extract_model_from_parallel get_model_tp_size get_module_children_bottom_up get_pretty_name has_compiled_regions "
     "is_compiled_module is_port_in_use load merge_dicts model_has_dtensor recursive_getattr save wait_for_everyone "
     "write_basic_config",
-    "deepspeed": "DummyOptim DummyScheduler GatheredParameters HfDeepSpeedConfig get_active_deepspeed_plugin",
+    "deepspeed": "DeepSpeedEngineWrapper DeepSpeedOptimizerWrapper DeepSpeedSchedulerWrapper DummyOptim DummyScheduler "
+    "GatheredParameters HfDeepSpeedConfig get_active_deepspeed_plugin map_pytorch_optim_to_deepspeed",
     "fsdp_utils": "disable_fsdp_ram_efficient_loading enable_fsdp_ram_efficient_loading ensure_weights_retied "
     "load_fsdp_model load_fsdp_optimizer merge_fsdp_weights save_fsdp_model save_fsdp_optimizer",
     "random": "set_seed synchronize_rng_state synchronize_rng_states",

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from distui.compat.accelerate.utils.enums import (
     RNGType,
 )
 from distui.compat.accelerate.utils.environment import str_to_bool
+from distui.compat.accelerate.utils.imports import stateful_class
 
 __all__ = [
     "AutocastKwargs",
@@ -56,11 +58,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("DeepSpeedPlugin", "FullyShardedDataParallelPlugin", "ParallelismConfig"):
-        from distui.compat.accelerate.utils import plugins
+_ELSEWHERE = {
+    **dict.fromkeys(("DeepSpeedPlugin", "FullyShardedDataParallelPlugin", "ParallelismConfig"), "plugins"),
+    "MegatronLMPlugin": "megatron_lm",
+    **dict.fromkeys(("AORecipeKwargs", "FP8RecipeKwargs", "MSAMPRecipeKwargs", "TERecipeKwargs"), "recipes"),
+    **dict.fromkeys(("TorchContextParallelConfig", "TorchTensorParallelConfig"), "recipes"),
+    **dict.fromkeys(("TorchTensorParallelPlugin", "DeepSpeedSequenceParallelConfig"), "recipes"),
+}
 
-        return getattr(plugins, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _ELSEWHERE:
+        return getattr(import_module(f"distui.compat.accelerate.utils.{_ELSEWHERE[name]}"), name)
     if name in NAMES:
         return refused(name, NAMES[name])
     raise AttributeError(f"distui's accelerate.utils.dataclasses has no {name!r}")
@@ -202,6 +211,10 @@ class DataLoaderConfiguration:
     data_seed: int | None = None
     non_blocking: bool = False
     use_stateful_dataloader: bool = False
+
+    def __post_init__(self) -> None:
+        if self.use_stateful_dataloader:
+            stateful_class()
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distui.compat.accelerate.optimizer import AcceleratedOptimizer
 from distui.compat.accelerate.refusals import offered
 from distui.compat.accelerate.scheduler import AcceleratedScheduler
 from distui.compat.accelerate.state import AcceleratorState, GradientState
@@ -222,6 +223,49 @@ def schedule_of(dummy: DummyScheduler, optimizer: Any, split_batches: bool) -> A
     params = section.setdefault("params", {})
     section["params"] = {key: told.get(key, value) if value == "auto" else value for key, value in params.items()}
     return build_schedule(section, optimizer)
+
+
+class DeepSpeedEngineWrapper:
+    """One call that does backward and step, around an engine of the face of DeepSpeed."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
+        """Compute gradients, and step where they are synchronised. Collective."""
+        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        self.engine.backward(loss, **kwargs)
+        if sync_gradients:
+            self.engine.step()
+
+    def get_global_grad_norm(self) -> Any:
+        """Return the norm of the last step's gradients as a number."""
+        norm = self.engine.get_global_grad_norm()
+        return norm.item() if hasattr(norm, "item") else norm
+
+
+class DeepSpeedOptimizerWrapper(AcceleratedOptimizer):
+    """The optimizer of such an engine, which `DeepSpeedEngineWrapper.backward` steps."""
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Nothing: the backward did it."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Nothing: the backward did it."""
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+
+class DeepSpeedSchedulerWrapper(AcceleratedScheduler):
+    """The schedule of such an engine, likewise."""
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the backward did it."""
+
+
+def map_pytorch_optim_to_deepspeed(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer itself: the engine steps torch's own on offloaded states."""
+    return optimizer
 
 
 def __getattr__(name: str) -> Any:

@@ -70,13 +70,27 @@ def load_fsdp_model(
         accelerator.engine.load_weights(model, _folder(input_dir, f"{MODEL}_{model_index}"))
 
 
+def _optimizer_file(plugin: Any, folder: Any, index: int) -> Path:
+    if _is_full(plugin):
+        return Path(folder) / ("optimizer.bin" if index == 0 else f"optimizer_{index}.bin")
+    return _folder(folder, f"optimizer_{index}") / "optimizer.bin"
+
+
 def save_fsdp_optimizer(
-    fsdp_plugin: Any, accelerator: Any, optimizer: Any, model: Any, output_dir: Any, optimizer_index: int = 0
+    fsdp_plugin: Any,
+    accelerator: Any,
+    optimizer: Any,
+    model: Any,
+    output_dir: Any,
+    optimizer_index: int = 0,
+    use_dcp: bool = True,
 ) -> None:
-    """Write each rank's part of an optimizer's states; `save_state` writes for any number of ranks. Collective."""
-    folder = _folder(output_dir, f"optimizer_{optimizer_index}")
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(optimizer.state_dict(), folder / _part(accelerator.process_index, accelerator.num_processes))
+    """Write an optimizer's states, whole and in the parameters' shapes, for any number of ranks. Collective."""
+    states = optimizer.state_dict()
+    if accelerator.is_main_process:
+        file = _optimizer_file(fsdp_plugin, output_dir, optimizer_index)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(states, file)
     accelerator.wait_for_everyone()
 
 
@@ -88,25 +102,18 @@ def load_fsdp_optimizer(
     input_dir: Any,
     optimizer_index: int = 0,
     adapter_only: bool = False,
+    use_dcp: bool = True,
 ) -> None:
-    """Give an optimizer what `save_fsdp_optimizer` wrote. Collective.
-
-    Raises: UserError for what another number of ranks wrote.
-    """
-    folder = _folder(input_dir, f"optimizer_{optimizer_index}")
-    part = folder / _part(accelerator.process_index, accelerator.num_processes)
-    if not part.is_file():
-        there = sorted(path.name for path in folder.glob("rank*.bin"))
+    """Give an optimizer what `save_fsdp_optimizer` wrote, at any stage and number of ranks. Collective."""
+    file = _optimizer_file(fsdp_plugin, input_dir, optimizer_index)
+    if not file.is_file():
+        there = sorted(path.name for path in file.parent.glob("*"))[:6]
         raise UserError(
-            f"{folder} has no optimizer states for {accelerator.num_processes} ranks",
-            f"it holds {', '.join(there) or 'none'}: each rank's own part",
-            "go on with as many ranks, or save with accelerator.save_state, which any number of ranks loads",
+            f"{file} is not there",
+            f"its folder holds {', '.join(there) or 'nothing'}",
+            "load what save_fsdp_optimizer wrote with the same plugin, or accelerator.save_state's by load_state",
         )
-    optimizer.load_state_dict(torch.load(part, map_location="cpu", weights_only=True))
-
-
-def _part(rank: int, num_ranks: int) -> str:
-    return f"rank{rank}of{num_ranks}.bin"
+    optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
 def merge_fsdp_weights(

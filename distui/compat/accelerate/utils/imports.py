@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from distui.compat.not_offered import NotInstalled
+
 _LIBRARIES = {
     "aim": "aim",
     "bnb": "bitsandbytes",
@@ -96,6 +98,19 @@ def is_fp16_available() -> bool:
 def is_weights_only_available() -> bool:
     """Return True: every torch that distui runs on has it."""
     return True
+
+
+def stateful_class() -> Any:
+    """Return torchdata's StatefulDataLoader. Raises: NotInstalled."""
+    try:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+    except ImportError as error:
+        raise NotInstalled(
+            "use_stateful_dataloader=True needs torchdata 0.8 or newer",
+            f"its StatefulDataLoader cannot be imported ({error})",
+            "pip install torchdata, or leave it out and use accelerator.skip_first_batches after a resume",
+        ) from error
+    return StatefulDataLoader
 
 
 def _named(name: str, answer: Callable[[], bool]) -> Callable[..., bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import defaultdict
@@ -155,3 +156,25 @@ def load_checkpoint_in_model(
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         whole = {name: value.to(wanted) if value.is_floating_point() else value for name, value in whole.items()}
     model.load_state_dict(whole, strict=strict, assign=any(p.device.type == "meta" for p in model.parameters()))
+
+
+def get_grad_scaler(distributed_type: Any = None, **kwargs: Any) -> Any:
+    """Return torch's loss scaler, for a loop that scales by itself; the engine's own is `accelerator.scaler`."""
+    if str(getattr(distributed_type, "value", distributed_type)) == "FSDP":
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+        return ShardedGradScaler(**kwargs)
+    return torch.amp.GradScaler("cuda", **kwargs)
+
+
+def get_mixed_precision_context_manager(native_amp: bool = False, autocast_kwargs: Any = None) -> Any:
+    """Return an autocast in the job's format where `native_amp`, else a context that does nothing."""
+    from distui.compat.accelerate.state import AcceleratorState
+
+    state = AcceleratorState()
+    if not native_amp:
+        return contextlib.nullcontext()
+    options: dict[str, Any] = {} if autocast_kwargs is None else autocast_kwargs.to_kwargs()
+    if dtype := {"fp16": torch.float16, "bf16": torch.bfloat16}.get(state.mixed_precision):
+        options["dtype"] = dtype
+    return torch.autocast(state.device.type, **options)

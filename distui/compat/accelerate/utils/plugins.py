@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distui.compat.accelerate.refusals import refuse_argument
+from distui.compat.accelerate.refusals import NotOffered, refuse_argument
 from distui.compat.deepspeed_json import HANDLED_BY_PLUGIN, refuse_features, refuse_lost
 from distui.core.config.imports.carried import flatten
 from distui.core.config.imports.deepspeed import refuse_unknown
+from distui.core.errors import UserError
 
 Sections = dict[str, dict[str, Any]]
 """Section of the configuration -> key -> value."""
@@ -190,7 +191,7 @@ class DeepSpeedPlugin:
 
 @dataclass
 class ParallelismConfig:
-    """How many ranks share what; passed on to distui's tensor and context parallelism."""
+    """How many ranks share what: copies of the model, or shards of one; axes inside a model are refused."""
 
     dp_replicate_size: int | None = None
     dp_shard_size: int | None = None
@@ -206,12 +207,6 @@ class ParallelismConfig:
     def __post_init__(self) -> None:
         for name in ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size"):
             setattr(self, name, getattr(self, name) or 1)
-        if (self.dp_replicate_size or 1) > 1 and (self.dp_shard_size or 1) > 1:
-            raise refuse_argument(
-                "ParallelismConfig", "dp_replicate_size", self.dp_replicate_size, "shard over all ranks"
-            )
-        if (self.sp_size or 1) > 1:
-            raise refuse_argument("ParallelismConfig", "sp_size", self.sp_size, "use cp_size")
 
     @property
     def total_size(self) -> int:
@@ -237,13 +232,30 @@ class ParallelismConfig:
         """The ranks that share samples."""
         return self.total_size // self.data_parallel_size
 
+    def check(self, num_processes: int) -> None:
+        """Refuse what the job or the engine cannot be. Raises: NotOffered; UserError for another number of ranks."""
+        for name in ("tp_size", "cp_size", "sp_size"):
+            if getattr(self, name) > 1:
+                axis = {"tp": "tensor", "cp": "context", "sp": "sequence"}[name[:2]]
+                raise NotOffered(
+                    f"ParallelismConfig({name}={getattr(self, name)}) is not offered by distui",
+                    f"{axis} parallelism is not in this version's engine",
+                    f"leave {name} at 1, and shard over all ranks: dp_shard_size={num_processes}",
+                )
+        if (self.dp_replicate_size or 1) > 1 and (self.dp_shard_size or 1) > 1:
+            raise NotOffered(
+                f"ParallelismConfig(dp_replicate_size={self.dp_replicate_size}, dp_shard_size={self.dp_shard_size}) "
+                "is not offered by distui",
+                "its engine shards over all ranks of the job, not over groups of them",
+                f"shard over all ranks: dp_shard_size={num_processes} alone",
+            )
+        if self.total_size not in (1, num_processes):
+            raise UserError(
+                f"ParallelismConfig total_size ({self.total_size}) does not match num_processes ({num_processes})",
+                f"dp_replicate_size={self.dp_replicate_size}, dp_shard_size={self.dp_shard_size}",
+                f"launch {self.total_size} ranks, or make the one that is not 1 {num_processes}",
+            )
+
     def sections(self) -> Sections:
         """Return the configuration that this asks for."""
-        strategy: dict[str, Any] = {}
-        if (self.dp_shard_size or 1) > 1:
-            strategy["zero_stage"] = 3
-        if (self.tp_size or 1) > 1:
-            strategy["tensor_parallel"] = self.tp_size
-        if (self.cp_size or 1) > 1:
-            strategy["context_parallel"] = self.cp_size
-        return {"strategy": strategy} if strategy else {}
+        return {"strategy": {"zero_stage": 3}} if (self.dp_shard_size or 1) > 1 else {}

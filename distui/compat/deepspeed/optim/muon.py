@@ -25,11 +25,27 @@ _MUON_KEYS = ("lr", "momentum", "weight_decay", "ns_method")
 _ADAM_KEYS = ("lr", "betas", "eps", "weight_decay")
 
 
+MUON_OPTIMIZER = "muon"
+QUERY, KV, MLA_Q, MLA_KV, NOT_HEAD_BLOCKED = "query", "kv", "mla_q", "mla_kv", "not-head-blocked"
+"""DeepSpeed's names of how attention's matrices are blocked by heads."""
+
+
 def set_use_muon(model: nn.Module) -> None:
     """Mark each parameter with `use_muon`: a matrix or more, whose name speaks of no embedding and no head."""
     for name, param in model.named_parameters():
         apart = any(word in name.lower() for word in ("embed", "lm_head"))
         param.use_muon = param.dim() >= 2 and not apart  # type: ignore[attr-defined]
+
+
+def set_optimizer_flags(config_class: Any, model: nn.Module) -> None:
+    """Mark the parameters of `model` where the configuration's optimizer is Muon, as `initialize` does."""
+    section = getattr(config_class, "raw", {}).get("optimizer") or {}
+    if str(getattr(config_class, "optimizer_name", None) or section.get("type", "")).lower() == MUON_OPTIMIZER:
+        set_use_muon(model)
+
+
+def resolve_per_head_muon_after_sharding(model: nn.Module) -> None:
+    """Nothing: no matrix is divided by columns, and per-head Muon is refused with its key."""
 
 
 def orthogonalized(update: torch.Tensor, method: str) -> torch.Tensor:

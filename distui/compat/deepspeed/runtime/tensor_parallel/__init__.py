@@ -1,0 +1,1 @@
+"""`deepspeed.runtime.tensor_parallel`, for groups of one rank."""
