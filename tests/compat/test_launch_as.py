@@ -80,7 +80,7 @@ def test_what_is_not_offered_stops_the_script_at_its_line(launch: Launch, projec
     assert done.returncode == 3
     assert f'train.py", line {SCRIPT.splitlines().index(SCRIPT.splitlines()[-2]) + 1}' in done.stderr
     assert "prepare_pippy is not offered by distui" in done.stderr
-    assert "strategy.pipeline_parallel" in done.stderr and "compat.py" not in done.stderr
+    assert "dispatch_model" in done.stderr and "compat.py" not in done.stderr
 
 
 def test_an_unknown_face_is_refused_before_anything_starts(launch: Launch, project: Path) -> None:
