@@ -46,6 +46,7 @@ class TelemetrySource:
         "_key",
         "_ledger",
         "_num_opened",
+        "_phase",
         "_place",
         "_ring",
         "_sender",
@@ -57,6 +58,7 @@ class TelemetrySource:
     _key: tuple[Path, int]
     _ledger: Ledger
     _num_opened: int
+    _phase: str
     _place: tuple[int, int]  # world size, local rank
     _ring: Ring
     _sender: Sender
@@ -147,9 +149,11 @@ class TelemetrySource:
             device_total_bytes,
         )
 
-    def phase(self, name: str) -> None:
-        """Say what the main thread does from now on: setup, data, forward, backward, optimizer, ... idle."""
+    def phase(self, name: str) -> str:
+        """Say what the main thread does from now on (setup, data, ... idle); return what it did before."""
+        before, self._phase = self._phase, name
         self._ledger.set_phase(name)
+        return before
 
     def collective_begin(self, group: str, op: str, dtype: str, nbytes: int, group_size: int, flags: int = 0) -> int:
         """Record a collective as enqueued now; return its token. `flags`: of `distui.core.telemetry.ledger`."""
@@ -242,8 +246,9 @@ class NullSource(TelemetrySource):
     def memory(self, *args: Any, **fields: Any) -> None:
         """Do nothing."""
 
-    def phase(self, name: str) -> None:
-        """Do nothing."""
+    def phase(self, name: str) -> str:
+        """Return no phase."""
+        return ""
 
     def collective_begin(self, group: str, op: str, dtype: str, nbytes: int, group_size: int, flags: int = 0) -> int:
         """Return 0, the token of no collective."""
@@ -343,6 +348,7 @@ def _start(rank: int, local_rank: int, world_size: int, run: RunFolder, settings
     reader = LedgerReader(ledger.buffer)
     source._sender = Sender(source._ring, reader, run, sockets[0] if sockets else None, settings)
     source._control = ControlListener(run.run_id, rank, sockets[1]) if sockets else None
+    source._phase = "setup"
     ledger.set_phase("setup")
     source._sender.start()
     if source._control is not None:

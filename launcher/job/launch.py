@@ -23,6 +23,7 @@ from distui.launcher.compat.faces import check_face
 from distui.launcher.job import preflight
 from distui.launcher.job.announce import Announcer
 from distui.launcher.job.background import Background
+from distui.launcher.job.console import launchers_stdin, terminal_kept
 from distui.launcher.job.daemon_keeper import DaemonKeeper
 from distui.launcher.job.job import Job, write_spec
 from distui.launcher.job.masking import masked
@@ -45,6 +46,9 @@ class LaunchRequest:
     """Whether a script that reads `--local_rank` is given it, as DeepSpeed's launcher does."""
     detach: bool = False
     """Whether it starts in the background."""
+    debug_rank: int | None = None
+    """Whose `breakpoint()` waits for `distui attach --debug`; None: rank 0's has the launcher's stdin."""
+    debugger: str = "pdb"
 
 
 def launch(request: LaunchRequest) -> int:
@@ -60,7 +64,8 @@ def launch(request: LaunchRequest) -> int:
     screen = wants_screen(request) and config.telemetry.enabled and not request.detach
 
     def start() -> Job:
-        return Job(run, request.target, dict(os.environ))
+        console = None if screen or request.detach else launchers_stdin()
+        return Job(run, request.target, dict(os.environ), console)
 
     job: Job | Background
     if screen or request.detach:
@@ -81,7 +86,8 @@ def launch(request: LaunchRequest) -> int:
             outcome = _look_at(config, job, start_daemon(config))
         else:
             say_start(run)
-            outcome = _hold(config, job, follow=True)
+            with terminal_kept():
+                outcome = _hold(config, job, follow=True)
     finally:
         for signum, handler in restored.items():
             signal.signal(signum, handler)
@@ -107,6 +113,7 @@ def resolve(request: LaunchRequest) -> Config:
     preflight.check_node(config, hardware)
     preflight.check_port(config)
     preflight.check_runs_dir(runs_dir(config))
+    preflight.check_debugger(config, request.debug_rank, request.debugger)
     if config.telemetry.enabled:
         daemon_socket()  # refuses a folder of sockets that others may enter
     return config
@@ -150,6 +157,8 @@ def create_run(request: LaunchRequest, config: Config) -> RunFolder:
         "command": masked(request.target, config.run.mask_arguments),
         "face": request.face,
         "passes_local_rank": request.passes_local_rank,
+        "debug_rank": request.debug_rank,
+        "debugger": request.debugger,
         "strategy": config.summary(),
         "world_size": cluster.nproc * cluster.nodes,
         "num_nodes": cluster.nodes,

@@ -141,7 +141,9 @@ def test_a_rank_that_leaves_early(jobs: Jobs) -> None:
 def test_a_loader_s_worker_that_is_killed(jobs: Jobs) -> None:
     found, _ = jobs.verdict("worker_killed")
     assert list(found.ranks) == [1]
-    assert "is killed by signal: Killed" in found.message or "exited unexpectedly" in found.message  # whichever is first
+    assert (
+        "is killed by signal: Killed" in found.message or "exited unexpectedly" in found.message
+    )  # whichever is first
     assert "loader's worker" in found.message
 
 
