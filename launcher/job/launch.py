@@ -27,6 +27,7 @@ from distui.launcher.job.console import launchers_stdin, terminal_kept
 from distui.launcher.job.daemon_keeper import DaemonKeeper
 from distui.launcher.job.job import Job, write_spec
 from distui.launcher.job.masking import masked
+from distui.launcher.job.notify import notify_away, notify_terminal, without_notify
 from distui.launcher.job.outcome import Outcome
 from distui.launcher.job.plain import follow_plain, say_start
 from distui.launcher.job.provenance import provenance
@@ -149,7 +150,7 @@ def create_run(request: LaunchRequest, config: Config) -> RunFolder:
     name = config.run.name or target
     run = RunFolder(runs_dir(config) / new_run_id(f"{name}-node{cluster.node_rank}" if cluster.nodes > 1 else name))
     run.create()
-    toml = to_toml(config)
+    toml = to_toml(without_notify(config))
     write_own(run.config, toml)
     spec: dict[str, object] = {
         "run_id": run.run_id,
@@ -212,12 +213,14 @@ def _hold(config: Config, job: Job, follow: bool = False) -> Outcome:
     """Tell the daemon of the job, keep a daemon alive, and wait for the end; with `follow` in plain lines."""
     socket = start_daemon(config)
     announcer = Announcer(job.run, socket)
+    started_s = time.monotonic()
     with DaemonKeeper(daemon_socket() if config.telemetry.enabled else None):  # also where it did not start now
         announcer.started()
         if follow:
             follow_plain(job, config, socket)
         outcome = job.finish()
         announcer.finished(outcome)
+    notify_away(config, job.run, outcome, time.monotonic() - started_s)
     return outcome
 
 
@@ -257,4 +260,5 @@ def _conclude(run: RunFolder, config: Config, outcome: Outcome, elapsed_s: float
     if outcome.state == "finished" and (left := left_behind(run)):
         print(left, file=sys.stderr)
     print(end_line(run, outcome, elapsed_s), file=sys.stderr)
+    notify_terminal(config, run, outcome, elapsed_s)
     return outcome.exit_status
