@@ -50,6 +50,7 @@ class TelemetrySource:
         "_place",
         "_ring",
         "_sender",
+        "last_step",
         "total_steps",
     )
 
@@ -62,6 +63,7 @@ class TelemetrySource:
     _place: tuple[int, int]  # world size, local rank
     _ring: Ring
     _sender: Sender
+    last_step: int
     total_steps: int
     """How many steps the training will have; 0 where nobody has said."""
 
@@ -130,6 +132,7 @@ class TelemetrySource:
             self.total_steps,
         )
         self._ring.put("step", fields)
+        self.last_step = step
         self._ledger.set_step(step)
 
     def memory(
@@ -230,7 +233,7 @@ class NullSource(TelemetrySource):
     __slots__ = ()
 
     def __init__(self) -> None:
-        self.total_steps = 0
+        self.last_step = self.total_steps = 0
 
     @property
     def active(self) -> bool:
@@ -343,7 +346,7 @@ def _start(rank: int, local_rank: int, world_size: int, run: RunFolder, settings
         _log.warning("no telemetry is sent: %s", error)
     source = TelemetrySource()
     source._collectives, source._key, source._num_opened = settings.collectives, (run.path.absolute(), rank), 1
-    source._place, source.total_steps = (world_size, local_rank), 0
+    source._place, source.last_step, source.total_steps = (world_size, local_rank), 0, 0
     source._ledger, source._ring = ledger, Ring(settings.ring_size)
     reader = LedgerReader(ledger.buffer)
     source._sender = Sender(source._ring, reader, run, sockets[0] if sockets else None, settings)
