@@ -31,6 +31,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "status": ("distui status", "distui status train-2026 --json"),
     "report": ("distui report", "distui report train-2026 -o run.html", "distui report --format csv -o tables"),
     "why": ("distui why", "distui why train-2026 --what-if strategy.zero_stage=1 --model llama-7b"),
+    "tune": (
+        "distui tune --nproc 2 train.py",
+        "distui tune --model llama-7b --plans 5 --write train.py --lr 3e-4",
+    ),
     "compare": ("distui compare train-2026 other-2026", "distui compare train-2026 other-2026 -o both.html"),
     "control": ("distui control train-2026 stacks", "distui control train-2026 profile --steps 5"),
     "checkpoint inspect": ("distui checkpoint inspect checkpoints/step-1000",),

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def launch(request: LaunchRequest) -> int:
 
     job: Job | Background
     if screen or request.detach:
-        job = Background(run, start, lambda job: _hold(config, job))
+        job = Background(run, start, lambda job: hold(config, job))
         if request.detach:
             job.let_go()
             print(run.run_id)
@@ -88,7 +88,7 @@ def launch(request: LaunchRequest) -> int:
         else:
             say_start(run)
             with terminal_kept():
-                outcome = _hold(config, job, follow=True)
+                outcome = hold(config, job, lambda socket: follow_plain(job, config, socket))
     finally:
         for signum, handler in restored.items():
             signal.signal(signum, handler)
@@ -209,15 +209,14 @@ def start_daemon(config: Config) -> Path | None:
         return None
 
 
-def _hold(config: Config, job: Job, follow: bool = False) -> Outcome:
-    """Tell the daemon of the job, keep a daemon alive, and wait for the end; with `follow` in plain lines."""
+def hold(config: Config, job: Job, follow: Callable[[Path | None], None] = lambda socket: None) -> Outcome:
+    """Tell the daemon of the job, keep a daemon alive, and wait for the end; `follow` is given the daemon's socket."""
     socket = start_daemon(config)
     announcer = Announcer(job.run, socket)
     started_s = time.monotonic()
     with DaemonKeeper(daemon_socket() if config.telemetry.enabled else None):  # also where it did not start now
         announcer.started()
-        if follow:
-            follow_plain(job, config, socket)
+        follow(socket)
         outcome = job.finish()
         announcer.finished(outcome)
     notify_away(config, job.run, outcome, time.monotonic() - started_s)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import pytest
 
 Done = subprocess.CompletedProcess[str]
@@ -34,19 +33,6 @@ while not os.path.exists("enough"):
     pass
 print("let go")
 """
-
-
-@pytest.fixture
-def quiet_daemon(home: Any, distui: Callable[..., Done]) -> Any:
-    """Give the home with telemetry; its daemon is ended with the test."""
-    yield home
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("DISTUI_RUNTIME_DIR") == home.environ["DISTUI_RUNTIME_DIR"]:
-                process.terminate()
-                process.wait(120)
-        except (psutil.AccessDenied, psutil.NoSuchProcess):
-            continue
 
 
 def started(home: Any, script: str, *arguments: str, **environ: str) -> subprocess.Popen[str]:
@@ -194,9 +180,9 @@ class Editor:
         return dict(self.read("stackTrace")["stackFrames"][0])
 
 
-def test_a_rank_in_a_debugger_is_neither_hung_nor_late(quiet_daemon: Any, terminal: Any) -> None:
+def test_a_rank_in_a_debugger_is_neither_hung_nor_late(with_daemon: Any, terminal: Any) -> None:
     """The other rank waits for longer than a hang takes; the daemon knows why, and says so."""
-    home = quiet_daemon
+    home = with_daemon
     many = "for warm in range(12):\n    dist.all_reduce(torch.ones(1))\n"  # past the time that a start is given
     home.script("watched.py", STEPS.replace("for step", f"{many}for step"))
     shown = terminal(home, "launch", "--no-tui", "--nproc", "2", "watched.py")
