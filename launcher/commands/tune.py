@@ -124,8 +124,13 @@ def _request(target: tuple[str, ...], choice: Choice, given: dict[str, str], con
 
     # A trial is no job that somebody waits for, and saves nothing of its own accord.
     quiet = {"telemetry.enabled": "true", "checkpoint.every_steps": "0", "notify.command": "", "notify.webhook": ""}
-    plan = {key: str(value).lower() for key, value in choice.values.items() if value is not None}
+    plan = {key: _text(value) for key, value in choice.values.items() if value is not None}
     return LaunchRequest(target, {"run.name": "tune", **plan, **given, **quiet}, config_path, no_tui=True)
+
+
+def _text(value: Any) -> str:
+    """Return a value as `--set` takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _predicted(state: WizardState, choice: Choice, trial: Trial) -> Plan | None:
@@ -210,8 +215,8 @@ def _conclude(state: WizardState, rows: list[Row], target: tuple[str, ...], give
     best = rows[0][0]
     if not write:
         planned = {key: value for key, value in best.values.items() if value is not None and value != state.value(key)}
-        settings = {**planned, **given}
-        words = [word for key, value in settings.items() for word in ("--set", f"{key}={str(value).lower()}")]
+        settings = {**{key: _text(value) for key, value in planned.items()}, **given}
+        words = [word for key, text in settings.items() for word in ("--set", f"{key}={text}")]
         command_line = shlex.join(["distui", "launch", *words, *target])
         print(f"the fastest is {best.name}: {command_line}\n--write keeps its settings in {state.path}")
         return EXIT_OK

@@ -32,6 +32,10 @@ class _Bar:
         return math.ceil(done * self.total / self.items) if done > 0 and self.items else 0
 
 
+def _on_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 class Bars:
     """The bars of this process, told to its telemetry."""
 
@@ -55,7 +59,7 @@ class Bars:
             return bars._iterate(bars._total(self), iterate(self))
 
         def _update(self: Any, n: float | None = 1) -> Any:
-            found = bars._updated.get(self)
+            found = bars._updated.get(self) if _on_main_thread() else None  # else a download beside the training
             if found is not None and n:
                 found.items += n
                 bars._tell(found.base + found.steps(bars._source.last_step) if found.total else 0)
@@ -72,7 +76,7 @@ class Bars:
         return max(0, total - (getattr(bar, "initial", 0) or 0))
 
     def _iterate(self, total: float, items: Iterator[Any]) -> Iterator[Any]:
-        if not total or threading.current_thread() is not threading.main_thread():
+        if not total or not _on_main_thread():
             yield from items
             return
         bar = _Bar(total, self._source.last_step)
