@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +93,8 @@ def command(
     print(json.dumps([_as_json(row) for row in rows], indent=1)) if as_json else _print(rows)
     if trials.stopped_by is not None:
         return 128 + trials.stopped_by
-    return _conclude(state, rows, target, given, write)
+    say = functools.partial(print, file=sys.stderr if as_json else sys.stdout)
+    return _conclude(state, rows, target, given, write, say)
 
 
 def _state(path: Path, model: str | None, given: dict[str, str]) -> WizardState:
@@ -134,11 +137,13 @@ def _text(value: Any) -> str:
 
 
 def _predicted(state: WizardState, choice: Choice, trial: Trial) -> Plan | None:
-    """Return what the planner says of the batch that the script had; None where it says nothing."""
+    """Return what the planner says of the batch and the samples that the script had; None where it says nothing."""
     from distui.core.config.schema import Config
 
     if trial.micro_size is None:
         return choice.plan
+    if trial.tokens_per_s and trial.samples_per_s:
+        state.set_sequence_length(str(round(trial.tokens_per_s / trial.samples_per_s)))
     tables = state.base.model_dump()
     values = {**choice.values, "batch.micro_size": trial.micro_size, "batch.accumulation": trial.accumulation}
     for key, value in {**values, "batch.global_size": None}.items():
@@ -207,7 +212,14 @@ def _length(plan: Plan | None) -> int:
     return round(plan.tokens_per_s * plan.step_s / plan.global_size)
 
 
-def _conclude(state: WizardState, rows: list[Row], target: tuple[str, ...], given: dict[str, str], write: bool) -> int:
+def _conclude(
+    state: WizardState,
+    rows: list[Row],
+    target: tuple[str, ...],
+    given: dict[str, str],
+    write: bool,
+    say: Callable[[str], None],
+) -> int:
     """Say which is the fastest and how to have it, or write it. Raises: UserError where none ran."""
     if not rows or not rows[0][2].speed:
         reason = rows[0][2].reason if rows else "nothing was tried"
@@ -218,12 +230,12 @@ def _conclude(state: WizardState, rows: list[Row], target: tuple[str, ...], give
         settings = {**{key: _text(value) for key, value in planned.items()}, **given}
         words = [word for key, text in settings.items() for word in ("--set", f"{key}={text}")]
         command_line = shlex.join(["distui", "launch", *words, *target])
-        print(f"the fastest is {best.name}: {command_line}\n--write keeps its settings in {state.path}")
+        say(f"the fastest is {best.name}: {command_line}\n--write keeps its settings in {state.path}")
         return EXIT_OK
     state.choose(best)
     existing = state.existing
     backup = state.write()
     kept = f"written to {state.path}" if existing is None or backup is not None else f"{state.path} has it already"
     where = f"; its former text is {backup}" if backup is not None else ""
-    print(f"the fastest is {best.name}: {kept}{where}")
+    say(f"the fastest is {best.name}: {kept}{where}")
     return EXIT_OK

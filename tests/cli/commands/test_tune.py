@@ -50,8 +50,7 @@ def test_plans_are_measured_a_failing_one_is_a_row_and_the_fastest_is_written(
     words = ("--nproc", "2", "--plans", "3", "--steps", "5", "--config", "mine.toml", "--write", "--json", "train.py")
     done = distui("tune", *words)
     assert done.returncode == 0, done.stderr
-    text, _, last = done.stdout.rpartition("the fastest is ")
-    rows = json.loads(text)
+    rows, last = json.loads(done.stdout), done.stderr.rpartition("the fastest is ")[2]
     (failed,) = [row for row in rows if row["reason"]]
     assert failed is rows[-1] and failed["settings"]["strategy.zero_stage"] == 3
     assert failed["reason"].startswith("failed: rank ") and "ValueError: not under stage 3" in failed["reason"]
