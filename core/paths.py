@@ -136,6 +136,11 @@ class RunFolder:
         return self.path / "config.toml"
 
     @property
+    def debugger(self) -> Path:
+        """debugger.json: the rank that waits for somebody to attach to its debugger (`debugger.sock`, beside)."""
+        return self.path / "debugger.json"
+
+    @property
     def logs(self) -> Path:
         """logs/: rank<R>.log, one file a rank with stdout and stderr, and launcher.log."""
         return self.path / "logs"

@@ -28,6 +28,7 @@ COMMANDS = {
     "stop": "End a job.",
     "monitor": "Watch a running or finished run live.",
     "status": "Print one snapshot of a run, for people or as JSON.",
+    "tune": "Measure the first few plans, and keep the fastest.",
     "report": "Write a run on one page, or its telemetry as tables.",
     "why": "Tell where the time of a step goes, and what to do.",
     "compare": "Put runs side by side.",
@@ -41,7 +42,7 @@ COMMANDS = {
     "demo": "Train a small GPT on the Python standard library's text.",
 }
 """Command -> one line of help; the module of its name in launcher/commands has the click command `command`."""
-_FILES = {"as": "commands.peers", "completion": "completion"}
+_FILES = {"as": "compat.commands", "completion": "completion"}
 """Modules that are elsewhere, or cannot have the command's name."""
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from distui.core.config.backends import check_backend
 from distui.core.config.batch import solve_batch
@@ -33,7 +34,7 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
     if world_size is None and isinstance(config.cluster.nproc, int):
         world_size = config.cluster.nproc * config.cluster.nodes
     problems = [*unavailable(config), *check_backend(config), *_cluster(config), *_folders(config)]
-    problems += [*offload_problems(config), *_states(config), *_compression(config)]
+    problems += [*offload_problems(config), *_states(config), *_compression(config), *_notify(config)]
     if hardware is not None:
         problems += _devices(config, hardware)
     if world_size is not None:
@@ -57,6 +58,17 @@ def unavailable(config: Config) -> Iterator[Problem]:
             yield _not_available(f"strategy.{axis}", f"{axis}={size}", "1")
     if restarts := config.cluster.max_restarts:
         yield _not_available("cluster.max_restarts", f"max_restarts={restarts}", "0")
+
+
+def _notify(config: Config) -> Iterator[Problem]:
+    webhook = urlsplit(config.notify.webhook)
+    if config.notify.webhook and (webhook.scheme not in ("http", "https") or not webhook.hostname):
+        yield Problem(
+            "notify.webhook",
+            f"{webhook.scheme or 'no scheme'} is not http or https, or no host is named",
+            "a webhook is posted to",
+            "set notify.webhook to https://host/path",
+        )
 
 
 def _cluster(config: Config) -> Iterator[Problem]:

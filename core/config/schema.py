@@ -167,6 +167,17 @@ class MonitorSection(Section):
     idle_s: PositiveFloat = _field(300.0, "time after which a daemon without runs and watchers ends", "s")
 
 
+class NotifySection(Section):
+    """Who is told that a job has ended; the run keeps none of it."""
+
+    terminal: Literal["none", "bell", "osc9"] = _field(
+        "none", "what the launcher's terminal does: ring, or show a message (OSC 9: iTerm2, kitty, WezTerm, Windows)"
+    )
+    command: str = _field("", "line of shell; it finds NOTIFY_TEXT, NOTIFY_RUN, NOTIFY_STATE, ... in its environment")
+    webhook: str = _field("", "http(s) address that gets a POST with text, run, state, ... as JSON; keep it secret")
+    after_s: NonNegativeFloat = _field(0.0, "jobs that were shorter end quietly", "s")
+
+
 class Config(Section):
     """All settings of a run, as `distui.toml` holds them."""
 
@@ -182,6 +193,7 @@ class Config(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     telemetry: TelemetrySection = Field(default_factory=TelemetrySection)
     monitor: MonitorSection = Field(default_factory=MonitorSection)
+    notify: NotifySection = Field(default_factory=NotifySection)
 
     def summary(self) -> str:
         """Return the strategy in a few words, such as `ZeRO-2, bf16, offload cpu`."""

@@ -1,4 +1,4 @@
-"""Which kinds of verdict say that a job is slow or drifts, and not that it is broken."""
+"""Kinds that ranks and daemon share: verdicts that say that a job is slow, not broken; waits for a person."""
 
 WARNINGS = frozenset(
     {
@@ -12,3 +12,7 @@ WARNINGS = frozenset(
     }
 )
 """They come and go while the job trains on; all other kinds are faults."""
+
+INPUT, DEBUGGER = "input", "debugger"
+FOR_A_PERSON = frozenset({INPUT, DEBUGGER})
+"""Phases, and kinds of events, in which a rank waits for a person: no hang, however long, and no straggler."""

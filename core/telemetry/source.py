@@ -46,9 +46,11 @@ class TelemetrySource:
         "_key",
         "_ledger",
         "_num_opened",
+        "_phase",
         "_place",
         "_ring",
         "_sender",
+        "last_step",
         "total_steps",
     )
 
@@ -57,9 +59,11 @@ class TelemetrySource:
     _key: tuple[Path, int]
     _ledger: Ledger
     _num_opened: int
+    _phase: str
     _place: tuple[int, int]  # world size, local rank
     _ring: Ring
     _sender: Sender
+    last_step: int
     total_steps: int
     """How many steps the training will have; 0 where nobody has said."""
 
@@ -128,6 +132,7 @@ class TelemetrySource:
             self.total_steps,
         )
         self._ring.put("step", fields)
+        self.last_step = step
         self._ledger.set_step(step)
 
     def memory(
@@ -147,9 +152,11 @@ class TelemetrySource:
             device_total_bytes,
         )
 
-    def phase(self, name: str) -> None:
-        """Say what the main thread does from now on: setup, data, forward, backward, optimizer, ... idle."""
+    def phase(self, name: str) -> str:
+        """Say what the main thread does from now on (setup, data, ... idle); return what it did before."""
+        before, self._phase = self._phase, name
         self._ledger.set_phase(name)
+        return before
 
     def collective_begin(self, group: str, op: str, dtype: str, nbytes: int, group_size: int, flags: int = 0) -> int:
         """Record a collective as enqueued now; return its token. `flags`: of `distui.core.telemetry.ledger`."""
@@ -226,7 +233,7 @@ class NullSource(TelemetrySource):
     __slots__ = ()
 
     def __init__(self) -> None:
-        self.total_steps = 0
+        self.last_step = self.total_steps = 0
 
     @property
     def active(self) -> bool:
@@ -242,8 +249,9 @@ class NullSource(TelemetrySource):
     def memory(self, *args: Any, **fields: Any) -> None:
         """Do nothing."""
 
-    def phase(self, name: str) -> None:
-        """Do nothing."""
+    def phase(self, name: str) -> str:
+        """Return no phase."""
+        return ""
 
     def collective_begin(self, group: str, op: str, dtype: str, nbytes: int, group_size: int, flags: int = 0) -> int:
         """Return 0, the token of no collective."""
@@ -338,11 +346,12 @@ def _start(rank: int, local_rank: int, world_size: int, run: RunFolder, settings
         _log.warning("no telemetry is sent: %s", error)
     source = TelemetrySource()
     source._collectives, source._key, source._num_opened = settings.collectives, (run.path.absolute(), rank), 1
-    source._place, source.total_steps = (world_size, local_rank), 0
+    source._place, source.last_step, source.total_steps = (world_size, local_rank), 0, 0
     source._ledger, source._ring = ledger, Ring(settings.ring_size)
     reader = LedgerReader(ledger.buffer)
     source._sender = Sender(source._ring, reader, run, sockets[0] if sockets else None, settings)
     source._control = ControlListener(run.run_id, rank, sockets[1]) if sockets else None
+    source._phase = "setup"
     ledger.set_phase("setup")
     source._sender.start()
     if source._control is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from distui.core.telemetry.kinds import DEBUGGER, INPUT
 from distui.core.telemetry.stacks import KnownStack, known_stack
 from distui.daemon.diagnosis.observe import DEAD, FINISHED, STOPPED, Observed, Wait, this_node
 from distui.daemon.node.activity import activity, note
@@ -19,6 +20,9 @@ BARRIER_S = 30.0
 """A barrier is where ranks wait for what one does alone, though it be to sleep."""
 PATIENT_PHASES = frozenset({"evaluation", "checkpoint"})
 _COMPILERS = ("/torch/_dynamo/", "/torch/_inductor/", "/torch/_functorch/", "/triton/compiler/")
+_DEBUGGERS = ("/pdb.py:", "/IPython/terminal/", "/prompt_toolkit/", "/debugpy/")
+"""What a stack has while somebody debugs without having told: an IPython shell, a debugger in an editor."""
+_PERSON = {INPUT: "waits for somebody's input", DEBUGGER: "is in a debugger"}
 _CHILD = ("/subprocess.py:", "/multiprocessing/popen_")
 
 
@@ -34,12 +38,18 @@ def at_work(state: RunState, rank: Observed, wait: Wait, now_s: float) -> str:
     waited_s = now_s - wait.since_s
     if rank.phase == "evaluation":
         return "evaluates"
+    if rank.phase in _PERSON:
+        return _PERSON[rank.phase]
     if waited_s < BARRIER_S and wait.op == "barrier":
         return "alone before a barrier"
-    if rank.node != this_node() or waited_s >= WORK_S:
+    if rank.node != this_node():
         return ""
     known = known_stack(state.run, rank.rank)
     fresh = known is None or now_s - known.time_s < BUSY_S
+    if known is not None and fresh and any(part in frame for frame in known.frames for part in _DEBUGGERS):
+        return _PERSON[DEBUGGER]
+    if waited_s >= WORK_S:
+        return ""
     moves = known is not None and fresh and known.time_s - known.since_s < BUSY_S
     if moves and known is not None and wait.since_s < known.time_s and waited_s < PATIENT_S:
         return "its stack changes"

@@ -8,6 +8,7 @@ stack or by what the kernel says of it (`busy.py`), gets more time. One that has
 from __future__ import annotations
 
 from distui.core.paths import RunFolder
+from distui.core.telemetry.kinds import FOR_A_PERSON
 from distui.core.telemetry.stacks import KnownStack, known_stack
 from distui.daemon.diagnosis.busy import BUSY_S, LOADER, PATIENT_PHASES, PATIENT_S, at_work, note_all, stuck_since
 from distui.daemon.diagnosis.collectives import compare
@@ -190,7 +191,9 @@ def left_early(left: list[Observed], held: list[Observed], wait: Wait, since_s: 
 def all_stuck(state: RunState, ranks: list[Observed], now_s: float) -> list[pb.Diagnosis]:
     """See whether no rank does anything and none waits in a collective: each waits for a lock, or its loader."""
     living = [rank for rank in ranks if rank.process not in (DEAD, FINISHED)]
-    if not living or len(ranks) < state.world_size() or any(rank.wait is not None for rank in living):
+    if not living or len(ranks) < state.world_size():
+        return []
+    if any(rank.wait is not None or rank.phase in FOR_A_PERSON for rank in living):
         return []
     limit_s = max(LOCK_S, allowance_s(state, ranks))
     known = {rank.rank: _since_clock(state, _stack(state.run, rank)) for rank in living}

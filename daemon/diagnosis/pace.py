@@ -34,6 +34,7 @@ MIN_LINK_BYTES = 32 << 10
 """What is smaller tells of the latency of processes, not of a link."""
 NUM_BASELINE = 24
 MAX_LINKS = 256
+MAX_EXCUSES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +104,23 @@ class Pace:
     def __init__(self) -> None:
         self._windows: dict[str, deque[_Window]] = {}
         self._links: dict[tuple[str, str, int], _Link] = {}
+        self._excuses: deque[tuple[int, float, float]] = deque(maxlen=MAX_EXCUSES)
+
+    def excuse(self, rank: int, began_s: float, ended_s: float) -> None:
+        """Take in that a rank waited for a person, so that what it was late by then says nothing of it."""
+        self._excuses.append((rank, began_s, ended_s))
 
     def add(self, ranks: dict[int, pb.Collective]) -> None:
         """Take in what every member told of one collective."""
         arrivals = sorted((one.enqueued_s, rank) for rank, one in ranks.items())
         last_s, last = arrivals[-1]
         newest = ranks[last]
+        self._transfer(ranks, last_s, newest)
+        first_s = arrivals[0][0]
+        if any(
+            rank in ranks and first_s < end and ranks[rank].enqueued_s > begin for rank, begin, end in self._excuses
+        ):
+            return
         windows = self._windows.setdefault(newest.group, deque(maxlen=NUM_WINDOWS + 1))
         if not windows or last_s - windows[-1].newest_s > MAX_WINDOW_S:
             windows.append(_Window(last_s))
@@ -127,7 +139,6 @@ class Pace:
         for _, rank in arrivals[first_late:]:
             window.lost_s[rank] = window.lost_s.get(rank, 0.0) + gap_s
             window.times_late[rank] = window.times_late.get(rank, 0) + 1
-        self._transfer(ranks, last_s, newest)
 
     def _transfer(self, ranks: dict[int, pb.Collective], last_s: float, newest: pb.Collective) -> None:
         if newest.bytes < MIN_LINK_BYTES:

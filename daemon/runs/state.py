@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from distui.core.paths import RunFolder
 from distui.core.telemetry.harmless import harmless, make_harmless
+from distui.core.telemetry.kinds import FOR_A_PERSON
 from distui.daemon.diagnosis.collectives import CollectiveTotals
 from distui.daemon.diagnosis.trends import Lasting, LossTrend, MemoryTrend
 from distui.daemon.node.cgroups import Throttling
@@ -267,6 +268,8 @@ class RunState:
     def _apply_common(self, source: pb.Source, record: pb.Record, body: str | None) -> None:
         if body == "event":
             self.events.append(pb.TimedEvent(time_s=record.time_s, rank=source.rank, event=record.event))
+            if record.event.kind in FOR_A_PERSON:
+                self._excuse(source.rank, record.event)
         elif body == "metrics":
             self.metrics.append(pb.TimedMetrics(time_s=record.time_s, rank=source.rank, metrics=record.metrics))
         elif body == "hardware":
@@ -278,6 +281,13 @@ class RunState:
             for gpu in record.hardware.gpus:
                 known = self.gpu_faults.setdefault((source.node, gpu.index), GpuFault(gpu))
                 known.note(gpu, record.time_s)
+
+    def _excuse(self, rank: int, event: pb.Event) -> None:
+        try:
+            began_s, ended_s = (float(event.attributes[name]) for name in ("began_s", "ended_s"))
+        except (KeyError, ValueError):
+            return  # it has only begun
+        self.collectives.pace.excuse(rank, began_s, ended_s)
 
     def _run_started(self, started: pb.RunStarted) -> None:
         info = self.info

@@ -12,10 +12,14 @@ from distui.core.errors import EXIT_OK, UserError
 @click.command("attach", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("run", required=False)
 @click.option("--no-tui", is_flag=True, help="Plain lines even in a terminal (also DISTUI_NO_TUI=1).")
-def command(run: str | None, no_tui: bool) -> int:
+@click.option("--debug", is_flag=True, help="Have the debugger of its --debug-rank in this terminal.")
+def command(run: str | None, no_tui: bool, debug: bool) -> int:
     """Show the job of RUN (an id or a unique beginning of one; without RUN the newest) until it ends.
 
     The exit status is the job's. q, or Ctrl-C on plain lines, leaves the job alone; Ctrl-C on the dashboard asks.
+
+    With --debug this terminal is lent to the rank that was launched with --debug-rank, at its breakpoint(): Ctrl-D, or
+    the end of the rank, gives it back.
     """
     from distui.core.config.settings import load
     from distui.daemon.runs.folders import find_run
@@ -25,6 +29,10 @@ def command(run: str | None, no_tui: bool) -> int:
     from distui.launcher.job.plain import follow_plain
 
     folder = find_run(run, configured_runs_dir())
+    if debug:
+        from distui.launcher.job.debug_socket import attach
+
+        return attach(folder)
     agent = agent_of(folder)
     if agent is None:
         outcome = read_outcome(folder)

@@ -71,6 +71,16 @@ def deepspeed_placement(face: str | None, flags: dict[str, Any], target: tuple[s
 @click.option("--profile-flops", is_flag=True, help="At the end, show FLOPs and forward time of every module.")
 @click.option("--no-tui", is_flag=True, help="Plain lines even in a terminal (also DISTUI_NO_TUI=1).")
 @click.option("--detach", is_flag=True, help="Start it in the background; distui attach, logs, stop are for it then.")
+@click.option(
+    "--debug-rank", metavar="R", type=int, help="breakpoint() in rank R waits for `distui attach --debug`, anywhere."
+)
+@click.option(
+    "--debugger",
+    type=click.Choice(["pdb", "debugpy"]),
+    default="pdb",
+    show_default=True,
+    help="What --debug-rank opens; debugpy: on a port of this machine, for an editor.",
+)
 @click.option("-m", "--module", is_flag=True, help="The target is a module, as with python -m.")
 @click.argument("script")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
@@ -90,6 +100,8 @@ def command(
     profile_flops: bool,
     no_tui: bool,
     detach: bool,
+    debug_rank: int | None,
+    debugger: str,
     module: bool,
     script: str,
     args: tuple[str, ...],
@@ -98,7 +110,8 @@ def command(
     """Start SCRIPT on every rank, with ARGS passed through untouched.
 
     In a terminal the dashboard shows the job, and q leaves it to run in the background; otherwise rank 0's output comes
-    as it is, with a line of progress every few seconds. With --as deepspeed the flags of DeepSpeed's launcher are taken
+    as it is, with a line of progress every few seconds. There rank 0 has this command's stdin, for input() and
+    breakpoint(), which other ranks pass over. With --as deepspeed the flags of DeepSpeed's launcher are taken
     too (--num_gpus, --hostfile, --include, ...). The exit status is the job's: 0 done (or left in the background), 3 a
     rank failed, 130 stopped by Ctrl-C, 2 a mistake found first.
     """
@@ -120,4 +133,16 @@ def command(
     placement = deepspeed_placement(face, deepspeed, target)
     os.environ.update(placement.environment)
     overrides = {**placement.overrides, **overrides_of(assignments, flags)}
-    return launch(LaunchRequest(target, overrides, config_path, no_tui, face, placement.passes_local_rank, detach))
+    return launch(
+        LaunchRequest(
+            target,
+            overrides,
+            config_path,
+            no_tui,
+            face,
+            placement.passes_local_rank,
+            detach,
+            debug_rank,
+            debugger,
+        )
+    )

@@ -32,6 +32,8 @@ def agent_of(run: RunFolder) -> int | None:
 class AttachedJob:
     """The job as `Job` has it, but that leaving it does not end it."""
 
+    console = None
+
     def __init__(self, run: RunFolder, agent: int) -> None:
         self.run = run
         self.stopped_by: signal.Signals | None = None

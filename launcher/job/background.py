@@ -23,6 +23,8 @@ class Background:
     The child ends the job when this process ends, unless it was let go.
     """
 
+    console = None
+
     def __init__(self, run: RunFolder, start: Callable[[], Job], follow: Callable[[Job], Outcome]) -> None:
         """Fork the launcher: it calls `start`, then `follow` until the job has ended. No thread may run yet."""
         self.run = run

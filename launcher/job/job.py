@@ -15,6 +15,7 @@ from types import FrameType
 
 from distui.core.errors import EXIT_BUG
 from distui.core.paths import RunFolder, open_own, write_own
+from distui.launcher.job.console import CONSOLE_ENV, Console
 from distui.launcher.job.outcome import Outcome, read_outcome, signal_name
 from distui.launcher.job.processes import AGENT_PID_ENV, GRACE_S, kill_job, wait_handle
 
@@ -34,21 +35,30 @@ class Job:
     `stop` never blocks, so a signal handler may call it. Nothing of the job outlives `finish`, unless it finished well.
     """
 
-    def __init__(self, run: RunFolder, command: Sequence[str], environ: dict[str, str]) -> None:
-        """Start the agent. It is told the script's `command` over a pipe: run.json may keep it without its secrets."""
-        self.run = run
+    def __init__(
+        self, run: RunFolder, command: Sequence[str], environ: dict[str, str], console: Console | None = None
+    ) -> None:
+        """Start the agent. It is told the script's `command` over a pipe: run.json may keep it without its secrets.
+
+        With `console` rank 0 has this process's stdin, else none.
+        """
+        self.run, self.console = run, console
         self.stopped_by: signal.Signals | None = None
         self._timers: list[threading.Timer] = []
+        inherited = console.inherited() if console is not None else ()
         with open(open_own(run.logs / "launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
             self._agent = subprocess.Popen(
                 [sys.executable, "-m", "distui.launcher.node.agent", str(run.path)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env={**environ, AGENT_PID_ENV: str(os.getpid())},
+                env={**environ, AGENT_PID_ENV: str(os.getpid()), CONSOLE_ENV: ",".join(map(str, inherited))},
+                pass_fds=inherited,
                 start_new_session=True,  # the terminal's Ctrl-C is ours to pass on
             )
         self._handle = os.pidfd_open(self._agent.pid)
+        if console is not None:
+            console.given()
         assert self._agent.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._agent.stdin as pipe:  # it has ended: `finish` tells how
             pipe.write(json.dumps(list(command)).encode())

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +23,11 @@ from distui.launcher.compat.faces import check_face
 from distui.launcher.job import preflight
 from distui.launcher.job.announce import Announcer
 from distui.launcher.job.background import Background
+from distui.launcher.job.console import launchers_stdin, terminal_kept
 from distui.launcher.job.daemon_keeper import DaemonKeeper
 from distui.launcher.job.job import Job, write_spec
 from distui.launcher.job.masking import masked
+from distui.launcher.job.notify import notify_away, notify_terminal, without_notify
 from distui.launcher.job.outcome import Outcome
 from distui.launcher.job.plain import follow_plain, say_start
 from distui.launcher.job.provenance import provenance
@@ -45,6 +47,9 @@ class LaunchRequest:
     """Whether a script that reads `--local_rank` is given it, as DeepSpeed's launcher does."""
     detach: bool = False
     """Whether it starts in the background."""
+    debug_rank: int | None = None
+    """Whose `breakpoint()` waits for `distui attach --debug`; None: rank 0's has the launcher's stdin."""
+    debugger: str = "pdb"
 
 
 def launch(request: LaunchRequest) -> int:
@@ -60,11 +65,12 @@ def launch(request: LaunchRequest) -> int:
     screen = wants_screen(request) and config.telemetry.enabled and not request.detach
 
     def start() -> Job:
-        return Job(run, request.target, dict(os.environ))
+        console = None if screen or request.detach else launchers_stdin()
+        return Job(run, request.target, dict(os.environ), console)
 
     job: Job | Background
     if screen or request.detach:
-        job = Background(run, start, lambda job: _hold(config, job))
+        job = Background(run, start, lambda job: hold(config, job))
         if request.detach:
             job.let_go()
             print(run.run_id)
@@ -81,7 +87,8 @@ def launch(request: LaunchRequest) -> int:
             outcome = _look_at(config, job, start_daemon(config))
         else:
             say_start(run)
-            outcome = _hold(config, job, follow=True)
+            with terminal_kept():
+                outcome = hold(config, job, lambda socket: follow_plain(job, config, socket))
     finally:
         for signum, handler in restored.items():
             signal.signal(signum, handler)
@@ -107,6 +114,7 @@ def resolve(request: LaunchRequest) -> Config:
     preflight.check_node(config, hardware)
     preflight.check_port(config)
     preflight.check_runs_dir(runs_dir(config))
+    preflight.check_debugger(config, request.debug_rank, request.debugger)
     if config.telemetry.enabled:
         daemon_socket()  # refuses a folder of sockets that others may enter
     return config
@@ -142,7 +150,7 @@ def create_run(request: LaunchRequest, config: Config) -> RunFolder:
     name = config.run.name or target
     run = RunFolder(runs_dir(config) / new_run_id(f"{name}-node{cluster.node_rank}" if cluster.nodes > 1 else name))
     run.create()
-    toml = to_toml(config)
+    toml = to_toml(without_notify(config))
     write_own(run.config, toml)
     spec: dict[str, object] = {
         "run_id": run.run_id,
@@ -150,6 +158,8 @@ def create_run(request: LaunchRequest, config: Config) -> RunFolder:
         "command": masked(request.target, config.run.mask_arguments),
         "face": request.face,
         "passes_local_rank": request.passes_local_rank,
+        "debug_rank": request.debug_rank,
+        "debugger": request.debugger,
         "strategy": config.summary(),
         "world_size": cluster.nproc * cluster.nodes,
         "num_nodes": cluster.nodes,
@@ -199,16 +209,17 @@ def start_daemon(config: Config) -> Path | None:
         return None
 
 
-def _hold(config: Config, job: Job, follow: bool = False) -> Outcome:
-    """Tell the daemon of the job, keep a daemon alive, and wait for the end; with `follow` in plain lines."""
+def hold(config: Config, job: Job, follow: Callable[[Path | None], None] = lambda socket: None) -> Outcome:
+    """Tell the daemon of the job, keep a daemon alive, and wait for the end; `follow` is given the daemon's socket."""
     socket = start_daemon(config)
     announcer = Announcer(job.run, socket)
+    started_s = time.monotonic()
     with DaemonKeeper(daemon_socket() if config.telemetry.enabled else None):  # also where it did not start now
         announcer.started()
-        if follow:
-            follow_plain(job, config, socket)
+        follow(socket)
         outcome = job.finish()
         announcer.finished(outcome)
+    notify_away(config, job.run, outcome, time.monotonic() - started_s)
     return outcome
 
 
@@ -248,4 +259,5 @@ def _conclude(run: RunFolder, config: Config, outcome: Outcome, elapsed_s: float
     if outcome.state == "finished" and (left := left_behind(run)):
         print(left, file=sys.stderr)
     print(end_line(run, outcome, elapsed_s), file=sys.stderr)
+    notify_terminal(config, run, outcome, elapsed_s)
     return outcome.exit_status

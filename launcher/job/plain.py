@@ -63,12 +63,17 @@ def follow_plain(
     first = FirstFailure(job.run, config.cluster.node_rank * config.cluster.nproc)
     skip = known.st_size if known is not None else 0
     output = LogCopy(log, sys.stdout.buffer, skip, sys.stderr.buffer, first.tell)
+    console, debugging = job.console, WaitsForDebugger(job.run)
     told = False
     suspended = signal.getsignal(signal.SIGTSTP)
     if suspended is not signal.SIG_IGN:  # a shell without job control has it ignored
         signal.signal(signal.SIGTSTP, lambda *_: _suspend(job.run))
     while not job.wait(LOG_POLL_S):
+        asked = console is not None and console.asked()
         output.copy()
+        debugging.tell()
+        if console is not None and asked:
+            console.shown()
         if job.stopped_by is not None and not told:
             told = True
             say(f"{job.stopped_by.name}: stopping the ranks; again to kill them at once")
@@ -147,6 +152,21 @@ class LogCopy:
             self._log.close()
         if self._marks is not None:
             self._marks.close()
+
+
+class WaitsForDebugger:
+    """Tells which rank waits for somebody to attach to its debugger, each time that one does."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run, self._told_s = run, 0.0
+        self._may = (read_json(run.spec) or {}).get("debug_rank") is not None
+
+    def tell(self) -> None:
+        """Say it once."""
+        found = read_json(self._run.debugger) if self._may else None
+        if found is not None and found["since_s"] != self._told_s:
+            self._told_s = found["since_s"]
+            say(harmless(str(found["message"])))
 
 
 class FirstFailure:

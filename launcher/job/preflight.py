@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -35,6 +36,24 @@ def check_target(target: Sequence[str], cwd: Path) -> None:
         _check_module(target[1], cwd)
     else:
         _check_script(Path(target[0]), cwd)
+
+
+def check_debugger(config: Config, rank: int | None, debugger: str) -> None:
+    """Refuse to debug a rank that there will not be, or by what is not installed.
+
+    Raises: UserError.
+    """
+    assert isinstance(config.cluster.nproc, int)
+    world_size = config.cluster.nproc * config.cluster.nodes
+    if rank is not None and not 0 <= rank < world_size:
+        there = f"the job has ranks 0 to {world_size - 1}" if world_size > 1 else "the job has rank 0 alone"
+        fix = f"--debug-rank 0{f' to {world_size - 1}' if world_size > 1 else ''}, or more ranks: --nproc {rank + 1}"
+        raise UserError(f"--debug-rank {rank} is no rank", there, fix)
+    if debugger == "debugpy" and rank is None:
+        raise UserError("--debugger debugpy needs a rank", "an editor attaches to one rank", "add --debug-rank 0")
+    if importlib.util.find_spec(debugger) is None:
+        fix = f"pip install {debugger}, or --debugger pdb, which comes with Python"
+        raise UserError(f"--debugger {debugger} cannot be used", "it is not installed here", fix)
 
 
 def _check_script(script: Path, cwd: Path) -> None:

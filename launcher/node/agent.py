@@ -17,6 +17,7 @@ from pathlib import Path
 
 from distui.core.errors import EXIT_BUG, EXIT_OK, EXIT_RANK_FAILED
 from distui.core.paths import JOB_ENV, RunFolder
+from distui.launcher.job.console import CONSOLE_ENV
 from distui.launcher.job.outcome import Ending, Outcome, judge, tell_ending
 from distui.launcher.job.processes import AGENT_PID_ENV, die_with_parent, kill_job, stop_requested
 from distui.launcher.node.peers import Peers
@@ -42,6 +43,7 @@ def run_job(run: RunFolder, command: Sequence[str]) -> Outcome:
     assert isinstance(cluster.nproc, int), "the launcher resolves nproc before it writes config.toml"
     os.environ[JOB_ENV] = str(run.path)
     os.environ[AGENT_PID_ENV] = str(os.getpid())
+    console = os.environ.pop(CONSOLE_ENV, "")
     os.environ.setdefault("OMP_NUM_THREADS", str(cluster.threads_per_rank or 1))
     endings: dict[int, Ending] = {}
 
@@ -52,7 +54,7 @@ def run_job(run: RunFolder, command: Sequence[str]) -> Outcome:
     state, status, message, peers = "finished", EXIT_OK, "", None
     try:
         store = listen(cluster) if cluster.node_rank == 0 else None
-        ranks = Ranks(cluster, command, store if cluster.nodes == 1 else None)
+        ranks = Ranks(cluster, command, store if cluster.nodes == 1 else None, console)
         endings = ranks.endings
         if cluster.nodes > 1:
             peers = Peers(cluster, store, stop_for_peers)

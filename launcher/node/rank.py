@@ -27,8 +27,12 @@ from distui.core.errors import UserError
 from distui.core.paths import RunFolder, current_run, read_own, write_own
 from distui.core.telemetry.after_import import after_import
 from distui.launcher.compat import faces as compat
+from distui.launcher.job.console import CONSOLE_ENV, ConsoleLine
 from distui.launcher.job.outcome import last_step
 from distui.launcher.job.processes import AGENT_PID_ENV, die_with_parent, record_session, request_stop
+from distui.launcher.node.bars import Bars
+from distui.launcher.node.debugging import debug_here
+from distui.launcher.node.stdin import PersonWait, note_stdin
 from distui.launcher.node.store import STORE_ENV, RankStore
 from distui.launcher.node.streams import redirect
 
@@ -58,6 +62,12 @@ def main() -> None:
     if source is not None:
         source.on_control("stop", lambda command: _stop_job(run))
         after_import("torch", lambda module: _record_collectives())
+        after_import("tqdm.std", Bars(source).watch)
+    line = ConsoleLine(int(number)) if (number := os.environ.pop(CONSOLE_ENV, "")) else None
+    waits = PersonWait(source)
+    if line is not None:
+        note_stdin(waits, line)
+    debug_here(run, rank, source, waits, line)
     asked = config.summary() if rank == 0 and config.summary() != Config().summary() else ""
     if source is not None or asked:
         _watch_optimizers(source, asked)

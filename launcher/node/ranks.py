@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from distui.core.config.schema import ClusterSection
+from distui.launcher.job.console import CONSOLE_ENV
 from distui.launcher.job.outcome import Ending, signal_name
 from distui.launcher.job.processes import GRACE_S, signal_all
 from distui.launcher.node.store import STORE_ENV, Standby
@@ -74,8 +75,13 @@ class _Rank:
 class Ranks:
     """The ranks of this node. All calls come from the thread that made it, which must live as long as they do."""
 
-    def __init__(self, cluster: ClusterSection, arguments: Sequence[str], store: socket.socket | None) -> None:
-        """Start them with the script's `arguments`; `store` is the socket of a node alone, on which it is served."""
+    def __init__(
+        self, cluster: ClusterSection, arguments: Sequence[str], store: socket.socket | None, console: str = ""
+    ) -> None:
+        """Start them with the script's `arguments`; `store` is the socket of a node alone, on which it is served.
+
+        `console` is the `CONSOLE_ENV` of this process: what rank 0 has of the launcher's.
+        """
         self.stopped_by: signal.Signals | None = None
         """The first signal that asked for the end of the job."""
         self.endings: dict[int, Ending] = {}
@@ -89,16 +95,23 @@ class Ranks:
         port = store.getsockname()[1] if store is not None else cluster.master_port
         command = [sys.executable, "-u", "-m", "distui.launcher.node.rank", *arguments]
         self._standby = Standby(store) if store is not None else None
+        shared = [int(number) for number in console.split(",") if number]
         for local_rank in range(cluster.nproc):
             environ = {**os.environ, **rank_environ(cluster, local_rank, port)}
             inherited: tuple[int, ...] = ()
+            stdin = subprocess.DEVNULL
+            if shared and environ["RANK"] == "0":
+                stdin, line = shared
+                inherited = (line,)
+                environ[CONSOLE_ENV] = str(line)
             if self._standby is not None and local_rank == 0:
-                inherited = self._standby.inherited()
-                environ[STORE_ENV] = ",".join(str(number) for number in inherited)
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, env=environ, pass_fds=inherited, start_new_session=True
-            )
+                mine = self._standby.inherited()
+                inherited += mine
+                environ[STORE_ENV] = ",".join(str(number) for number in mine)
+            process = subprocess.Popen(command, stdin=stdin, env=environ, pass_fds=inherited, start_new_session=True)
             self._running[os.pidfd_open(process.pid)] = _Rank(int(environ["RANK"]), process)
+        for number in shared:
+            os.close(number)  # that rank 0 has ended is to be seen at the other end
         if self._standby is not None:
             self._standby.start()
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from distui.core.paths import RunFolder
@@ -71,3 +72,16 @@ def distui(home: Home) -> Distui:
         )
 
     return run
+
+
+@pytest.fixture
+def with_daemon(home: Home) -> Iterator[Home]:
+    """Give the home for what has telemetry; the daemon that it starts is ended with the test."""
+    yield home
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("DISTUI_RUNTIME_DIR") == home.environ["DISTUI_RUNTIME_DIR"]:
+                process.terminate()
+                process.wait(120)
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue

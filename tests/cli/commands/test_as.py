@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from distui.launcher.commands.peers import command
+from distui.launcher.compat.commands import command
 
 
 def _run(*arguments: str) -> str:

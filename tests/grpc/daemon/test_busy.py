@@ -87,6 +87,22 @@ def test_a_declared_evaluation_is_no_hang_however_long(node: Node, ranks: type[S
     assert not snapshot.diagnosis and snapshot.ranks[0].busy == "evaluates"
 
 
+@pytest.mark.parametrize(("phase", "busy"), [("input", "waits for somebody's input"), ("debugger", "is in a debugger")])
+def test_a_rank_that_waits_for_a_person_is_not_hung_however_long(
+    node: Node, ranks: type[SimulatedRank], phase: str, busy: str
+) -> None:
+    state, _ = held_up(node, ranks, SLEEPS, for_s=5000.0, phase=phase)
+    snapshot = take_snapshot(state, time.time())
+    assert not snapshot.diagnosis and snapshot.ranks[0].busy == busy
+
+
+def test_a_debugger_that_nobody_told_of_is_seen_in_the_stack(node: Node, ranks: type[SimulatedRank]) -> None:
+    state, _ = held_up(node, ranks, SLEEPS, for_s=5000.0, phase="forward")
+    stack(state.run, 0, 4000.0, "/lib/IPython/terminal/embed.py:209 __call__")
+    snapshot = take_snapshot(state, time.time())
+    assert not snapshot.diagnosis and snapshot.ranks[0].busy == "is in a debugger"
+
+
 def test_what_one_does_alone_before_a_barrier_gets_more_time(node: Node, ranks: type[SimulatedRank]) -> None:
     state, pid = held_up(node, ranks, SLEEPS, op="barrier")
     in_kernel(pid, "nanosleep")

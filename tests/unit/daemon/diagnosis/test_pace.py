@@ -167,3 +167,15 @@ def test_processors_with_nothing_left_say_nothing_of_a_link(
     state.apply(pb.Batch(source=daemon, records=[pb.Record(seq=1, time_s=job.now_s, hardware=sample)]))
     monkeypatch.setattr("time.time", lambda: job.now_s)
     assert [found.kind for found in diagnose(state, observe(state, job.now_s), job.now_s)] == told
+
+
+def test_who_waited_for_a_person_is_no_straggler() -> None:
+    """A person who goes on from breakpoint to breakpoint makes a rank late in every step."""
+    late, excused = Job(2), Job(2)
+    for job in (late, excused):
+        for _ in range(30):
+            began_s = job.now_s
+            if job is excused:
+                job.pace.excuse(1, began_s + 0.1, began_s + 3.05)
+            job.steps(1, 0.1, {1: always(3.0)})
+    assert late.late() == (1,) and excused.late() == ()
