@@ -96,11 +96,11 @@ class Bench:
         return float(path.read_text()) if path.exists() else 0.0
 
     def verdict(
-        self, run: RunFolder, kind: str = "", limit_s: float = LIMIT_S
+        self, run: RunFolder, kind: str = "", limit_s: float = LIMIT_S, words: str = ""
     ) -> tuple[float, pb.Diagnosis | None, str]:
         """Wait for the fault and the first verdict after it: seconds between, the verdict, a false alarm before.
 
-        With `kind`, for the first of that kind: on a machine with much to do, another may come before.
+        With `kind` and `words`, for the first such: on a machine with much to do, another may come before.
         """
         until = time.monotonic() + limit_s
         early = ""
@@ -110,7 +110,7 @@ class Bench:
             found = self.snapshot(run).diagnosis
             if found and not fault_s and not self.happened_s(run):
                 early = f"{found[0].kind}: {found[0].message}"
-            if found and fault_s and kind in ("", found[0].kind):
+            if found and fault_s and kind in ("", found[0].kind) and words in found[0].message:
                 return time.time() - fault_s, found[0], early
             time.sleep(POLL_S)
         return limit_s, None, early

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distui.core.config.backends import registered
+from distui.core.config.backends import find_backend, registered
 from distui.core.config.schema import Config
 from distui.core.errors import ConfigError, UserError
 
@@ -24,18 +24,18 @@ def load_backend(config: Config, group: dist.ProcessGroup | None) -> Backend:
     what the backend itself finds wrong.
     """
     name = config.strategy.backend
-    found = registered()
-    if name not in found:
+    found = find_backend(name)
+    if found is None:
         raise UserError(
             f"strategy.backend={name!r} is not installed",
-            f"registered are {', '.join(sorted(found))}",
+            f"registered are {', '.join(sorted(registered()))}",
             "choose one of them, or install the distribution that brings it",
         )
     try:
-        backend: type[Backend] = found[name].load()
+        backend: type[Backend] = found.load()
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"strategy.backend={name!r} cannot be loaded from {found[name].value}",
+            f"strategy.backend={name!r} cannot be loaded from {found.value}",
             f"{type(error).__name__}: {error}",
             "install what it needs, or choose another backend",
         ) from error

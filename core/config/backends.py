@@ -37,11 +37,18 @@ def registered() -> dict[str, EntryPoint]:
     return others | {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
 
 
+def find_backend(name: str) -> EntryPoint | None:
+    """Return one backend; ours are found without a look through all installed packages, which takes some 10 ms."""
+    if (value := BUILT_IN.get(name)) is not None:
+        return EntryPoint(name, value, GROUP)
+    return registered().get(name)
+
+
 def check_backend(config: Config) -> Iterator[Problem]:
     """Yield every problem of `strategy.backend` and of what does not go with it."""
     name = config.strategy.backend
     if name not in BUILT_IN:
-        # Only now: looking through all installed packages takes some 10 ms, and the planner checks hundreds of plans.
+        # Only now: the planner checks hundreds of plans.
         names = sorted(registered())
         if name not in names:
             near = nearest(name, names)

@@ -61,9 +61,12 @@ class Jobs:
         self.situations: dict[str, Any] = faults.SITUATIONS
         self.runs = {name: self.bench.start(name) for name in names}
 
-    def verdict(self, fault: str) -> tuple[Any, Any]:
-        """Return the verdict on the fault, and the whole snapshot; nothing may be said before it happens."""
-        _, found, early = self.bench.verdict(self.runs[fault], self.situations[fault].kind, 120.0)
+    def verdict(self, fault: str, words: str = "") -> tuple[Any, Any]:
+        """Return the first verdict on the fault that has `words`, and the whole snapshot.
+
+        Nothing may be said before it happens.
+        """
+        _, found, early = self.bench.verdict(self.runs[fault], self.situations[fault].kind, 120.0, words)
         assert found is not None, f"no verdict on {fault}"
         assert not early, early
         return found, self.bench.snapshot(self.runs[fault])
