@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import ClassVar
 
 from textual import events
-from textual.app import App, SystemCommand
+from textual.app import App, SuspendNotSupported, SystemCommand
 from textual.binding import Binding, BindingType
 
+from distui.core.errors import UserError
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.client import Source
+from distui.tui.monitor.as_text import COPIED_LINES, page, troubles
 from distui.tui.monitor.control import VERBS, ControlScreen, RepliesScreen, Verb
 from distui.tui.monitor.dialogs import StopScreen
 from distui.tui.monitor.export import shown_table, steps_csv, table_csv
+from distui.tui.monitor.log_tail import LogTail
 from distui.tui.monitor.model import RunModel
 from distui.tui.monitor.player import REPLAY_BINDINGS, PlaceScreen, Player, move, parse_place
+from distui.tui.monitor.rank_screen import RankScreen
 from distui.tui.monitor.views.base import Frame, View
 from distui.tui.widgets.commands import open_commands
 
@@ -30,6 +34,8 @@ class ActingApp(App[str]):
         Binding("c", "control", "Control"),
         Binding("e", "export", "CSV", show=False),
         Binding("E", "picture", "SVG", show=False),
+        Binding("y", "copy", "Copy", show=False),
+        Binding("o", "open", "Pager", show=False),
         *REPLAY_BINDINGS,
     ]
 
@@ -117,6 +123,30 @@ class ActingApp(App[str]):
         name = self._file_name(view.TITLE.lower(), "svg")
         self.deliver_text(picture, save_directory=Path.cwd(), save_filename=name, mime_type="image/svg+xml")
 
+    def _as_text(self) -> list[str]:
+        """Return the lines of the log in sight; where there is none, what is wrong with the run."""
+        view, frame = self.shown()
+        place = self.screen if isinstance(self.screen, RankScreen) else view
+        for log in place.query(LogTail):
+            return log.lines
+        return troubles(frame.model, frame.now_s).splitlines()
+
+    def action_copy(self) -> None:
+        """Copy the log in sight, or what is wrong, into the clipboard of the terminal."""
+        lines = self._as_text()[-COPIED_LINES:]
+        self.copy_to_clipboard("\n".join(lines))
+        self.notify(f"{len(lines):,} line{'s' * (len(lines) != 1)}, by OSC 52", title="copied", markup=False)
+
+    def action_open(self) -> None:
+        """Open the log in sight, or what is wrong, in the user's pager."""
+        text = "\n".join(self._as_text()) + "\n"
+        try:
+            with self.suspend():
+                page(text)
+        except (SuspendNotSupported, UserError) as error:
+            why = error if isinstance(error, UserError) else "this screen is not on a terminal that it could give up"
+            self.notify(str(why), title="not opened", severity="error", markup=False)
+
     def _file_name(self, what: str, ending: str) -> str:
         return f"{self.model.run_id or 'run'}-{what}-{time.strftime('%H%M%S')}.{ending}"
 
@@ -135,3 +165,5 @@ class ActingApp(App[str]):
             yield SystemCommand(f"Job: {verb.title}", verb.what.capitalize(), lambda verb=verb: self.ask(verb))
         yield SystemCommand("Export the table", "CSV, into the working directory", self.action_export)
         yield SystemCommand("Export the picture", "SVG, into the working directory", self.action_picture)
+        yield SystemCommand("Copy the log or the errors", "into the terminal's clipboard", self.action_copy)
+        yield SystemCommand("Open the log or the errors", "in $PAGER", self.action_open)

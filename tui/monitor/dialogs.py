@@ -21,6 +21,7 @@ GLOBAL_KEYS = (
     Key("Tab", "the next part of the view"),
     Key("c", "act on the job: checkpoint, stacks, profile, log level, stop"),
     Key("e  E", "write the table as CSV; the screen as SVG"),
+    Key("y  o", "copy the log in sight, or what is wrong; open it in $PAGER"),
     Key("t", "next theme; all of them are in the palette"),
     Key("ctrl+p", "command palette"),
     Key("?", "this help"),

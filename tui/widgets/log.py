@@ -55,6 +55,11 @@ class LogView(ScrollView, can_focus=True):
         """How many lines are held."""
         return len(self._lines) + bool(self._rest)
 
+    @property
+    def lines(self) -> list[str]:
+        """The lines that are held, as they are shown."""
+        return [text for index in range(self.num_lines) if (text := self._text(index)) is not None]
+
     def clear(self) -> None:
         """Drop everything and follow again."""
         self._lines.clear()
