@@ -194,7 +194,7 @@ def _load_newest(path: str) -> int:
     return job[0].clock.step
 
 
-@pytest.mark.parametrize("after_s", [0.05, 0.31])
+@pytest.mark.parametrize("after_s", [pytest.param(0.05, marks=pytest.mark.matrix), 0.31])
 def test_a_kill_at_any_moment_leaves_a_good_one(run_ranks: RunRanks, tmp_path: Path, after_s: float) -> None:
     path = tmp_path / "steps"
     with pytest.raises((ChildProcessError, RuntimeError)):

@@ -171,8 +171,14 @@ def _resume_reading(path: str, kind: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("kind", ["in process", "sampler", "workers", "seeded workers", "persistent workers"])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("world", "kind"),
+    [
+        *((world, kind) for world in (1, 2) for kind in ("in process", "sampler")),
+        *((1, kind) for kind in ("seeded workers", "persistent workers")),
+        (2, "workers"),
+    ],
+)
 def test_random_reading_goes_on(run_ranks: RunRanks, tmp_path: Path, kind: str, world: int) -> None:
     for wrong in run_ranks(_resume_reading, world, str(tmp_path), kind, timeout_s=120):
         assert not wrong, "\n".join(wrong)
