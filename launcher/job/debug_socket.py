@@ -10,6 +10,7 @@ folder and the socket are the user's alone, and each side checks who the other i
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import struct
@@ -126,7 +127,7 @@ def attach(run: RunFolder) -> int:
             except ConnectionError:
                 break
             except KeyboardInterrupt:
-                if not used:
+                if not used and not select.select([line], [], [], 0)[0]:
                     break  # nothing has begun
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGINT)

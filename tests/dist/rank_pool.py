@@ -222,6 +222,7 @@ def _as_rank(rank: int, world_size: int, store: str, environ: dict[str, str]) ->
                 raise ConnectionAbortedError(f"the ranks have not found each other: {error}") from error
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "Guards may run slower")  # compiled code, on Python 3.13.0
             yield
     finally:
         if dist.is_initialized():

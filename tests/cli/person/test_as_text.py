@@ -9,9 +9,9 @@ FAILS = "print('its own words', flush=True)\nraise ZeroDivisionError('the data i
 
 
 def test_errors_and_logs_are_opened_and_copied_by_a_key(home: Any, distui: Any, terminal: Any) -> None:
-    home.script("fails.py", FAILS)
-    assert distui("launch", "--nproc", "1", "fails.py").returncode == 3
-    (run,) = (path.name for path in (home.path / "state" / "runs").iterdir() if path.name.startswith("fails-"))
+    home.script("breaks.py", FAILS)
+    assert distui("launch", "--nproc", "1", "breaks.py").returncode == 3
+    run = home.run_named("breaks").run_id
     watching = terminal(home, "monitor", run, PAGER="sed s/^/paged:/")
     watching.until("1 Overview")
     watching.until("the data is bad")

@@ -59,7 +59,8 @@ def told(process: subprocess.Popen[str], words: str) -> str:
 def test_any_rank_is_debugged_from_another_terminal(home: Any, terminal: Any) -> None:
     home.script("steps.py", STEPS)
     job = started(home, "steps.py", "--nproc", "2", "--debug-rank", "1")
-    assert "steps.py:7: distui attach steps-" in told(job, "rank 1 waits in a debugger at ")
+    line = 6 if sys.version_info >= (3, 13) else 7  # from 3.13 on pdb stops where it is called, and not behind it
+    assert f"steps.py:{line}: distui attach steps-" in told(job, "rank 1 waits in a debugger at ")
     run = home.run_named("steps")
     found = (run.path / "debugger.sock").lstat()
     assert stat.S_ISSOCK(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o600
