@@ -75,8 +75,8 @@ class Kept:
         """The parameter's numbers; what is written to them is kept."""
         if (place := place_of(self)) is not None:  # type: ignore[arg-type]
             unit, index = place
-            unit.touched = True
             with torch.no_grad(), unit.reading((index,)):
+                unit.touched = True  # only now: bringing a unit here may take what was written before
                 return DATA.__get__(self)
         return DATA.__get__(self)
 
@@ -158,8 +158,9 @@ class Fetched(Kept):
                 wanted.setdefault(id(place[0]), (place[0], set()))[1].add(place[1])
         with contextlib.ExitStack() as whole:
             for unit, indices in wanted.values():
-                unit.touched = True  # the operation may write
                 whole.enter_context(unit.reading(indices))
+            for unit, _ in wanted.values():
+                unit.touched = True  # the operation may write
             return func(*args, **kwargs)
 
 
