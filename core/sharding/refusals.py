@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distui.core.errors import UserError
-from distui.core.sharding.units.guarded import place_of
+from distui.core.sharding.units.guarded import place_of, refused_hook
 
 
 def refuse_parameters(model: nn.Module, num_ranks: int, stage: int) -> None:
@@ -40,6 +40,8 @@ def refuse_parameters(model: nn.Module, num_ranks: int, stage: int) -> None:
             )
     _refuse_shared_memory(model)
     for name, param in model.named_parameters():
+        if param._post_accumulate_grad_hooks:
+            raise refused_hook(f"the parameter {name}")
         if param.is_complex():
             raise UserError(
                 f"the parameter {name} is complex ({param.dtype})",

@@ -52,8 +52,9 @@ class Schedule(ShownGradients):
         self._open = False
         self.before_gradients: Callable[[], None] = lambda: None
         """Called before the first gradient of a backward is added to what there is."""
-        self._has_zeros = self._owes_zeros = False
-        """Whether gradients are zero rather than None, and whether no backward has said so since."""
+        # Whether gradients are zero rather than None, and whether no backward has said so since.
+        self._has_zeros = self._owes_zeros = self._keeps_local = False
+        """Stages 0 and 1: the last backward ran without `sync`; a step or a clipping has them reduced first."""
         self._handles: list[Any] = []
         self._grad_hooks: dict[int, dict[int, Any]] = {}
         """Handles of the hooks on gradients, by unit and parameter."""
@@ -127,7 +128,7 @@ class Schedule(ShownGradients):
         hooks = self._grad_hooks.setdefault(id(unit), {})
         for index, param in enumerate(unit.params):
             if index not in hooks and param.requires_grad:
-                hooks[index] = param.register_post_accumulate_grad_hook(self._grad_hook(unit, index))
+                hooks[index] = torch.Tensor.register_post_accumulate_grad_hook(param, self._grad_hook(unit, index))
         unit.collected, unit.came_last = (), None
 
     def expect_gradients(self) -> None:
@@ -237,9 +238,11 @@ class Schedule(ShownGradients):
         else:
             for unit in self.order:
                 unit.next_micro_batch()
+            self._keeps_local = True
         self._open = False
 
     def _reduce_rest(self) -> None:
+        self._keeps_local = False
         if self.residence is not None:
             self.residence.serve(Place.BACKWARD_END)
         for unit in self.order:
@@ -297,6 +300,8 @@ class Schedule(ShownGradients):
     def finish_gradients(self) -> None:
         """Wait until every unit's gradient is summed over the ranks. Collective: all ranks."""
         self.end_backward()
+        if self._keeps_local and self.sync:
+            self.reduce_kept()
         for unit in self.order:
             unit.finish_reduce()
         if self._owes_zeros:
@@ -346,7 +351,7 @@ class Schedule(ShownGradients):
                 GRAD.__set__(param, None)
             unit.discard_gradient()
         self._next = 0
-        self._open = False
+        self._open = self._keeps_local = False
 
     def _keep_zeros(self, own: dict[int, set[int]] | None, keep_zeros: bool) -> None:
         if not (keep_zeros or self._has_zeros):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from distui.core.sharding.residence import in_backward
 from distui.core.sharding.units.guarded import GRAD
 from distui.core.sharding.units.unit import Unit
 
@@ -16,8 +17,13 @@ class ShownGradients:
 
     stage: int
     order: list[Unit]
+    _open: bool
     _shown = False
     """Whether `param.grad` of every parameter is the reduced gradient."""
+
+    def end_backward(self) -> None:
+        """Finish a backward."""
+        raise NotImplementedError
 
     def show_gradients(self) -> None:
         """Stage 0: put the reduced gradients where plain code reads and changes them, in `param.grad`."""
@@ -37,6 +43,9 @@ class ShownGradients:
         def read(index: int) -> torch.Tensor | None:
             self, unit = schedule_of(), unit_of()
             assert self is not None and unit is not None
+            if self._open and not in_backward():  # a plain `loss.backward()`, which nobody has finished
+                self.end_backward()
+                self.show_gradients()
             param = unit.params[index]
             grad = GRAD.__get__(param)
             if grad is None and self._shown and unit.grad_full is not None:

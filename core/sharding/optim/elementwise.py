@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
+import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +82,9 @@ def sight_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Sight:
             return Sight(True)
         if name in WHOLE_MATRIX:
             return Sight(False, WHOLE_MATRIX[name])
-    apart = _difference_in_pieces(optimizer, group)
+    if kept := _kept_parameters(optimizer, group):
+        return Sight(False, why_never=f"it keeps the parameters in its {kept}, and steps others: pieces and copies")
+    apart = _named_attributes(kind, group) or _difference_in_pieces(optimizer, group)
     if not apart:
         return Sight(True)
     code = getattr(inspect.unwrap(kind.step), "__code__", None)
@@ -89,6 +94,39 @@ def sight_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Sight:
     else:
         alone = _difference_alone(optimizer, group)
     return Sight(False, apart, alone)
+
+
+def _kept_parameters(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str:
+    """Return the name of an attribute of its own in which an optimizer has parameters, or what is known of each."""
+    identities = {id(param) for param in group["params"]}
+
+    def names(item: Any) -> bool:
+        return id(item) in identities or (type(item) is int and item in identities)
+
+    def holds(value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return any(names(key) for key in value) or holds(list(value.values()))
+        return isinstance(value, (list, tuple, set, frozenset)) and any(names(item) or holds(item) for item in value)
+
+    own = {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups")}
+    return next((name for name, value in own.items() if holds(value)), "")
+
+
+def _named_attributes(kind: type, group: dict[str, Any]) -> str:
+    """Return why `kind` must see parameters themselves: it names an attribute that the script gave some of them."""
+    given = {name for param in group["params"] for name in vars(param)}
+    if not given:
+        return ""
+    words: set[str] = set()
+    for name in {base.__module__ for base in kind.__mro__} - {"builtins"}:
+        if name.startswith("torch."):
+            continue
+        try:
+            words.update(re.findall(r"\w+", inspect.getsource(sys.modules[name])))
+        except (KeyError, OSError, TypeError):  # made in a notebook, say: it may name any
+            words |= given
+    named = sorted(given & words)
+    return f"its module names what the script gave parameters as attributes: {', '.join(named)}" if named else ""
 
 
 def why_not_elementwise(optimizer: torch.optim.Optimizer) -> str:
@@ -126,6 +164,9 @@ def _stepped(
 ) -> list[torch.Tensor]:
     """Return what `starts` become by one step for each entry of `grads`."""
     params = [torch.nn.Parameter(start.clone()) for start in starts]
+    for param in params:
+        for like in group["params"]:
+            vars(param).update(vars(like))
     probe = _with_params(optimizer, group, params)
     for step_grads in grads:
         for param, grad in zip(params, step_grads, strict=True):
@@ -165,8 +206,12 @@ def _difference_in_pieces_of(optimizer: torch.optim.Optimizer, group: dict[str, 
             _stepped(optimizer, group, [piece], [[pieces(grad)[half]] for grad in grads])[0]
             for half, piece in enumerate(pieces(start))
         ]
+        second = _stepped(optimizer, group, [start, start], [[grad, grad] for grad in grads])[1:]
     except Exception as error:  # noqa: BLE001 - any failure of foreign code means that it cannot step flat pieces
         return f"it failed on a flattened piece of {kind}: {type(error).__name__}: {error}"
+    apart = _apart(second, whole)
+    if apart > 1e-5:
+        return f"{kind} that comes second in its group is stepped otherwise: it differs by {apart:.2g}"
     apart = _apart([torch.cat(halves)], whole)
     return f"on flattened pieces of {kind} it gives weights that differ by {apart:.2g}" if apart > 1e-5 else ""
 

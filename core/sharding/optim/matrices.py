@@ -71,6 +71,7 @@ class WholeMatrices:
         self.matrices: list[Matrix] = []
         for (unit, index), owner in zip(places, owners, strict=True):
             param = nn.Parameter(torch.empty(0, dtype=unit.master.dtype, device=unit.device))
+            vars(param).update(vars(unit.params[index]))
             self.matrices.append(Matrix(unit, index, owner, param))
         self._kinds = sorted({matrix.unit.master.dtype for matrix in self.matrices}, key=str)
 

@@ -83,7 +83,9 @@ def is_number(value: Any) -> bool:
 def whole_run(unit: Unit, index: int, homes: Homes | None) -> FlatRun:
     """Return a parameter that this rank has whole, in its own shape."""
     span = unit.layout.spans[index]
-    return _run(unit, (index,), span.offset, span.end, span.shape, homes)
+    run = _run(unit, (index,), span.offset, span.end, span.shape, homes)
+    vars(run.param).update(vars(unit.params[index]))
+    return run
 
 
 def _run(

@@ -75,8 +75,8 @@ class Kept:
         """The parameter's numbers; what is written to them is kept."""
         if (place := place_of(self)) is not None:  # type: ignore[arg-type]
             unit, index = place
-            unit.touched = True
             with torch.no_grad(), unit.reading((index,)):
+                unit.touched = True  # only now: bringing a unit here may take what was written before
                 return DATA.__get__(self)
         return DATA.__get__(self)
 
@@ -110,6 +110,12 @@ class Kept:
             "assign to its data, or copy_ to it",
         )
 
+    def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
+        """Refused: it would find no gradient, for the ranks' sum is not there before the backward ends."""
+        if (place := place_of(self)) is None:  # type: ignore[arg-type]
+            return torch.Tensor.register_post_accumulate_grad_hook(self, hook)  # type: ignore[arg-type]
+        raise refused_hook(f"a prepared parameter of {place[0].name}")
+
     def __getattr__(self, name: str) -> Any:
         # Only what the parameter does not have comes here.
         if name in ANSWERS:
@@ -121,6 +127,15 @@ class Kept:
             copied = self.data.clone(memory_format=torch.preserve_format)
             memo[id(self)] = self.distui_original(copied, self.requires_grad)
         return memo[id(self)]
+
+
+def refused_hook(whose: str) -> UserError:
+    """Return why nobody may be called after a parameter's gradient."""
+    return UserError(
+        f"a hook after the gradient of {whose} (register_post_accumulate_grad_hook)",
+        "a backward brings this rank's gradients only, and their sum over the ranks is there when it has ended",
+        "use register_hook for the gradient as it comes, or read and step after engine.backward(loss)",
+    )
 
 
 def _getters(*names: str) -> set[Any]:
@@ -158,8 +173,9 @@ class Fetched(Kept):
                 wanted.setdefault(id(place[0]), (place[0], set()))[1].add(place[1])
         with contextlib.ExitStack() as whole:
             for unit, indices in wanted.values():
-                unit.touched = True  # the operation may write
                 whole.enter_context(unit.reading(indices))
+            for unit, _ in wanted.values():
+                unit.touched = True  # the operation may write
             return func(*args, **kwargs)
 
 

@@ -73,6 +73,10 @@ class SeenGradients:
 
     def read_gradient(self, index: int) -> torch.Tensor | None:
         """Return `param.grad`. Raises: UserError where this rank does not hold the whole of it."""
+        if self.show_gradient is not None:
+            shown = self.show_gradient(index)
+            if self.present[index]:
+                return shown
         if not self.present[index]:
             grad = GRAD.__get__(self.params[index])
             if grad is None and self.zeroed[index]:
@@ -82,8 +86,6 @@ class SeenGradients:
                     grad = torch.zeros_like(DATA.__get__(self.params[index]))
                 GRAD.__set__(self.params[index], grad)
             return grad
-        if self.show_gradient is not None:
-            return self.show_gradient(index)
         raise self._no_whole_gradient(index, "read")
 
     def write_gradient(self, index: int, value: torch.Tensor | None) -> None:

@@ -263,9 +263,10 @@ class UnitParameters(Shards):
             return
         self._take_assigned()
         versions = self._count_writes() if self.is_shown else self._versions
-        if not (self.touched or versions != self._versions or self.is_aliased):
+        aliased = self.is_aliased
+        if not (self.touched or versions != self._versions or aliased):
             return
-        self.touched, self._versions = False, versions
+        self.touched, self._versions = aliased, versions  # a view may be written to once more before it goes
         start, end = self.layout.shard(self.rank)
         now = self.full[start:end]
         if self.placement.shards_parameters:

@@ -206,6 +206,23 @@ def adapters_merged_and_unmerged(run: Run) -> Result:
 
 
 @kind()
+def written_by_data_after_other_reads(run: Run) -> Result:
+    """Frozen blocks are read in the order of earlier steps, which fetches ahead what is written here and there."""
+
+    @torch.no_grad()
+    def after(step: int, model: Any) -> None:
+        for block in model.blocks:
+            block.inner.weight.data += 0.1
+            row = block.inner.weight.data[3]
+            for other in model.blocks:
+                row += 0.01 * other.inner.bias.mean()
+
+    net = Net()
+    net.blocks.requires_grad_(False)
+    return train(run, net, num_steps=4, after=after)
+
+
+@kind()
 def the_whole_model_pickled(run: Run) -> Result:
     model, optimizer = run.prepare(net := Net(), momentum(net))
     steps(run, model, optimizer)

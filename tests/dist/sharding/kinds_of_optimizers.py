@@ -371,3 +371,20 @@ def hooks_around_every_step(run: Run) -> Result:
         for handle in handles:
             handle.remove()
     return run.state(model)
+
+
+class _ByAttribute(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.sub_(group["lr"] * getattr(param, "lr_multiple", 1.0) * param.grad)
+
+
+@kind()
+def stepped_by_attributes_of_parameters(run: Run) -> Result:
+    net = Net()
+    for block in net.blocks:
+        block.inner.weight.lr_multiple = 0.1  # type: ignore[union-attr]
+    return train(run, net, make=lambda model: _ByAttribute(model.parameters(), lr=0.2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -125,3 +126,36 @@ def clipped_one_by_one(run: Run) -> Result:
             clip_grad_norm_(param, 0.02)
 
     return train(run, Net(), graded=graded)
+
+
+@kind(stages=(0,))
+def plain_backwards_whose_gradients_are_read(run: Run) -> Result:
+    """What is found after `loss.backward()` is the ranks' sum, not None: a scaler of torch's looks there."""
+    model, optimizer = run.prepare(net := Net(), momentum(net))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    for step in range(4):
+        loss = square(model(run.local(batch(step)))) * (torch.inf if step == 2 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        for param in model.parameters():
+            if param.grad is not None:
+                param.grad.mul_(0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return run.state(model)
+
+
+@kind()
+def stepped_though_no_backward_was_the_last(run: Run) -> Result:
+    """Every backward ran under `no_sync`: the last micro-batch was not known for one."""
+    model, optimizer = run.prepare(net := Net(), momentum(net))
+    for step in range(4):
+        with contextlib.nullcontext() if run.engine is None else run.engine.no_sync(model):
+            run.backward(square(model(run.local(batch(step)))))
+            run.backward(square(model(run.local(batch(step + 10)))))
+        if step % 2:
+            clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return run.state(model)

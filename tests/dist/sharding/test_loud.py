@@ -200,6 +200,40 @@ def _optimizers_that_cannot_be_tried(stage: int) -> None:
             _engine(stage).prepare(net, made)
 
 
+class _ByParameter(torch.optim.SGD):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.rates = {param: 0.1 for param in self.param_groups[0]["params"]}
+
+
+class _ByPlace(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for place, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    param.sub_(param.grad / (place + 1))
+
+
+def _optimizers_that_know_parameters(stage: int) -> None:
+    with _refused("cannot step sharded parameters", "use an element-wise optimizer"):
+        _engine(stage).prepare(net := Net(), _ByParameter(net.parameters(), lr=0.1))
+    if stage:  # at stage 0 it is given the parameters as they are
+        with _refused("cannot step sharded parameters", "zero_stage=0"):
+            _engine(stage).prepare(net := Net(), _ByPlace(net.parameters(), lr=0.1))
+
+
+def _hooks_after_gradients(stage: int) -> None:
+    engine, model, _ = _prepared(stage)
+    with _refused("a hook after the gradient of a prepared parameter of root", "register_hook"):
+        model.head.weight.register_post_accumulate_grad_hook(lambda param: None)
+    engine.free_memory()
+    net = Net()
+    net.head.weight.register_post_accumulate_grad_hook(lambda param: None)
+    with _refused(r"a hook after the gradient of the parameter head\.weight", "register_hook"):
+        _engine(stage).prepare(net)
+
+
 def _a_model_of_two_engines(stage: int) -> None:
     engine, model, _ = _prepared(stage)
     with _refused(r"first\.weight is prepared already", "free_memory()"):
@@ -267,6 +301,8 @@ def test_what_is_refused_at_every_stage(run_ranks: RunRanks, stage: int) -> None
     run_ranks(_states_by_parameter, 2, stage)
     run_ranks(_gradients_over_groups, 2, stage)
     for act in (_states_of_parameters, _groups_changed_by_hand, _optimizers_that_cannot_be_tried):
+        run_ranks(act, 2, stage)
+    for act in (_optimizers_that_know_parameters, _hooks_after_gradients):
         run_ranks(act, 2, stage)
     for act in (_a_model_of_two_engines, _memory_that_nothing_trains):
         run_ranks(act, 2, stage)
