@@ -5,7 +5,7 @@ from __future__ import annotations
 from distui.core.telemetry.kinds import DEBUGGER, INPUT
 from distui.core.telemetry.stacks import KnownStack, known_stack
 from distui.daemon.diagnosis.observe import DEAD, FINISHED, STOPPED, Observed, Wait, this_node
-from distui.daemon.node.activity import activity, note
+from distui.daemon.node.activity import activity, note, waits_for_time_or_peer
 from distui.daemon.runs.state import RunState
 
 BUSY_S = 2.5
@@ -75,4 +75,6 @@ def stuck_since(rank: Observed, known: KnownStack, limit_s: float) -> float:
     found = activity(rank.pid, rank.began_s)
     if found is None or found.busy or not (loader or found.waits_for_lock):
         return 0.0
+    if not loader and known.time_s - known.since_s < PATIENT_S and waits_for_time_or_peer(rank.pid):
+        return 0.0  # a pool whose workers wait for an environment or an upload: that lock is given back
     return known.since_s

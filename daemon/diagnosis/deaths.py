@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from distui.core.paths import list_own
-from distui.core.telemetry.stacks import known_stack
+from distui.core.telemetry.ledger import RECENT, CollectiveEntry, LedgerReader, LedgerUnreadable
+from distui.core.telemetry.stacks import KnownStack, known_stack
 from distui.daemon.diagnosis.hangs import left_early, names, waits
 from distui.daemon.diagnosis.observe import DEAD, FINISHED, Observed, Wait, entries_at, this_node
-from distui.daemon.diagnosis.where import text_of
+from distui.daemon.diagnosis.where import own_place, text_of
 from distui.daemon.runs.folders import read_outcome
 from distui.daemon.runs.state import RunState
 from distui.proto import telemetry_pb2 as pb
@@ -23,6 +24,7 @@ _DISK = re.compile(r"No space left on device|ENOSPC|Disk quota exceeded", re.IGN
 _PEER = re.compile(
     r"closed by peer|Connection reset|Broken pipe|Connection refused|peer|remote|[Tt]imed out|DistNetworkError"
 )
+_TIMEOUT = re.compile(r"[Tt]imed out|[Tt]imeout|monitoredBarrier")
 _SIZE = re.compile(r"opts?\.preamble\.length|op\.preamble|size mismatch|not match.*size", re.IGNORECASE)
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([0-9, ]+)\)")
 SETTLE_S = 0.4
@@ -32,6 +34,10 @@ SETTLE_S = 0.4
 def dead(state: RunState, ranks: list[Observed], now_s: float, ending: dict[str, Any]) -> list[pb.Diagnosis]:
     """Return the rank that died first, and of what: the others lost their peer, or were ended for it (`ending`)."""
     outcome = read_outcome(state.run) if state.final else ending
+    well = {one["rank"] for one in outcome.get("ranks") or () if one.get("exit_status") == 0}
+    for rank in ranks:
+        if rank.process == DEAD and not rank.told and rank.rank in well:  # os._exit(0): it could not say so
+            rank.process, rank.told = FINISHED, True
     gone = [rank for rank in ranks if rank.process == DEAD]
     if state.final and state.info.state != "failed":
         return []
@@ -46,6 +52,8 @@ def dead(state: RunState, ranks: list[Observed], now_s: float, ending: dict[str,
         return []  # the peer that it may have lost is still on its way out
     ended: dict[str, Any] = next((one for one in outcome.get("ranks") or () if one.get("rank") == first.rank), {})
     if _PEER.search(first.error or str(ended.get("error") or "")) and (told := _left(state, first, ranks, now_s)):
+        return [told]
+    if _TIMEOUT.search(first.error) and (told := _never_came(state, first, ranks, now_s)) is not None:
         return [told]
     return [_dead(state, first, ranks, outcome, now_s)]
 
@@ -67,6 +75,55 @@ def _left(state: RunState, failed: Observed, ranks: list[Observed], now_s: float
             wait = Wait(group, seq, entry.op if entry is not None else wait.op, wait.since_s)
             return left_early(left, [failed], wait, max(0.0, now_s - failed.last_seen_s))
     return None
+
+
+def _never_came(state: RunState, failed: Observed, ranks: list[Observed], now_s: float) -> pb.Diagnosis | None:
+    """Return whom the one that failed had waited for until its time was over."""
+    if failed.ledger is None:
+        return None
+    seen = [rank for rank in ranks if rank is not failed and rank.ledger is not None and rank.node == this_node()]
+    since_s = max(0.0, now_s - failed.last_seen_s)
+    if not failed.ledger.last_seq:  # it never got past init_process_group
+        stacks = {rank.rank: known_stack(state.run, rank.rank) for rank in seen}
+        late = [rank for rank in seen if _entered_none(rank) and _elsewhere(stacks[rank.rank])]
+        wait, where = Wait("world", 0, "init_process_group", failed.last_seen_s), "init_process_group"
+    else:
+        last = _last_entry(state, failed)
+        if last is None:
+            return None
+        wait, where = Wait(last.group, last.seq, last.op, last.enqueued_s), ""
+        known = {rank.rank: rank.ledger.last_seq.get(wait.group, 0) for rank in seen if rank.ledger is not None}
+        late = [rank for rank in seen if wait.has(rank.rank) and 0 < known[rank.rank] < wait.seq]
+    if not late:
+        return None
+    stack = known_stack(state.run, late[0].rank)
+    place = f", last seen at {text_of(stack.frames)}; look at {own_place(stack.frames)}" if stack is not None else ""
+    told = pb.Diagnosis(
+        kind="hang",
+        ranks=[rank.rank for rank in late],
+        since_s=since_s,
+        message=f"{names(late)} never came to {where or wait.text()}, where {names([failed])} waited until its "
+        f"time was over ({failed.error.partition(chr(10))[0]}){place}",
+    )
+    if not where:
+        told.collective, told.group, told.seq = wait.op, wait.group, wait.seq
+    return told
+
+
+def _entered_none(rank: Observed) -> bool:
+    return rank.ledger is not None and not rank.ledger.last_seq
+
+
+def _elsewhere(stack: KnownStack | None) -> bool:
+    return stack is not None and not any("/distributed_c10d.py:" in frame for frame in stack.frames)
+
+
+def _last_entry(state: RunState, rank: Observed) -> CollectiveEntry | None:
+    try:
+        with LedgerReader.open(state.run.rank_ledger(rank.rank)) as reader:
+            return max(reader.entries(reader.head() - RECENT), key=lambda entry: entry.enqueued_s, default=None)
+    except (OSError, LedgerUnreadable):
+        return None  # it is gone with the run's folder
 
 
 def _order(rank: Observed, outcome: dict[str, Any]) -> int:

@@ -162,9 +162,9 @@ def _read_ledger(run: RunFolder, record: RankRecord, found: Observed, final: boo
     except (OSError, LedgerUnreadable):
         return  # not on this disk, or the telemetry's ledger is kept in memory only: the heartbeat has to do
     found.ledger = state
+    found.step = max(found.step, state.step)
     if final:
         return
-    found.step = max(found.step, state.step)
     found.phase, found.phase_since_s = state.phase, state.phase_since_s
     found.last_seq = dict(state.last_seq)
     found.num_collectives = sum(state.last_seq.values())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ DEVIATIONS = 8.0
 """Of the median absolute deviation, as that of a normal distribution."""
 RISE = 0.5
 LEAST_RISE = 0.01
+KNOWN_HIGHS = 3
+"""A height that so many of the last `CALM_STEPS` reached, and came back from, is no news: unequal batches, short ones
+before long ones."""
 _MAD = 1.4826
 _REFRESH_STEPS = 10
 
@@ -74,7 +79,7 @@ class LossTrend:
             if self._num_high == JUMP_STEPS:
                 self._seen_s = time_s
             if self._num_high > NEW_LEVEL_STEPS and time_s - self._first[1] > NEW_LEVEL_S:
-                self._calm, self._next_look = self._high.copy(), 0
+                self._calm = self._high.copy()
                 self._come_back()
             return
         self._calm.append(loss)
@@ -83,6 +88,9 @@ class LossTrend:
             self._come_back()
 
     def _come_back(self) -> None:
+        if self._high:
+            self._calm.extend(heapq.nlargest(KNOWN_HIGHS, self._high))
+            self._next_look = 0
         self._high.clear()
         self._num_high = 0
 
@@ -92,7 +100,10 @@ class LossTrend:
         if step >= self._next_look:
             self._usual = statistics.median(self._calm)
             deviation = _MAD * statistics.median(abs(loss - self._usual) for loss in self._calm)
-            self._limit = self._usual + max(DEVIATIONS * deviation, RISE * abs(self._usual), LEAST_RISE)
+            known = heapq.nlargest(KNOWN_HIGHS, self._calm)[-1]
+            self._limit = max(known, self._usual + max(DEVIATIONS * deviation, RISE * abs(self._usual), LEAST_RISE))
+            if not self._usual and not deviation:
+                self._limit = math.inf  # nothing is trained yet (a replay buffer that fills), or all is masked
             self._next_look = step + _REFRESH_STEPS
         return self._limit
 

@@ -33,6 +33,8 @@ LITTLE_BYTES = 32 << 20
 LITTLE_SHARE = 0.05
 LAST_ENTRIES = 16
 PHASES = ("data", "forward", "backward", "optimizer")
+EXPLAINS_SHARE = 0.25
+"""A phase that takes longer by less of what a rank is late is not why."""
 CPU_FULL_S = 10.0
 """After its processors had nothing left, a node's slowness says nothing of its links for so long."""
 
@@ -116,6 +118,8 @@ def _straggler(state: RunState, ranks: list[Observed], found: Straggler) -> list
         return []
     first, several = late[0], len(late) > 1
     phase, excess_s = _slow_phase(state, found.ranks)
+    if excess_s < EXPLAINS_SHARE * found.mean_gap_s:
+        phase = ""  # it is late of what it does outside its steps
     if len({rank.node for rank in ranks}) > 1 and not phase:
         return []  # clocks of several nodes differ: its own steps must say it too
     its, it_is, it_does = ("their", "they are", "they do") if several else ("its", "it is", "it does")

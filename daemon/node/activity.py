@@ -8,15 +8,21 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from distui.daemon.node.connections import carried
+
 WINDOW_S = 2.5
 """What a process did in this time counts as what it does."""
 MIN_WINDOW_S = 0.2
 BUSY_CORES = 0.3
 """A rank that waits costs a few hundredths of a core: its side threads."""
 BUSY_BYTES_S = 1 << 20
+BUSY_CARRIED_S = 64 << 10
+"""Over the network: an upload is slower than a disk, and what stores and heartbeats send is far less."""
 RUNNABLE_SHARE = 0.6
 MIN_LOOKS = 3
 _FORGET_S = 60.0
+_SLEEPS = ("nanosleep", "wait_woken", "wait_data")
+"""The kernel's names for what `sleep` and `recv` wait in; none of telemetry's, gloo's or gRPC's threads does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,7 @@ class _Sample:
     time_s: float
     cpu_s: float
     num_bytes: int
+    carried: dict[int, int]
     runnable: bool
     num_children: int
 
@@ -34,6 +41,8 @@ class Activity:
 
     cores: float
     bytes_s: float
+    carried_s: float
+    """By TCP connections."""
     runnable: bool
     """Whether it would run if it got a core, or waits for a disk, nearly whenever it is looked at."""
     num_children: int
@@ -42,8 +51,8 @@ class Activity:
 
     @property
     def moves_data(self) -> bool:
-        """Whether it reads or writes."""
-        return self.bytes_s > BUSY_BYTES_S
+        """Whether it reads or writes, sends or receives."""
+        return self.bytes_s > BUSY_BYTES_S or self.carried_s > BUSY_CARRIED_S
 
     @property
     def busy(self) -> bool:
@@ -63,7 +72,8 @@ class Activity:
     def text(self) -> str:
         """Return `97% of a core, 80 MiB/s, 2 children`."""
         words = [f"{self.cores:.0%} of a core"]
-        words += [f"{self.bytes_s / 2**20:,.0f} MiB/s of files"] * self.moves_data
+        words += [f"{self.bytes_s / 2**20:,.0f} MiB/s of files"] * (self.bytes_s > BUSY_BYTES_S)
+        words += [f"{self.carried_s / 2**20:,.1f} MiB/s of network"] * (self.carried_s > BUSY_CARRIED_S)
         words += [f"{self.num_children} child process{'es' * (self.num_children > 1)}"] * bool(self.num_children)
         return ", ".join(words)
 
@@ -90,10 +100,22 @@ def activity(pid: int, began_s: float) -> Activity | None:
     return Activity(
         max(0.0, last.cpu_s - first.cpu_s) / lasted_s,
         max(0, last.num_bytes - first.num_bytes) / lasted_s,
+        sum(now - first.carried.get(inode, 0) for inode, now in last.carried.items()) / lasted_s,
         runnable,
         last.num_children,
         _read(Path(f"/proc/{pid}/wchan")).strip("0\n"),
     )
+
+
+def waits_for_time_or_peer(pid: int) -> bool:
+    """Tell whether another thread than the main one, or a child, sleeps for a time, or waits for somebody's answer."""
+    waits = (
+        _read(Path(f"/proc/{one}/task/{task}/wchan"))
+        for one in (pid, *(_children(pid) or ()))
+        for task in _tasks(one)
+        if task != str(pid)
+    )
+    return any(part in wait for wait in waits for part in _SLEEPS)
 
 
 def _look(pid: int, began_s: float) -> deque[_Sample] | None:
@@ -112,7 +134,7 @@ def _look(pid: int, began_s: float) -> deque[_Sample] | None:
         cpu_s += _cpu_s(one)
         num_bytes += _num_bytes(one)
         runnable |= one != os.getpid() and _runnable(one)  # of whoever looks it says nothing that it runs
-    samples.append(_Sample(now_s, cpu_s, num_bytes, runnable, len(children)))
+    samples.append(_Sample(now_s, cpu_s, num_bytes, carried([pid, *children]), runnable, len(children)))
     while len(samples) > 2 and now_s - samples[1].time_s >= WINDOW_S:
         samples.popleft()
     if now_s - samples[0].time_s > 2 * WINDOW_S:  # nobody has looked for long: what was then is not what is now
@@ -153,12 +175,15 @@ def _num_bytes(pid: int) -> int:
 
 
 def _runnable(pid: int) -> bool:
-    try:
-        tasks = os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return False  # it has ended
-    stats = (_read(Path(f"/proc/{pid}/task/{task}/stat")) for task in tasks)
+    stats = (_read(Path(f"/proc/{pid}/task/{task}/stat")) for task in _tasks(pid))
     return any(stat.rpartition(")")[2].split()[:1] in (["R"], ["D"]) for stat in stats)
+
+
+def _tasks(pid: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []  # it has ended
 
 
 def _read(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket as sockets
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,8 +69,12 @@ class Announcer:
         try:
             acked = publish(self._socket, batch)
         except DistuiError as error:
+            told = f"distui: the daemon did not take the launcher's records: {error}"
             path = self._run.logs / "launcher.log"
-            with open(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as log:
-                log.write(f"distui: the daemon did not take the launcher's records: {error}\n")
+            try:
+                with open(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as log:
+                    log.write(f"{told}\n")
+            except OSError:  # a full disk, or the run's folder is gone
+                print(told, file=sys.stderr)
             return
         self._records = [kept for kept in self._records if kept.seq > acked]

@@ -26,11 +26,13 @@ _SIGNAL_HINTS: dict[int, str] = {
     signal.SIGABRT: "compiled code gave up: an assertion or a C++ exception; its message is in the log",
     signal.SIGBUS: "shared memory or a memory-mapped file ran out: look at the size of /dev/shm",
     signal.SIGILL: "compiled for another processor than this one",
+    signal.SIGXCPU: "its limit of processor time is used up: ulimit -t, or the scheduler's",
+    signal.SIGXFSZ: "a file grew beyond its limit: ulimit -f",
     signal.SIGTERM: "somebody, or the scheduler, asked this process to end",
 }
 
 
-_CAUSES = frozenset({"left_early", "mismatch"})
+_CAUSES = frozenset({"left_early", "mismatch", "hang"})
 """Verdicts on what another rank did; who failed only lost its peers by it."""
 
 
@@ -131,6 +133,8 @@ def end_line(run: RunFolder, outcome: Outcome, elapsed_s: float) -> str:
         words.append(f"{steps} steps")
     if losses:
         words.append(f"last loss {scalar(sum(losses) / len(losses))}")
+    if not run.path.is_dir():
+        return f"{', '.join(words)}; nothing is kept: {run.path} is gone"
     return f"{', '.join(words)}; kept in {run.path}\ndistui: to look at it again: distui monitor {run.run_id}"
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from distui.core.errors import EXIT_BUG
+from distui.core.errors import EXIT_BUG, EXIT_OK, EXIT_RANK_FAILED
 from distui.core.paths import RunFolder, open_own, write_own
 from distui.launcher.job.console import CONSOLE_ENV, Console
 from distui.launcher.job.outcome import Outcome, read_outcome, signal_name
@@ -108,9 +108,13 @@ class Job:
             timer.cancel()
         outcome = read_outcome(self.run)
         if outcome is None:
-            kill_job(self.run)  # the kernel has killed the ranks with the agent, but not what they had started
             outcome = self._without_agent(status)
-            outcome.write(self.run)
+            if outcome.state != "finished":
+                kill_job(self.run)  # the kernel has killed the ranks with the agent, but not what they had started
+            try:
+                outcome.write(self.run)
+            except OSError as error:
+                print(f"distui: how the job ended cannot be kept: {error}", file=sys.stderr)
         elif self.stopped_by is not None and outcome.state == "stopped":
             outcome.exit_status = 128 + self.stopped_by
             outcome.message = f"stopped by {self.stopped_by.name}"
@@ -120,6 +124,10 @@ class Job:
     def _without_agent(self, status: int) -> Outcome:
         if self.stopped_by is not None:
             return Outcome("stopped", 128 + self.stopped_by, f"stopped by {self.stopped_by.name}")
+        if status == EXIT_OK:
+            return Outcome("finished", EXIT_OK, "")
+        if status == EXIT_RANK_FAILED:
+            return Outcome("failed", status, f"a rank failed, and {self.run.path} could not keep of what")
         how = f"was killed by {signal_name(-status)}" if status < 0 else f"exited with status {status}"
         return Outcome("failed", EXIT_BUG, f"the launcher's agent {how}; see {self.run.logs / 'launcher.log'}")
 

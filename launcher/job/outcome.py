@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Mapping
@@ -12,9 +13,14 @@ from typing import Any
 from distui.core.errors import EXIT_RANK_FAILED
 from distui.core.paths import RunFolder, read_json, write_own
 
-_UNPROVOKED = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+_UNPROVOKED = {
+    *(signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGSYS),
+    *(signal.SIGXCPU, signal.SIGXFSZ, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2),
+}
 _HEAD_START_S = 1.0
 """A rank that such a signal ends takes its peers with it within this time; a peer's error never causes the signal."""
+_LOST_PEER = re.compile(r"gloo/transport/.*\bby peer", re.DOTALL)
+"""What a rank says whose peer is gone: it comes of another's failure, whichever is told first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +135,11 @@ def judge(
 ) -> Outcome:
     """Return the outcome of this node's ranks `first` to `first + nproc - 1`.
 
-    The first failure is the earliest: when it raised, or else when its process ended.
+    The first failure is the earliest: when it raised, or else when its process ended. Who only lost a peer is not it
+    where another failed by itself.
     """
-    ranks, failures = [], []
+    ranks, failures, own = [], [], False
+    first_bad_s = min((ending.time_s for ending in endings.values() if ending.bad), default=0.0)
     for rank in range(first, first + nproc):
         ending, report = endings.get(rank), read_rank_error(run, rank)
         status, signum = (ending.exit_status, ending.signal) if ending else (None, None)
@@ -141,9 +149,15 @@ def judge(
         ranks.append(RankOutcome(rank, status, signum, error))
         if ending is not None and ending.bad:
             time_s = report["time_s"] if report else ending.time_s
-            failures.append((time_s - (_HEAD_START_S if ending.signal in _UNPROVOKED else 0.0), rank, error))
+            lost = report is not None and _LOST_PEER.search(str(report["message"])) is not None
+            if report is None and ending.signal == signal.SIGTERM and ending.time_s > first_bad_s:
+                lost = True  # ended by us, for what had ended badly by then
+            own |= not lost and (report is not None or ending.signal is None)
+            failures.append((lost, time_s - (_HEAD_START_S if ending.signal in _UNPROVOKED else 0.0), rank, error))
     outcome = Outcome(state, exit_status, message, ranks=ranks)
     if exit_status == EXIT_RANK_FAILED and failures and not message:
-        _, outcome.failed_rank, error = min(failures)
+        _, _, outcome.failed_rank, error = min(
+            (one for one in failures if not (own and one[0])), key=lambda one: one[1:3]
+        )
         outcome.message = f"rank {outcome.failed_rank}: {error}"
     return outcome

@@ -29,7 +29,10 @@ def main() -> None:
     run = RunFolder(Path(sys.argv[1]))
     die_with_parent(int(os.environ[AGENT_PID_ENV]), signal.SIGTERM)
     outcome = run_job(run, json.load(sys.stdin))
-    outcome.write(run)
+    try:
+        outcome.write(run)
+    except OSError as error:  # a full disk, or the folder is gone: the status says it all the same
+        print(f"outcome.json cannot be written: {error}")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(outcome.exit_status)  # the store's threads may hold the interpreter back

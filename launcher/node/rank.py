@@ -7,8 +7,10 @@ Sends stdout and stderr to the rank's log, opens its telemetry, and runs the scr
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -92,7 +94,7 @@ def _leave(status: int, store: RankStore | None) -> NoReturn:
     threading._shutdown()  # type: ignore[attr-defined]  # joins the script's own threads
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # closed by the script: nothing is left in it
+        with suppress(OSError, ValueError, AttributeError):  # closed by the script, or None: nothing is left in it
             stream.flush()
     if store is not None and status == 0:
         store.outlive_others(status)
@@ -244,7 +246,18 @@ def _keep(run: RunFolder, rank: int, error: BaseException, trace: TracebackType 
         "step": last_step(run, rank),
         "time_s": time.time(),
     }
-    write_own(run.rank_error(rank), json.dumps(report, indent=1))
+    try:
+        _make_room(error)
+        write_own(run.rank_error(rank), json.dumps(report, indent=1))
+    except (OSError, ValueError) as failed:  # how the script ended counts, and is in its log
+        print(f"distui: {run.rank_error(rank)} cannot be written: {failed}", file=sys.stderr)
+
+
+def _make_room(error: BaseException) -> None:
+    """Let a rank that failed of too many open files open those of its report."""
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -90,6 +91,17 @@ def test_what_the_daemon_did_not_take_is_sent_again(place: tuple[FakeDaemon, Pat
     announcer.finished(Outcome("finished", 0, ""))
     (batch,) = daemon.batches
     assert [record.WhichOneof("body") for record in batch.records] == ["run_started", "run_finished"]
+
+
+def test_a_folder_that_is_gone_does_not_stop_the_launcher(
+    place: tuple[FakeDaemon, Path, RunFolder], capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon, socket, run = place
+    announcer = Announcer(run, socket)
+    shutil.rmtree(run.path)
+    daemon.refuse = True
+    announcer.finished(Outcome("finished", 0, ""))
+    assert "the daemon did not take the launcher's records" in capsys.readouterr().err
 
 
 def update(step: int, time_s: float, *diagnosis: pb.Diagnosis) -> pb.Update:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from distui.launcher.node.streams import Marks, marks_of
 
 BOTH = """
@@ -75,6 +77,16 @@ def test_what_a_script_leaves_running_is_named(home: Any, distui: Callable[..., 
     found = re.search(r"distui: the script has left a process running, .*: pid (\d+) \(sleep 600\)", done.stderr)
     assert found is not None, done.stderr[-500:]
     os.kill(int(found[1]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("code", "status", "words"), [("", 0, "finished"), ("1 / 0", 3, "a rank failed")])
+def test_a_run_s_folder_that_is_deleted_meanwhile_is_no_failure(
+    home: Any, distui: Callable[..., Done], code: str, status: int, words: str
+) -> None:
+    home.script("cleans.py", f"import os, shutil\nshutil.rmtree(os.environ['DISTUI_JOB'])\n{code}\n")
+    done = distui("launch", "--nproc", "1", "cleans.py")
+    assert done.returncode == status and words in done.stderr and "is gone" in done.stderr
+    assert "bug in distui" not in done.stderr
 
 
 def test_marks_cut_a_log_wherever_it_is_read(tmp_path: Path) -> None:

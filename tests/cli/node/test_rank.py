@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,7 @@ def rank_of(run: RunFolder, code: str, *arguments: str) -> tuple[int, str, dict[
         ("import sys; sys.exit('no data found')", 1, "no data found\n", "SystemExit"),
         ("raise KeyboardInterrupt", 130, "", None),
         ("import os; os._exit(9)", 9, "", None),
+        ("import sys; sys.stderr = None", 0, "", None),
     ],
 )
 def test_exit_statuses_are_the_scripts(run: RunFolder, code: str, status: int, log: str, kind: str | None) -> None:
@@ -82,6 +85,23 @@ def test_the_scripts_own_excepthook_is_asked(run: RunFolder) -> None:
     assert error is not None and error["type"] == "ZeroDivisionError"
 
 
+def test_too_many_open_files_are_kept_as_the_error_that_they_are(run: RunFolder) -> None:
+    code = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        "kept = [open('/dev/null') for _ in range(100)]\n"
+    )
+    status, log, error = rank_of(run, code)
+    assert status == 1 and error is not None and "Too many open files" in error["message"]
+    assert log == error["traceback"]
+
+
+def test_an_error_that_cannot_be_kept_is_told_all_the_same(run: RunFolder) -> None:
+    status, log, error = rank_of(run, f"import shutil\nshutil.rmtree({str(run.errors)!r})\n1 / 0\n")
+    assert status == 1 and error is None
+    assert "ZeroDivisionError: division by zero\ndistui: " in log and log.count("Traceback") == 1
+
+
 def test_classes_of_the_script_can_be_pickled_for_spawned_children(run: RunFolder) -> None:
     code = (
         "import multiprocessing\n"
@@ -107,9 +127,11 @@ def test_a_rank_without_its_agent_ends_at_once(run: RunFolder) -> None:
 # ---- which rank was first, and how it is told -----------------------------------------------------------------------
 
 
-def raised(run: RunFolder, rank: int, time_s: float, kind: str = "ValueError", step: int | None = 7) -> None:
+def raised(
+    run: RunFolder, rank: int, time_s: float, kind: str = "ValueError", step: int | None = 7, message: str = "boom"
+) -> None:
     trace = "Traceback (most recent call last):\n" + "".join(f'  File "m.py", line {n}\n' for n in range(40)) + kind
-    report = {"rank": rank, "host": "node7", "pid": 1, "type": kind, "message": "boom", "traceback": trace}
+    report = {"rank": rank, "host": "node7", "pid": 1, "type": kind, "message": message, "traceback": trace}
     run.rank_error(rank).write_text(json.dumps({**report, "step": step, "time_s": time_s}))
 
 
@@ -128,6 +150,20 @@ def test_a_killed_rank_comes_before_the_errors_it_causes(run: RunFolder) -> None
     raised(run, 0, 100.0, "ConnectionError")
     outcome = judged(run, Ending(0, 1, 1, None, 100.2), Ending(1, 2, None, 9, 100.1), Ending(2, 3, None, 15, 100.3))
     assert (outcome.failed_rank, outcome.message) == (1, "rank 1: killed by SIGKILL")
+
+
+def test_a_limit_that_was_reached_comes_before_the_errors_it_causes(run: RunFolder) -> None:
+    raised(run, 0, 100.0, "ConnectionError")
+    outcome = judged(run, Ending(0, 1, None, 15, 100.2), Ending(1, 2, None, signal.SIGXCPU, 100.1))
+    assert outcome.failed_rank == 1
+    assert "its limit of processor time" in failure_report(run, outcome)
+
+
+def test_who_lost_a_peer_is_not_first_where_another_failed_by_itself(run: RunFolder) -> None:
+    raised(run, 0, 100.0, "RuntimeError", message="[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    killed, by_itself = Ending(2, 3, None, 15, 100.3), Ending(1, 2, 1, None, 100.4)
+    assert judged(run, Ending(0, 1, 1, None, 100.2), by_itself, killed).failed_rank == 1
+    assert judged(run, Ending(0, 1, 1, None, 100.2), killed).failed_rank == 0
 
 
 def test_a_rank_that_distui_killed_is_not_the_first_failure(run: RunFolder) -> None:
@@ -161,6 +197,12 @@ def test_the_end_line_says_where_to_look_again(run: RunFolder) -> None:
     first, second = end_line(run, outcome, 65.0).splitlines()
     assert first == f"distui: finished after 1m 05s; kept in {run.path}"
     assert second == "distui: to look at it again: distui monitor run-1"
+
+
+def test_the_end_line_says_that_the_folder_is_gone(run: RunFolder) -> None:
+    shutil.rmtree(run.path)
+    outcome = Outcome("finished", 0, "", ranks=[RankOutcome(0, 0)])
+    assert end_line(run, outcome, 65.0) == f"distui: finished after 1m 05s; nothing is kept: {run.path} is gone"
 
 
 def test_only_the_first_asked_rank_stops_the_job(run: RunFolder) -> None:

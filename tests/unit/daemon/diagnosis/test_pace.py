@@ -31,6 +31,7 @@ class Job:
         late: Mapping[int, Callable[[int], float]] = {},
         num_bytes: int = 1 << 20,
         transfer_s: float = 0.002,
+        op: Callable[[int], str] = lambda rank: "all_reduce",
     ) -> None:
         for _ in range(count):
             self.seq += 1
@@ -47,7 +48,7 @@ class Job:
                 rank: pb.Collective(
                     group="world",
                     seq=self.seq,
-                    op="all_reduce",
+                    op=op(rank),
                     bytes=num_bytes,
                     enqueued_s=arrival_s,
                     finished_s=self.now_s,
@@ -93,6 +94,12 @@ def test_ranks_that_are_late_in_turns_or_once_are_no_stragglers() -> None:
     once = Job(3)
     once.steps(200, 0.1, {0: lambda step: 6.0 * (step == 150)})
     assert turns.late() == once.late() == ()
+
+
+def test_who_receives_waits_by_design() -> None:
+    job = Job(2)
+    job.steps(100, 0.1, {1: always(0.08)}, op=lambda rank: ("recv", "send")[rank])
+    assert job.late() == ()
 
 
 def slow(job: Job) -> SlowLink | None:
@@ -152,6 +159,25 @@ def test_the_phase_is_that_of_its_slow_steps(state: RunState, monkeypatch: pytes
     (found,) = diagnose(state, observe(state, job.now_s), job.now_s)
     assert (found.kind, list(found.ranks)) == ("straggler", [1])
     assert "its data takes 1000 ms longer" in found.message
+
+
+def test_a_phase_that_does_not_explain_it_is_not_named(state: RunState, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes it late is between its steps: a file that it alone writes, a sleep."""
+    job = Job(3)
+    job.steps(60, 0.5, {1: always(0.3)})
+    feed(
+        state,
+        job,
+        {
+            rank: lambda step, rank=rank: {"forward_s": 0.2, "optimizer_s": 0.0005 + 0.02 * (rank == 1)}  # type: ignore[misc]
+            for rank in range(3)
+        },
+    )
+    monkeypatch.setattr("time.time", lambda: job.now_s)
+    (found,) = diagnose(state, observe(state, job.now_s), job.now_s)
+    assert (
+        found.kind == "straggler" and "optimizer" not in found.message and "stacks shows what it does" in found.message
+    )
 
 
 @pytest.mark.parametrize(("nice", "told"), [(0.0, []), (60.0, ["slow_link"])])

@@ -73,11 +73,24 @@ def test_noise_is_no_jump(seed: int) -> None:
         lambda step: 3.0 + 2.0 * math.sin(step / 15) + draws.gauss(0, 0.1),  # two datasets by turns
         lambda step: 2.0,
         lambda step: 0.0,
+        lambda step: 0.0 if step < 100 else 0.5 + draws.gauss(0, 0.05),  # a replay buffer that fills first
+        lambda step: max(0.0, draws.gauss(-0.05, 0.03)),  # a hinge
+        lambda step: 8.0 if step % 7 in (3, 5) else 1.0 + draws.gauss(0, 0.1),  # unequal batches
     ):
         trend = LossTrend()
         for step in range(3000):
             trend.add(step, make(step), NOW + step)
             assert trend.jump is None, step
+
+
+def test_a_height_that_comes_again_is_told_once() -> None:
+    trend, told = LossTrend(), set()
+    for step in range(2000):  # short sentences, then long ones
+        trend.add(step, 1.0 + 2.0 * (step // 10 % 3 == 2), NOW + step)
+        told |= {trend.jump.step} if trend.jump else set()
+    assert len(told) == 1
+    _fed([9.0] * JUMP_STEPS, trend, 2000)
+    assert trend.jump is not None, "a greater one is news"
 
 
 def _grown(held: list[float], gap_s: float = 2.0) -> float:
