@@ -48,7 +48,7 @@ class Schedule(ShownGradients):
         self._line = streams.line_of(self.units[0].device, self._keep_small) if self.units else None
         """On a GPU: autograd calls hooks in the streams of the forward, and a script may make any stream current."""
         self.order: list[Unit] = []
-        self._next = 0
+        self._next = self.num_steps = 0
         self._open = False
         self.before_gradients: Callable[[], None] = lambda: None
         """Called before the first gradient of a backward is added to what there is."""
@@ -273,7 +273,7 @@ class Schedule(ShownGradients):
         for unit in self.order:
             flags += bytearray(map(max, unit.present, unit.zeroed)) if self._has_zeros else unit.present
         if self._agreement is not None:
-            flags = self._agreement.union(flags, Place.BACKWARD_END)
+            flags = self._agreement.union(flags, self.num_steps)
         at = len(self.order)
         for unit in self.order:
             present = flags[at : at + len(unit.params)]
@@ -316,7 +316,7 @@ class Schedule(ShownGradients):
             self.residence.serve(Place.BACKWARD_END)
         flags = bytearray(len(self.order)) + bytearray().join(unit.zeroed for unit in self.order)
         if self._agreement is not None:
-            flags = self._agreement.union(flags, Place.BACKWARD_END)
+            flags = self._agreement.union(flags, self.num_steps)
         at = len(self.order)
         for unit in self.order:
             unit.hold_zeros(flags[at : at + len(unit.params)])

@@ -100,6 +100,7 @@ class ShardedOptimizer(PreparedOptimizer):
         with self._runs_in_groups():
             self._step(factor)
         self._schedule.publish(self.own, refresh=self.stream is None)
+        self._schedule.num_steps += 1
         if self.onebit is not None:
             self.onebit.follow()
 

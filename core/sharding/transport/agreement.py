@@ -89,15 +89,20 @@ class Agreement:
             Place(-last),
         )
 
-    def union(self, flags: bytearray, place: Place) -> bytearray:
+    def union(self, flags: bytearray, num_steps: int) -> bytearray:
         """Return which of `flags` are 1 on any rank. Collective: all ranks, in the same place.
 
-        Raises: DisagreementError where the ranks are in different places.
+        Raises: DisagreementError where the ranks have stepped another number of times: the backward passes that meet
+        here do not belong to each other.
         """
-        code = int(place)
+        code = num_steps % 256
         message = torch.frombuffer(bytearray([code, 255 - code]) + flags, dtype=torch.uint8)
         self.transport.all_reduce(message, op=dist.ReduceOp.MAX).wait()
         first, last, *union = message.tolist()
         if 255 - last != first:
-            raise DisagreementError(f"ranks are in different places: {Place(255 - last).name}, {Place(first).name}")
+            raise DisagreementError(
+                f"after {num_steps} optimizer steps this rank meets others that took more or fewer: some rank stepped "
+                "without a backward of its own, or took a step alone; have every rank run a backward before each step, "
+                "with a loss of zero (loss * 0) where it has nothing to learn"
+            )
         return bytearray(union)

@@ -14,6 +14,7 @@ from torch import nn
 
 import distui
 from distui.core.errors import UserError
+from distui.core.sharding.transport.agreement import DisagreementError
 from distui.core.sharding.units import partition
 from tests.dist.sharding.trainings import DIM, OUT, STAGES, Net, batch, square
 
@@ -315,3 +316,17 @@ def test_what_needs_every_weight_is_refused_at_stage_3(run_ranks: RunRanks) -> N
 @pytest.mark.parametrize("stage", STAGES)
 def test_backward_through_weights_of_an_earlier_step(run_ranks: RunRanks, stage: int) -> None:
     run_ranks(_stale_graph, 2, stage, timeout_s=120.0)
+
+
+def _steps_without_a_backward(stage: int) -> None:
+    engine, model, optimizer = _prepared(stage)
+    with pytest.raises(DisagreementError, match=r"stepped without a backward of its own.*loss \* 0"):
+        for step in range(4):
+            if engine.process_index or step != 1:
+                engine.backward(square(model(batch(step))))
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_a_rank_that_steps_without_a_backward_is_told(run_ranks: RunRanks) -> None:
+    run_ranks(_steps_without_a_backward, 2, 0)
