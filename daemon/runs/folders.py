@@ -147,7 +147,7 @@ def find_run(name_or_folder: str | None, runs_dir: Path) -> RunFolder:
     """
     name = name_or_folder or ""
     if os.sep in name:
-        run = RunFolder(Path(name).resolve())
+        run = RunFolder(Path(os.path.realpath(name)))  # unlike `resolve`, it takes links that go round
         check_run_id(run.run_id)
     else:
         check_run_id(name or "newest")

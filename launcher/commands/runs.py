@@ -83,6 +83,10 @@ def run_row(folder: Any) -> dict[str, Any]:
 
 
 def _told_state(folder: Any) -> str:
+    from distui.core.errors import DistuiError
     from distui.launcher.job.daemon_client import snapshot_of
 
-    return str(snapshot_of(folder).run.state)
+    try:
+        return str(snapshot_of(folder).run.state)
+    except (DistuiError, OSError):  # NotOwn too: one folder that is spoilt does not hide the others
+        return "unreadable"

@@ -133,7 +133,7 @@ def end_line(run: RunFolder, outcome: Outcome, elapsed_s: float) -> str:
         words.append(f"{steps} steps")
     if losses:
         words.append(f"last loss {scalar(sum(losses) / len(losses))}")
-    if not run.path.is_dir():
+    if not os.path.lexists(run.path):
         return f"{', '.join(words)}; nothing is kept: {run.path} is gone"
     return f"{', '.join(words)}; kept in {run.path}\ndistui: to look at it again: distui monitor {run.run_id}"
 

@@ -38,6 +38,7 @@ from distui.daemon.runs.store import RunLog, segment_files
 from distui.daemon.serve.monitor import read_log
 from distui.daemon.serve.security import tcp_options
 from distui.launcher import cli
+from distui.launcher.commands.runs import run_row
 from distui.launcher.job.ending import flops_report
 from distui.launcher.job.outcome import last_step, read_outcome, read_rank_error
 from distui.launcher.job.processes import record_session, request_stop
@@ -383,3 +384,17 @@ def test_a_file_system_that_gives_files_away_is_refused_at_the_launch(
     assert cli.run(["launch", "--nproc", "1", "--no-tui", str(tmp_path / "train.py")]) == 2
     told = capsys.readouterr().err
     assert "it belongs to user" in told and "run.dir or DISTUI_STATE_DIR" in told
+
+
+def test_one_run_that_is_spoilt_hides_no_others(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "train-1")
+    run.create()
+    run.telemetry.rmdir()
+    run.telemetry.symlink_to(tmp_path)
+    assert run_row(run)["state"] == "unreadable"
+
+
+def test_a_link_that_goes_round_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "train-1").symlink_to("train-1")
+    with pytest.raises(UserError):
+        find_run(str(tmp_path / "train-1"), tmp_path)
