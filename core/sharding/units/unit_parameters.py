@@ -48,6 +48,8 @@ class UnitParameters(Shards):
         whole, part = self._begin(start)
         nan = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
         self._nan = [nan.expand(span.shape) for span in self.layout.spans]
+        strides = (torch.empty(span.shape, device="meta").stride() for span in self.layout.spans)
+        self._cuts = [(span.shape, each, span.offset) for span, each in zip(self.layout.spans, strides, strict=True)]
         self._classes = guard(self.params, self)  # type: ignore[arg-type]
         self.fetch: Callable[[Iterable[int]], contextlib.AbstractContextManager[None]] | None = None
         """Stage 3: brings this unit here for whoever reads it; set by the residence of the model's units."""
@@ -125,12 +127,14 @@ class UnitParameters(Shards):
     def show_some(self, indices: Iterable[int]) -> None:
         """Make some parameters views of `full`."""
         assert self.is_whole and self.full is not None
+        full, start = self.full, self.full.storage_offset()
         for index in indices:
-            param, span, kept = self.params[index], self.layout.spans[index], self._classes[index][0]
+            param, kept = self.params[index], self._classes[index][0]
             if type(param) is kept:
                 continue
             param.__class__ = kept
-            DATA.__set__(param, self.full[span.offset : span.end].view(span.shape))
+            shape, strides, offset = self._cuts[index]
+            DATA.__set__(param, full.as_strided(shape, strides, start + offset))  # one call: blocks come and go
             self._num_shown += 1
 
     def hide(self) -> None:
