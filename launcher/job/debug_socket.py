@@ -15,7 +15,8 @@ import signal
 import socket
 import struct
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from distui.core.errors import EXIT_OK, UserError
 from distui.core.paths import RunFolder, own_folder, read_json
@@ -118,19 +119,43 @@ def attach(run: RunFolder) -> int:
             file=sys.stderr,
         )
         socket.send_fds(line, [_ASK], [0, 1])
-        used = False
-        while True:
-            try:
-                if not line.recv(64):
-                    break
-                used = True
-            except ConnectionError:
-                break
-            except KeyboardInterrupt:
-                if not used and not select.select([line], [], [], 0)[0]:
-                    break  # nothing has begun
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGINT)
+        with _interrupts() as interrupted:
+            _pass_on(line, interrupted, pid)
     signal.signal(signal.SIGTSTP, suspending)
     print(f"distui: rank {rank} is left", file=sys.stderr)
     return EXIT_OK
+
+
+@contextmanager
+def _interrupts() -> Iterator[socket.socket]:
+    """Give what can be read from at each Ctrl-C. A KeyboardInterrupt could lose what has just been received."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    handler = signal.signal(signal.SIGINT, lambda *_: None)
+    waker = signal.set_wakeup_fd(writer.fileno())
+    try:
+        with reader, writer:
+            yield reader
+    finally:
+        signal.set_wakeup_fd(waker)
+        signal.signal(signal.SIGINT, handler)
+
+
+def _pass_on(line: socket.socket, interrupted: socket.socket, pid: int) -> None:
+    """Pass each Ctrl-C on to the rank, until that lets go; one that comes before the rank has begun ends this."""
+    used = False
+    while True:
+        ready, _, _ = select.select([line, interrupted], [], [])
+        if line in ready:
+            try:
+                used = bool(line.recv(64))
+            except ConnectionError:
+                return
+            if not used:
+                return
+        if interrupted in ready:
+            interrupted.recv(64)
+            if not used:
+                return  # nothing has begun
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT)

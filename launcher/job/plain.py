@@ -179,10 +179,11 @@ class FirstFailure:
         """Say it once; the shown rank's own error is in its output."""
         if self._told:
             return
+        # First the endings: before a rank ends it has written of what.
+        endings = (read_json(self._run.ending) or {}).get("ranks", [])
         # A file that is being written beside its place may be listed, and gone or empty when it is read.
         names = [name for name in list_own(self._run.errors) if name.endswith(".json")]
         errors = [found for name in names if (found := read_json(self._run.errors / name)) is not None]
-        endings = (read_json(self._run.ending) or {}).get("ranks", [])
         if not errors and not endings:
             return
         self._told = True
