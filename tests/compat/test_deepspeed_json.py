@@ -238,6 +238,7 @@ def test_what_needs_no_axis_of_its_own_is_taken() -> None:
     DeepSpeedOptimizerWrapper(optimizer).step()
     assert model[1].bias.item() == pytest.approx(before - 0.5)
     engine.destroy()
+    torch.distributed.destroy_process_group()  # of one rank, which initialize has made
 
 
 def test_every_public_name_is_offered_or_refused_with_the_way_around() -> None:

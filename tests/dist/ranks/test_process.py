@@ -132,14 +132,6 @@ def test_the_environment_of_torchrun_makes_the_group(run_ranks: RunRanks, tmp_pa
     assert run_ranks(_join_from_environment, 2, str(tmp_path / "port")) == [3, 3]
 
 
-@pytest.fixture
-def alone() -> None:
-    """Leave the group that another test of this process may still be in: it would be taken for the job's."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
