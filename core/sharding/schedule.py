@@ -13,6 +13,7 @@ rank is None for the optimizer, as in plain torch; one that others have counts a
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -48,7 +49,9 @@ class Schedule(ShownGradients):
         self._line = streams.line_of(self.units[0].device, self._keep_small) if self.units else None
         """On a GPU: autograd calls hooks in the streams of the forward, and a script may make any stream current."""
         self.order: list[Unit] = []
-        self._next = self.num_steps = 0
+        self._next = 0
+        self.num_steps = 0
+        """How often optimizers of this model have stepped: ranks whose backward passes meet have the same."""
         self._open = False
         self.before_gradients: Callable[[], None] = lambda: None
         """Called before the first gradient of a backward is added to what there is."""
@@ -272,16 +275,17 @@ class Schedule(ShownGradients):
         self._owes_zeros = False
         for unit in self.order:
             flags += bytearray(map(max, unit.present, unit.zeroed)) if self._has_zeros else unit.present
+        filled, found = self._on_any_rank(flags)
+        for unit, present in zip(self.order, found, strict=True):
+            unit.present = bytearray(param.requires_grad for param in unit.params) if self._zero_missing else present
+        return [unit for unit, again in zip(self.order, filled, strict=True) if again]
+
+    def _on_any_rank(self, flags: bytearray) -> tuple[bytearray, list[bytearray]]:
+        """Return which of `flags`, a unit's each and then a parameter's each, some rank has. Collective: all ranks."""
         if self._agreement is not None:
             flags = self._agreement.union(flags, self.num_steps)
-        at = len(self.order)
-        for unit in self.order:
-            present = flags[at : at + len(unit.params)]
-            at += len(unit.params)
-            if self._zero_missing:
-                present = bytearray(param.requires_grad for param in unit.params)
-            unit.present = present
-        return [unit for unit, again in zip(self.order, flags, strict=False) if again]
+        ends = list(itertools.accumulate((len(unit.params) for unit in self.order), initial=len(self.order)))
+        return flags[: ends[0]], [flags[start:end] for start, end in itertools.pairwise(ends)]
 
     def weigh(self, factor: float) -> None:
         """Multiply by `factor` what arrives from now on."""
@@ -314,13 +318,9 @@ class Schedule(ShownGradients):
         self._owes_zeros = False
         if self.residence is not None:
             self.residence.serve(Place.BACKWARD_END)
-        flags = bytearray(len(self.order)) + bytearray().join(unit.zeroed for unit in self.order)
-        if self._agreement is not None:
-            flags = self._agreement.union(flags, self.num_steps)
-        at = len(self.order)
-        for unit in self.order:
-            unit.hold_zeros(flags[at : at + len(unit.params)])
-            at += len(unit.params)
+        _, found = self._on_any_rank(bytearray(len(self.order)) + bytearray().join(unit.zeroed for unit in self.order))
+        for unit, indices in zip(self.order, found, strict=True):
+            unit.hold_zeros(indices)
 
     def open(self) -> None:
         """Before a backward of which it is known that it is this model's, whatever of it gets a gradient here."""

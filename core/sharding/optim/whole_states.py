@@ -89,8 +89,8 @@ def _held(optimizer: Steps) -> Held:
                     held[place] = value.shape, 0, value.reshape(-1)
                 else:
                     at, low, high = _cut(run, index)
-                    part = value.part(at, at + high - low).read() if isinstance(value, CellSlice) else value
-                    part = part if isinstance(value, CellSlice) else part[at : at + high - low]
+                    end = at + high - low
+                    part = value.part(at, end).read() if isinstance(value, CellSlice) else value[at:end]
                     held[place] = torch.Size(run.unit.layout.spans[index].shape), low, part
     return held
 
