@@ -221,7 +221,7 @@ class Engine(States, ProcessState):
 
     @contextmanager
     def no_sync(self, model: nn.Module | None = None) -> Iterator[None]:
-        """Keep the gradients of the backward passes inside local (stages 2 and 3 still reduce into their shards)."""
+        """Keep gradients of the passes inside local (stages 2 and 3 reduce into shards); no optimizer steps there."""
         before = self.sync_gradients
         self._set_sync(False)
         try:
