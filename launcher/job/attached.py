@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
+
 from distui.core.paths import RunFolder
 from distui.launcher.job.outcome import Outcome, read_outcome
 from distui.launcher.job.processes import GRACE_S, kill_job, wait_handle
@@ -17,16 +19,18 @@ MARGIN_S = 2.0
 
 def agent_of(run: RunFolder) -> int | None:
     """Return the process that holds the run's ranks on this node; None where there is none any more."""
+    found: dict[int, int] = {}
     for entry in os.listdir("/proc"):
         try:
             words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0") if entry.isdigit() else []
-        except OSError:
+            if AGENT in words and os.fsencode(run.path.resolve()) in [
+                os.path.realpath(word) for word in words[-2:] if word
+            ]:
+                found[int(entry)] = psutil.Process(int(entry)).ppid()
+        except (OSError, psutil.NoSuchProcess):
             continue  # it ended meanwhile
-        if AGENT in words and os.fsencode(run.path.resolve()) in [
-            os.path.realpath(word) for word in words[-2:] if word
-        ]:
-            return int(entry)
-    return None
+    # What an agent is just starting has its command line until it has its own, and may have a lower number.
+    return next((pid for pid, parent in found.items() if parent not in found), None)
 
 
 class AttachedJob:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -265,3 +266,9 @@ def test_what_needs_no_engine_is_the_installed_librarys_own() -> None:
     assert set(device_map.values()) == {"cpu"}
     dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
     importlib.import_module("distui.compat.accelerate.hooks").remove_hook_from_submodules(model)
+
+
+def test_a_name_that_is_a_module_too_can_be_called_whoever_imports_first() -> None:
+    """`import accelerate.utils.tqdm` puts the module where the function is looked for."""
+    module: Any = importlib.import_module("distui.compat.accelerate.utils.tqdm")
+    assert list(module(range(3), disable=True)) == list(module.tqdm(range(3), disable=True)) == [0, 1, 2]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ Done = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
-def fifo(home: Any, request: pytest.FixtureRequest) -> Path:
-    """Give what a script waits for."""
+def fifo(home: Any, distui: Callable[..., Done], request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Give what a script waits for; what still waits after the test is stopped."""
     home.script("waits.py", WAITS)
     path = Path(home.path) / f"{request.node.name[:20]}.fifo"
     os.mkfifo(path)
-    return path
+    yield path
+    for run_id in states(distui, "--running"):
+        distui("stop", run_id)
 
 
 def process(home: Any, *arguments: str, **streams: Any) -> subprocess.Popen[str]:
@@ -56,7 +58,8 @@ def test_a_detached_job_is_listed_followed_attached_to_and_has_an_exit_status(
     run_id = started.stdout.strip()
     assert started.returncode == 0 and f"distui attach {run_id}" in started.stderr
     logs = process(home, "logs", run_id, "-f")
-    assert logs.stdout is not None and logs.stdout.readline() == "begun\n"
+    assert logs.stdout is not None
+    assert logs.stdout.readline() == "begun\n", logs.communicate(timeout=60)
     assert states(distui, "--running") == {run_id: "running"}
     attached = process(home, "attach", run_id)
     assert attached.stderr is not None and run_id in attached.stderr.readline()
@@ -145,3 +148,17 @@ def test_under_nohup_a_closed_terminal_leaves_the_job(home: Any, distui: Callabl
     os.close(watching.ours)
     assert watching.process.wait(120) == 0
     assert distui("stop", run.run_id, "--now").returncode == 0
+
+
+def test_what_an_agent_is_just_starting_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process has its parent's command line until it has its own, and a lower number once numbers have wrapped."""
+    forks = "import os, sys; os.fork() and print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", forks, "distui.launcher.node.agent", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as agent:
+        assert agent.stdout is not None and agent.stdout.readline()
+        numbers = os.listdir("/proc")
+        for order in (numbers, numbers[::-1]):
+            monkeypatch.setattr("os.listdir", lambda path, order=order: order)
+            assert agent_of(RunFolder(tmp_path)) == agent.pid
+        monkeypatch.undo()
+        agent.communicate()

@@ -52,9 +52,7 @@ def _scene(stranger: Stranger | None, kinds: list[str]) -> Iterator[Scene]:
     folder = Path(tempfile.mkdtemp(prefix="dt", dir="/tmp"))
     folder.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DISTUI_STATE_DIR", str(folder / "s"))
-        patch.setenv("DISTUI_RUNTIME_DIR", str(folder / "r"))
-        patch.delenv("DISTUI_JOB", raising=False)
+        _enter(folder, patch)
         node = module.Node(folder)
         default_runs_dir().mkdir(parents=True)
         default_runs_dir().chmod(0o1777)  # several users share it
@@ -73,21 +71,40 @@ def _scene(stranger: Stranger | None, kinds: list[str]) -> Iterator[Scene]:
             if stranger is not None:
                 give_away(run, stranger.uid)
             before[kind] = tree(run.path)
-        yield Scene(node, mine, secret, elsewhere, before)
-        node.close()
+    yield Scene(node, mine, secret, elsewhere, before)
+    node.close()
     shutil.rmtree(folder)
 
 
+def _enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Have the folders of runs and sockets be those of a scene."""
+    patch.setenv("DISTUI_STATE_DIR", str(folder / "s"))
+    patch.setenv("DISTUI_RUNTIME_DIR", str(folder / "r"))
+    patch.delenv("DISTUI_JOB", raising=False)
+
+
 @pytest.fixture(scope="module")
-def shared(stranger: Stranger) -> Iterator[Scene]:
-    """Give a folder of runs in which a stranger has planted one of every kind."""
+def strangers(stranger: Stranger) -> Iterator[Scene]:
     yield from _scene(stranger, list(KINDS))
 
 
 @pytest.fixture(scope="module")
-def given() -> Iterator[Scene]:
-    """Give a folder of runs that are all mine, and hostile by what is in them."""
+def mine() -> Iterator[Scene]:
     yield from _scene(None, CONTENT)
+
+
+@pytest.fixture
+def shared(strangers: Scene, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    """Give a folder of runs in which a stranger has planted one of every kind."""
+    _enter(strangers.secret.parent, monkeypatch)
+    return strangers
+
+
+@pytest.fixture
+def given(mine: Scene, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    """Give a folder of runs that are all mine, and hostile by what is in them."""
+    _enter(mine.secret.parent, monkeypatch)
+    return mine
 
 
 def _distui(*commands: str) -> list[tuple[int, str]]:

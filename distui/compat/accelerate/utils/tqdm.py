@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 from distui.compat.accelerate.state import PartialState
@@ -16,3 +18,13 @@ def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:
     if main_process_only and not kwargs.get("disable", False):
         kwargs["disable"] = PartialState().local_process_index != 0
     return bar(*args, **kwargs)
+
+
+class _Callable(ModuleType):
+    """`accelerate.utils.tqdm` names this module and the function; whichever a script finds there, it can call it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return tqdm(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
