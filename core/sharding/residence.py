@@ -26,6 +26,7 @@ from distui.core.ranks.streams import Line
 from distui.core.sharding.hooks import by_alias, route_saving
 from distui.core.sharding.refusals import refuse_other_data, refuse_unseen_reads
 from distui.core.sharding.transport.agreement import Agreement, DisagreementError, Place, Round
+from distui.core.sharding.units.block import Block
 from distui.core.sharding.units.pool import BufferPool
 from distui.core.sharding.units.states import ParamState
 from distui.core.sharding.units.unit import Unit
@@ -85,8 +86,8 @@ class Residence:
         """Memory of a unit that may go -> its group and the unit."""
         self._buffers: dict[int, torch.Tensor] = {}
         """What a unit's whole parameters are cut from."""
-        self._entered: list[tuple[int, bool]] = []
-        """Groups that are entered, and whether hooks for what autograd saves were set for it."""
+        self._entered: list[tuple[Block, bool]] = []
+        """Blocks that are entered, and whether hooks for what autograd saves were set for it."""
         self.all_whole = False
         """Inside `full_parameters`: every unit is whole in memory of its own."""
         self._largest: dict[tuple[torch.dtype, torch.device], int] = {}
@@ -245,7 +246,7 @@ class Residence:
         refuse_unseen_reads()
         self.need(group)
         self._pinned[group] += 1
-        unit.show_some(some := () if unit.is_shown else tuple(indices))
+        some = unit.show_some(indices)
         hooked = self._hook_saving(of_block=False)
         try:
             yield
@@ -255,14 +256,15 @@ class Residence:
             self._pinned[group] -= 1
             unit.hide_some(some)
 
-    def enter(self, group: int) -> None:
-        """Bring `group` here, to be read by anybody until `leave`; autograd saves where a parameter lies, not it."""
+    def enter(self, block: Block) -> None:
+        """Bring `block` here, to be read by anybody until `leave`; autograd saves where a parameter lies, not it."""
         if self.all_whole:
             return
         refuse_unseen_reads()
-        self.need(group)
-        self._pin(group)
-        self._entered.append((group, self._hook_saving(of_block=True)))
+        self.need(block.group)
+        self._pinned[block.group] += 1
+        block.show()
+        self._entered.append((block, self._hook_saving(of_block=True)))
 
     def _hook_saving(self, of_block: bool) -> bool:
         """Set hooks for what autograd saves, unless they are set."""
@@ -276,25 +278,17 @@ class Residence:
         torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
         return True
 
-    def leave(self, group: int) -> None:
-        """Undo one `enter` of `group`; nothing where it was not entered."""
-        if all(entered != group for entered, _ in self._entered):
+    def leave(self, block: Block) -> None:
+        """Undo one `enter` of `block`; nothing where it was not entered."""
+        if all(entered is not block for entered, _ in self._entered):
             return
-        left = -1
-        while left != group:  # what an exception left entered inside of it goes first
+        left = None
+        while left is not block:  # what an exception left entered inside of it goes first
             left, hooks = self._entered.pop()
             if hooks:
                 torch._C._autograd._pop_saved_tensors_default_hooks()
-            self._pinned[left] -= 1
-            if not self._pinned[left]:
-                for unit in self._groups[left]:
-                    unit.hide()
-
-    def _pin(self, group: int) -> None:
-        self._pinned[group] += 1
-        if self._pinned[group] == 1:
-            for unit in self._groups[group]:
-                unit.show()
+            self._pinned[left.group] -= 1
+            left.hide()
 
     def hold_roots(self) -> None:
         """Bring the root's units here until the step: code may read them without calling the module that holds them."""
@@ -303,7 +297,9 @@ class Residence:
         for group in self.roots:
             self.need(group)
             if not self._pinned[group]:
-                self._pin(group)
+                self._pinned[group] = 1
+                for unit in self._groups[group]:
+                    unit.show()
 
     # ---- what autograd saves -------------------------------------------------------------------------------------
 

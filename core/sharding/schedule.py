@@ -27,6 +27,7 @@ from distui.core.sharding.refusals import refuse_tracing
 from distui.core.sharding.residence import Residence
 from distui.core.sharding.shown_gradients import ShownGradients
 from distui.core.sharding.transport.agreement import Agreement, Place
+from distui.core.sharding.units.block import Block
 from distui.core.sharding.units.guarded import GRAD
 from distui.core.sharding.units.states import GradState
 from distui.core.sharding.units.unit import Unit
@@ -74,7 +75,7 @@ class Schedule(ShownGradients):
         for group, units in enumerate(groups):
             for module in units[0].modules:
                 if self.residence is not None:
-                    self._enter_with(module, group)
+                    self._enter_with(Block(module, group, units), module)
                 elif self.stage > 0:
                     before = Hook(lambda module, args, units=units: self._finish_gathers(units))
                     self._handles.append(module.register_forward_pre_hook(before, prepend=True))
@@ -83,11 +84,10 @@ class Schedule(ShownGradients):
             after = Hook(lambda module, args, output: self._after_model())
             self._handles.append(self.model.register_forward_hook(after))
 
-    def _enter_with(self, module: nn.Module, group: int) -> None:
-        residence = self.residence
-        assert residence is not None
-        before = Hook(lambda module, args: residence.enter(group))
-        after = Hook(lambda module, args, output: residence.leave(group))
+    def _enter_with(self, block: Block, module: nn.Module) -> None:
+        enter, leave = self.residence.enter, self.residence.leave  # type: ignore[union-attr]
+        before = Hook(lambda module, args: enter(block))
+        after = Hook(lambda module, args, output: leave(block))
         self._handles.append(module.register_forward_pre_hook(before, prepend=True))
         self._handles.append(module.register_forward_hook(after, always_call=True))
 

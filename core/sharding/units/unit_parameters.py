@@ -42,7 +42,8 @@ class UnitParameters(Shards):
         self.gathering: Waitable | None = None
         self.touched = False
         """The script may have written to the parameters since `take_writes`."""
-        self._versions = 0
+        self._versions = [0] * len(self.params)
+        """Of each parameter that is shown, autograd's count of writes as far as it is taken note of."""
         self._num_shown = 0
         self._own_references = 0
         whole, part = self._begin(start)
@@ -114,20 +115,15 @@ class UnitParameters(Shards):
         self._num_shown = len(self.params)
         self.hide_some(range(len(self.params)))
 
-    @property
-    def is_shown(self) -> bool:
-        """Whether every parameter is a view of `full`."""
-        return self._num_shown == len(self.params)
-
     def show(self) -> None:
         """Make every parameter a view of `full`, which is whole: from here on it is read as fast as ever."""
         self.show_some(range(len(self.params)))
-        self._versions = self._count_writes()
 
-    def show_some(self, indices: Iterable[int]) -> None:
-        """Make some parameters views of `full`."""
+    def show_some(self, indices: Iterable[int]) -> list[int]:
+        """Make some parameters views of `full`; return those that were none."""
         assert self.is_whole and self.full is not None
         full, start = self.full, self.full.storage_offset()
+        shown = []
         for index in indices:
             param, kept = self.params[index], self._classes[index][0]
             if type(param) is kept:
@@ -135,12 +131,13 @@ class UnitParameters(Shards):
             param.__class__ = kept
             shape, strides, offset = self._cuts[index]
             DATA.__set__(param, full.as_strided(shape, strides, start + offset))  # one call: blocks come and go
-            self._num_shown += 1
+            self._versions[index] = param._version
+            shown.append(index)
+        self._num_shown += len(shown)
+        return shown
 
     def hide(self) -> None:
         """Leave NaN in the place of every parameter: whoever reads one must ask for it."""
-        if self.is_shown and self._count_writes() != self._versions:
-            self.touched = True
         self.hide_some(range(len(self.params)))
 
     def hide_some(self, indices: Iterable[int]) -> None:
@@ -149,12 +146,20 @@ class UnitParameters(Shards):
             param, fetched = self.params[index], self._classes[index][1]
             if type(param) is fetched:
                 continue
+            if param._version != self._versions[index]:
+                self.touched = True
             DATA.__set__(param, self._nan[index])
             param.__class__ = fetched
             self._num_shown -= 1
 
-    def _count_writes(self) -> int:
-        return sum(param._version for param in self.params)
+    def _note_writes(self) -> bool:
+        """Return whether parameters that are shown were written to since this was last asked."""
+        written = False
+        for index, (param, (kept, _)) in enumerate(zip(self.params, self._classes, strict=True)):
+            if type(param) is kept and param._version != self._versions[index]:
+                self._versions[index] = param._version
+                written = True
+        return written
 
     def place(self, full: torch.Tensor) -> None:
         """Have the parameters in `full`, which holds their numbers."""
@@ -266,11 +271,10 @@ class UnitParameters(Shards):
         if not self.is_whole or self.full is None:
             return
         self._take_assigned()
-        versions = self._count_writes() if self.is_shown else self._versions
         aliased = self.is_aliased
-        if not (self.touched or versions != self._versions or aliased):
+        if not (self._note_writes() or self.touched or aliased):
             return
-        self.touched, self._versions = aliased, versions  # a view may be written to once more before it goes
+        self.touched = aliased  # a view may be written to once more before it goes
         start, end = self.layout.shard(self.rank)
         now = self.full[start:end]
         if self.placement.shards_parameters:
@@ -308,9 +312,9 @@ class UnitParameters(Shards):
 
     def count_step(self, indices: Iterable[int]) -> None:
         """Have autograd know, as after a step of plain torch, that what it saved of these parameters is no more."""
-        changed = [self.params[index] for index in indices]
-        torch.autograd.graph.increment_version(changed)
-        self._versions += len(changed)
+        torch.autograd.graph.increment_version([self.params[index] for index in indices])
+        for index in indices:
+            self._versions[index] += 1
 
     def let_go(self) -> None:
         """Give the parameters back to plain torch: at stage 3, where a rank has but a part of them, empty."""
