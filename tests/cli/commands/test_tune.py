@@ -17,7 +17,7 @@ from distui.launcher.job.processes import job_processes
 Done = subprocess.CompletedProcess[str]
 
 TRAINING = """
-import sys, torch, distui
+import signal, sys, torch, distui
 engine = distui.Engine()
 if engine.config.strategy.zero_stage == 3:
     raise ValueError("not under stage 3")
@@ -29,6 +29,8 @@ for step, (batch,) in enumerate(loader):
     if step == 3 and len(sys.argv) > 1:
         open(sys.argv[1], "w").close()  # a FIFO: whoever reads it knows that it trains
         open(sys.argv[1]).read()
+    if step == 12:  # all that is measured was told
+        signal.pause()
     engine.backward(model(batch).square().mean())
     optimizer.step()
     optimizer.zero_grad()
