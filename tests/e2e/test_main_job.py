@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.glance import wait_for_status
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "train_bytes.py"
 SMALL = ["--layers", "2", "--dim", "64", "--context", "64", "--batch", "12"]
@@ -100,12 +102,7 @@ class Home:
 
     def wait_until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Ask for the status until `condition` holds."""
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            code, out, _ = self.run("status", "--json")
-            if code == 0 and condition(json.loads(out)):
-                return dict(json.loads(out))
-        raise AssertionError(f"the condition never held; last status: {out}")
+        return wait_for_status(self.environ, condition)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import os
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from tests.glance import wait_for_status
 
 Done = subprocess.CompletedProcess[str]
 
@@ -189,19 +190,8 @@ def test_a_rank_in_a_debugger_is_neither_hung_nor_late(with_daemon: Any, termina
     shown = terminal(home, "launch", "--no-tui", "--nproc", "2", "watched.py")
     shown.until("(Pdb) ")
     run = home.run_named("watched")
-    deadline, found = time.monotonic() + 120, None
-    while time.monotonic() < deadline:
-        status = subprocess.run(
-            [sys.executable, "-m", "distui", "status", run.run_id, "--json"],
-            cwd=home.path,
-            env=home.environ,
-            capture_output=True,
-            text=True,
-        )
-        found = json.loads(status.stdout)
-        if found["ranks"] and found["ranks"][0].get("busy"):
-            break
-    assert found is not None and found["ranks"][0]["busy"] == "is in a debugger"
+    found = wait_for_status(home.environ, lambda found: bool(found["ranks"] and found["ranks"][0]["busy"]), run.run_id)
+    assert found["ranks"][0]["busy"] == "is in a debugger"
     assert found["diagnosis"] == [] and found["state"] != "stalled"
     for _ in range(3):
         shown.type("c\n")
