@@ -80,7 +80,8 @@ def test_a_rank_that_closes_its_stream_and_ends_is_not_dead(node: Node, ranks: t
 def test_the_rank_that_the_others_wait_for_is_the_culprit(node: Node, ranks: type[SimulatedRank]) -> None:
     node.start()
     run = node.run(world_size=4)
-    all_ranks = [ranks(run, number, world_size=4) for number in range(4)]
+    asleep = node.process("sleep", "600").pid  # this process works, which would excuse it
+    all_ranks = [ranks(run, number, pid=asleep, world_size=4) for number in range(4)]
     for rank in all_ranks:
         rank.started().steps(1, 3)
         if rank.source.rank == 2:
