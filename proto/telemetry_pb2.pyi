@@ -227,7 +227,7 @@ class Heartbeat(_message.Message):
     def __init__(self, step: _Optional[int] = ..., phase: _Optional[str] = ..., phase_since_s: _Optional[float] = ..., waiting_in: _Optional[str] = ..., waiting_since_s: _Optional[float] = ..., last_seq: _Optional[_Mapping[str, int]] = ..., log_bytes: _Optional[int] = ...) -> None: ...
 
 class Collective(_message.Message):
-    __slots__ = ("group", "seq", "op", "dtype", "bytes", "enqueued_s", "started_s", "finished_s", "group_size", "blocked_s")
+    __slots__ = ("group", "seq", "op", "dtype", "bytes", "enqueued_s", "started_s", "finished_s", "group_size", "blocked_s", "is_root")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
     OP_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +238,7 @@ class Collective(_message.Message):
     FINISHED_S_FIELD_NUMBER: _ClassVar[int]
     GROUP_SIZE_FIELD_NUMBER: _ClassVar[int]
     BLOCKED_S_FIELD_NUMBER: _ClassVar[int]
+    IS_ROOT_FIELD_NUMBER: _ClassVar[int]
     group: str
     seq: int
     op: str
@@ -248,7 +249,8 @@ class Collective(_message.Message):
     finished_s: float
     group_size: int
     blocked_s: float
-    def __init__(self, group: _Optional[str] = ..., seq: _Optional[int] = ..., op: _Optional[str] = ..., dtype: _Optional[str] = ..., bytes: _Optional[int] = ..., enqueued_s: _Optional[float] = ..., started_s: _Optional[float] = ..., finished_s: _Optional[float] = ..., group_size: _Optional[int] = ..., blocked_s: _Optional[float] = ...) -> None: ...
+    is_root: bool
+    def __init__(self, group: _Optional[str] = ..., seq: _Optional[int] = ..., op: _Optional[str] = ..., dtype: _Optional[str] = ..., bytes: _Optional[int] = ..., enqueued_s: _Optional[float] = ..., started_s: _Optional[float] = ..., finished_s: _Optional[float] = ..., group_size: _Optional[int] = ..., blocked_s: _Optional[float] = ..., is_root: _Optional[bool] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("level", "kind", "message", "attributes")

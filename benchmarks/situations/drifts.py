@@ -92,6 +92,13 @@ def loss_of_one_jumps(job: Job) -> None:
         job.loss = lambda step: 7.0
 
 
+@sick("loss_spike", 0, 1, 2, within_s=4.0)
+def loss_jumps_as_the_rate_falls(job: Job) -> None:
+    began = job.step
+    job.learning_rate = lambda step: 1e-3 / (step - began + 1)
+    job.loss = lambda step: 1.0 if step < began + 50 else 7.0
+
+
 @sick("data_bound", 0, 1, 2, within_s=20.0)
 def all_wait_for_data(job: Job) -> None:
     job.data_s = 0.06

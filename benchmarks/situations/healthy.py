@@ -154,6 +154,23 @@ def noisy_losses(job: Job) -> None:
     job.loss = lambda step: 1.0 + abs(draws.gauss(0, 0.3))
 
 
+def _anneals(job: Job) -> None:
+    """The cosine begins again each 200 steps; the loss doubles then, and comes back."""
+    draws = random.Random(1)
+    job.learning_rate = lambda step: 1e-3 * (1 + math.cos(math.pi * ((step - 1) % 200) / 200)) / 2
+
+    def loss(step: int) -> float:
+        falls = 0.8 + 4.0 * math.exp(-step / 30) if step <= 200 else 0.8 + 1200 * (job.learning_rate(step) or 0.0)
+        return falls + draws.gauss(0, 0.02)
+
+    job.loss = loss
+
+
+@healthy(for_s=25.0, before=_anneals)
+def warm_restart(job: Job) -> None:
+    """Nothing here: its schedule is so from the first step on."""
+
+
 @healthy(for_s=45.0)
 def memory_that_comes_and_goes(job: Job) -> None:
     def forward() -> None:

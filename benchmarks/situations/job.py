@@ -31,6 +31,7 @@ class Job:
         self.step_s = STEP_S
         self.data_s = 0.0
         self.loss: Callable[[int], float] = lambda step: 1.0
+        self.learning_rate: Callable[[int], float | None] = lambda step: None
         self.skipped = False
         self.num_reduces = 1
         self.tensor = torch.ones(num_elements)
@@ -65,6 +66,7 @@ class Job:
             step=self.step,
             step_s=step_s,
             loss=self.loss(self.step),
+            learning_rate=self.learning_rate(self.step),
             tokens=64,
             data_wait_s=data_s,
             forward_s=forward_s,

@@ -14,6 +14,9 @@ SIDE_THREAD = 2
 END_UNKNOWN = 4
 """Flag of a collective that had ended by the time somebody waited for it, nobody knows when."""
 
+IS_ROOT = 8
+"""Flag of a collective that this rank is the source of (broadcast, scatter), or the destination (gather, reduce)."""
+
 
 class LedgerUnreadable(DistuiError):
     """The file is no ledger, of another version, or cut short."""

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.library import Library
 
 from distui.core.telemetry.after_import import after_import
-from distui.core.telemetry.ledger import SIDE_THREAD
+from distui.core.telemetry.collective import IS_ROOT, SIDE_THREAD
 from distui.core.telemetry.source import TelemetrySource, current
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,6 +60,8 @@ METHODS = {
 _NO_FUTURE = frozenset({"send", "recv", "recv_anysource"})
 OUTPUT_FIRST = frozenset({"all_gather", "reduce_scatter", "gather", "scatter", "all_to_all"})
 """Operations whose methods take the output before the input."""
+ROOTED = frozenset({"broadcast", "scatter", "gather", "reduce"})
+"""Operations in which one rank gives to, or takes from, all others."""
 DISPATCHED = {
     "allreduce_": "all_reduce",
     "allreduce_coalesced_": "all_reduce",
@@ -210,7 +212,18 @@ def _begin(
     if op == "send" or op == "recv":
         name = _pair(group, name, op, args, method)
         size = 2
-    return source.collective_begin(name, op, dtype, num_bytes, size, _side())
+    flags = _side() | (IS_ROOT if op in ROOTED and _root(args, method) == group.rank() else 0)
+    return source.collective_begin(name, op, dtype, num_bytes, size, flags)
+
+
+def _root(args: tuple[Any, ...], method: str) -> int:
+    """Return the rank in its group that gives or takes; -1 where the call does not say."""
+    if not method:  # the dispatcher's broadcast_: tensors, group, root, ...
+        return args[2] if len(args) > 2 and type(args[2]) is int else -1
+    root = getattr(args[-1], "rootRank", None) if args else None
+    if root is None and len(args) > 1 and type(args[1]) is int:
+        root = args[1]  # broadcast(tensor, root) and its like
+    return root if type(root) is int else -1
 
 
 def _pair(group: dist.ProcessGroup, name: str, op: str, args: tuple[Any, ...], method: str) -> str:
@@ -282,7 +295,7 @@ def _kernel(overload: Any, op: str) -> Callable[..., Any]:
         source = current()
         if quiet.on or source is None or not source.active:
             return redispatch(keys & below, *args, **kwargs)
-        token = _begin(source, unbox_group(args[place]), op, args[at], ())
+        token = _begin(source, unbox_group(args[place]), op, args[at], args if op in ROOTED else ())
         try:
             result = redispatch(keys & below, *args, **kwargs)
         except BaseException:

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from distui.core.telemetry.collective import END_UNKNOWN
+from distui.core.telemetry.collective import END_UNKNOWN, IS_ROOT
 from distui.core.telemetry.cursor import LedgerCursor
 from distui.core.telemetry.ledger import CollectiveEntry, LedgerReader
 from distui.core.telemetry.ring import Ring, RingItem
@@ -121,6 +121,7 @@ def _collective(entry: CollectiveEntry) -> pb.Record:
         finished_s=None if entry.flags & END_UNKNOWN else entry.finished_s,
         group_size=entry.group_size,
         blocked_s=entry.blocked_s,
+        is_root=bool(entry.flags & IS_ROOT),
     )
     return pb.Record(time_s=entry.finished_s or entry.enqueued_s, collective=collective)
 

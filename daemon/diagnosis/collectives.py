@@ -45,7 +45,12 @@ class CollectiveTotals:
 
     def __init__(self) -> None:
         self._totals: dict[tuple[str, str], _Totals] = {}
-        self._open: dict[str, OrderedDict[int, dict[int, pb.Collective]]] = {}
+        self._open: dict[str, OrderedDict[int, dict[int, tuple[pb.Collective, float]]]] = {}
+        """group -> sequence number -> rank -> what it told, how long it was blocked elsewhere before."""
+        self._blocked_s: dict[int, float] = {}
+        """rank -> how long it has been blocked in collectives so far."""
+        self._blocked_before: dict[tuple[str, int], float] = {}
+        """(group, rank) -> the same, up to the end of its last collective there."""
         self.last_seq: dict[str, dict[int, int]] = {}
         """group -> rank -> last sequence number known to be entered."""
         self.pace = Pace()
@@ -65,6 +70,8 @@ class CollectiveTotals:
         for waiting in self._open.values():
             for ranks in waiting.values():
                 ranks.pop(rank, None)
+        for key in [key for key in self._blocked_before if key[1] == rank]:
+            del self._blocked_before[key]
 
     def add(self, rank: int, collective: pb.Collective, world_size: int) -> None:
         """Take in one collective of one rank."""
@@ -89,24 +96,29 @@ class CollectiveTotals:
             totals.time_s += took_s
             totals.num_timed += 1
             totals.max_s = max(totals.max_s, took_s)
+        blocked_s = self._blocked_s.get(rank, 0.0)
+        self._blocked_s[rank] = after_s = blocked_s + collective.blocked_s
         if 1 < collective.group_size <= world_size:
-            self._compare(rank, collective, collective.group_size)
+            elsewhere_s = blocked_s - self._blocked_before.get((group, rank), blocked_s)
+            self._blocked_before[group, rank] = after_s
+            self._compare(rank, collective, collective.group_size, elsewhere_s)
 
-    def _compare(self, rank: int, collective: pb.Collective, group_size: int) -> None:
+    def _compare(self, rank: int, collective: pb.Collective, group_size: int, elsewhere_s: float) -> None:
         waiting = self._open.setdefault(collective.group, OrderedDict())
         ranks = waiting.setdefault(collective.seq, {})
-        ranks[rank] = collective
+        ranks[rank] = collective, elsewhere_s
         if len(ranks) == group_size:
             del waiting[collective.seq]
-            found = compare(collective.group, collective.seq, {r: (c.op, c.bytes) for r, c in ranks.items()})
+            found = compare(collective.group, collective.seq, {r: (c.op, c.bytes) for r, (c, _) in ranks.items()})
             if found is not None:
                 self.mismatch = self.mismatch or Mismatch(*found[:4], collective.enqueued_s, found[4])
                 return
             totals = self._totals[collective.group, collective.op]
-            first_s = min(other.enqueued_s for other in ranks.values())
-            self.pace.add(ranks)
+            first_s = min(other.enqueued_s for other, _ in ranks.values())
+            told = {number: other for number, (other, _) in ranks.items()}
+            self.pace.add(told, {number: seconds for number, (_, seconds) in ranks.items()})
             totals.num_compared += 1
-            for number, other in ranks.items():
+            for number, other in told.items():
                 totals.late_s[number] = totals.late_s.get(number, 0.0) + other.enqueued_s - first_s
         elif len(waiting) > MAX_OPEN:
             waiting.popitem(last=False)

@@ -13,6 +13,7 @@ from distui.core.telemetry.stacks import KnownStack, known_stack
 from distui.daemon.diagnosis.hangs import left_early, names, waits
 from distui.daemon.diagnosis.observe import DEAD, FINISHED, Observed, Wait, entries_at, this_node
 from distui.daemon.diagnosis.where import own_place, text_of
+from distui.daemon.node.processes import heirs
 from distui.daemon.runs.folders import read_outcome
 from distui.daemon.runs.state import RunState
 from distui.proto import telemetry_pb2 as pb
@@ -27,6 +28,8 @@ _PEER = re.compile(
 _TIMEOUT = re.compile(r"[Tt]imed out|[Tt]imeout|monitoredBarrier")
 _SIZE = re.compile(r"opts?\.preamble\.length|op\.preamble|size mismatch|not match.*size", re.IGNORECASE)
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([0-9, ]+)\)")
+HEIRS_S = 6.0
+"""A loader's workers see within five seconds that their rank is gone; who lives on after that was to live on."""
 SETTLE_S = 0.4
 """A rank that fails may be seen before the one whose death it failed of."""
 
@@ -170,6 +173,14 @@ def _dead(
             how = f"was ended by {_signal_name(ended['signal'])}"
         elif ended.get("exit_status"):
             how = f"ended with exit status {ended['exit_status']}, without a word"
+        gone_s = now_s - rank.last_seen_s if not state.final and rank.node == this_node() else 0.0
+        if gone_s > HEIRS_S and (left := heirs(state.run, rank.rank, rank.pid)):
+            which = f"process {left[0]} goes" if len(left) == 1 else f"processes {', '.join(map(str, left[:8]))} go"
+            how += f"; its child {which} on without it"
+            advice += (
+                ". A child that takes over is not the rank: launcher, telemetry and the group's threads stay with "
+                "the process that was started; train in that, and fork before init_process_group at most"
+            )
     if list_own(flight := state.run.nccl):
         advice += f"; torchfrtrace --prefix rank {flight} reads what NCCL's flight recorder kept"
     others = waits(waiting, wait) if wait else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distui.daemon.diagnosis.hangs import names
 from distui.daemon.diagnosis.observe import DEAD, FINISHED, STOPPED, Observed, this_node
-from distui.daemon.diagnosis.trends import JUMP_STEPS
+from distui.daemon.diagnosis.trends import JUMP_STEPS, Jump
 from distui.daemon.node.cgroups import memory_left
 from distui.daemon.node.processes import process_state
 from distui.daemon.runs.state import MEAN_STEPS, RankRecord, RunState
@@ -48,8 +48,8 @@ def bad_loss(state: RunState, now_s: float) -> list[pb.Diagnosis]:
 
 
 def loss_spike(state: RunState, now_s: float) -> list[pb.Diagnosis]:
-    """Return whose loss has jumped above what it was, and stays there."""
-    jumps = {rank: jump for rank, record in sorted(state.ranks.items()) if (jump := record.losses.jump) is not None}
+    """Return whose loss has jumped above what it was, and stays there; not where a raised learning rate explains it."""
+    jumps = {rank: jump for rank, jump in _jumps(state).items() if jump.rates is None}
     if not jumps:
         return []
     rank, first = min(jumps.items(), key=lambda one: (one[1].step, one[0]))
@@ -77,6 +77,25 @@ def loss_spike(state: RunState, now_s: float) -> list[pb.Diagnosis]:
             "before it",
         )
     ]
+
+
+def loss_rise(state: RunState) -> tuple[int, str]:
+    """Return at which step the loss rose with the learning rate, and that in words; 0 where it has not."""
+    risen = {rank: jump for rank, jump in _jumps(state).items() if jump.rates is not None}
+    if not risen:
+        return 0, ""
+    _, first = min(risen.items(), key=lambda one: (one[1].step, one[0]))
+    assert first.rates is not None
+    whose = "all ranks" if len(risen) == len(state.ranks) > 1 else _ranks(list(risen))
+    before, now = first.rates
+    return first.step, (
+        f"the loss of {whose} rose at step {first.step}, from about {first.usual:.4g} to {first.now:.4g}, after the "
+        f"learning rate was raised from {before:.3g} to {now:.3g}: a warm restart does that, and it comes back"
+    )
+
+
+def _jumps(state: RunState) -> dict[int, Jump]:
+    return {rank: jump for rank, record in sorted(state.ranks.items()) if (jump := record.losses.jump) is not None}
 
 
 def data_bound(state: RunState, ranks: list[Observed], now_s: float) -> list[pb.Diagnosis]:

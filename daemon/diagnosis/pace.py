@@ -1,6 +1,14 @@
 """Who holds up the others all the time, and which group has become slow: from the collectives that all have told of.
 
 Synchronous training makes all ranks' steps equally long, so a straggler shows in who arrives last, and by how much.
+What ranks do alike can be compared; who has another part than the others in each step is no straggler:
+
+- it is the source of a broadcast, or the destination of a gather, in a group that does little else: a learner and its
+  actors. The others wait for what it makes, by design; the actors are compared with each other.
+- it is last in one place of the step, and at another it waits for all others: they take turns.
+- it was blocked in another group for as long as it is late: it is not the one who is slow (a stage of a pipeline, the
+  neighbour of the slow rank in a group for tensor parallelism).
+
 A slow link shows in the time from the last arrival to the end, against what the same collective took before, or what
 it takes in the groups beside.
 """
@@ -10,6 +18,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from distui.proto import telemetry_pb2 as pb
@@ -30,11 +39,15 @@ NUM_RECENT = 8
 SLOWER, SLOWER_S = 4.0, 0.005
 CALM = 2.0
 """A link that was slow is so until it takes less than so many times the usual, for a window."""
+SLOWER_ALL_S = SLOWER_S / 2
+"""What the fastest of the last transfers takes longer, too: a slow link slows each, a busy processor only some."""
 MIN_LINK_BYTES = 32 << 10
 """What is smaller tells of the latency of processes, not of a link."""
 NUM_BASELINE = 24
 MAX_LINKS = 256
 MAX_EXCUSES = 256
+TURN_SHARE = 0.04
+"""Who waits for all others for more than this share of the time, where it is not late itself, has a part of its own."""
 _POINT_TO_POINT = frozenset({"send", "recv"})
 
 
@@ -73,6 +86,10 @@ class _Window:
     total_s: float = 0.0
     lost_s: dict[int, float] = field(default_factory=dict)
     times_late: dict[int, int] = field(default_factory=dict)
+    ahead_s: dict[int, float] = field(default_factory=dict)
+    """How long ranks waited for all others: the mirror of `lost_s`."""
+    all_ahead_s: float = 0.0
+    ahead_while_late_s: dict[int, float] = field(default_factory=dict)
     newest: pb.Collective | None = None
 
     @property
@@ -87,6 +104,20 @@ class _Window:
         """Tell whether most of what was lost was lost to one rank, or to several of which it is one."""
         return self.lost_s.get(rank, 0.0) > BLAME_SHARE * self.total_s
 
+    def takes_turns(self, rank: int) -> bool:
+        """Tell whether a rank, where it was not late, mostly was the one that waited for all others."""
+        ahead_s = self.ahead_s.get(rank, 0.0)
+        others_s = self.all_ahead_s - self.ahead_while_late_s.get(rank, 0.0) - ahead_s
+        return ahead_s > TURN_SHARE * self.lasted_s and ahead_s > others_s
+
+
+@dataclass(slots=True)
+class _Kinds:
+    """What a group has sent by operations in which one rank gives or takes, and by those that are alike for all."""
+
+    rooted_bytes: int = 0
+    alike_bytes: int = 0
+
 
 @dataclass(slots=True)
 class _Link:
@@ -96,6 +127,8 @@ class _Link:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
     slow_since_s: float = 0.0
     slow_until_s: float = 0.0
+    slow_took_s: float = 0.0
+    """What it took when it was slow last: it may be calm just now."""
     newest: pb.Collective | None = None
 
 
@@ -104,15 +137,21 @@ class Pace:
 
     def __init__(self) -> None:
         self._windows: dict[str, deque[_Window]] = {}
+        self._kinds: dict[str, _Kinds] = {}
         self._links: dict[tuple[str, str, int], _Link] = {}
         self._excuses: deque[tuple[int, float, float]] = deque(maxlen=MAX_EXCUSES)
 
     def excuse(self, rank: int, began_s: float, ended_s: float) -> None:
-        """Take in that a rank waited for a person, so that what it was late by then says nothing of it."""
+        """Take in that a rank waited for a person, or evaluated: what it was late by then says nothing of it."""
+        if self._excuses and self._excuses[-1][:2] == (rank, began_s):
+            self._excuses.pop()  # it goes on
         self._excuses.append((rank, began_s, ended_s))
 
-    def add(self, ranks: dict[int, pb.Collective]) -> None:
-        """Take in what every member told of one collective."""
+    def add(self, ranks: dict[int, pb.Collective], elsewhere_s: Mapping[int, float] | None = None) -> None:
+        """Take in what every member told of one collective.
+
+        `elsewhere_s`: how long each was blocked in other groups since the last collective of this one.
+        """
         arrivals = sorted((one.enqueued_s, rank) for rank, one in ranks.items())
         last_s, last = arrivals[-1]
         newest = ranks[last]
@@ -133,15 +172,41 @@ class Pace:
         window.num += 1
         window.newest, window.newest_s = newest, max(window.newest_s, last_s)
         # Those behind the widest gap are late, at most half of them: ranks of one slow host are late together.
-        first_late = max(
-            range(len(arrivals) - max(1, len(arrivals) // 2), len(arrivals)),
-            key=lambda at: arrivals[at][0] - arrivals[at - 1][0],
-        )
-        gap_s = arrivals[first_late][0] - arrivals[first_late - 1][0]
-        window.total_s += gap_s
-        for _, rank in arrivals[first_late:]:
-            window.lost_s[rank] = window.lost_s.get(rank, 0.0) + gap_s
+        alike = self._alike(ranks, arrivals, newest)
+        late, late_s = _apart(alike[::-1])
+        ahead, ahead_s = _apart(arrivals)
+        window.all_ahead_s += ahead_s
+        for rank in ahead:
+            window.ahead_s[rank] = window.ahead_s.get(rank, 0.0) + ahead_s
+        if not late:
+            return
+        if elsewhere_s and any(elsewhere_s.values()):
+            others = [elsewhere_s.get(rank, 0.0) for _, rank in alike if rank not in late]
+            usual_s = sum(others) / len(others)
+            own_s = {rank: min(late_s, max(0.0, late_s - elsewhere_s.get(rank, 0.0) + usual_s)) for rank in late}
+        else:
+            own_s = dict.fromkeys(late, late_s)
+        window.total_s += max(own_s.values())
+        for rank, seconds in own_s.items():
+            window.lost_s[rank] = window.lost_s.get(rank, 0.0) + seconds
             window.times_late[rank] = window.times_late.get(rank, 0) + 1
+            window.ahead_while_late_s[rank] = window.ahead_while_late_s.get(rank, 0.0) + ahead_s
+
+    def _alike(
+        self, ranks: dict[int, pb.Collective], arrivals: list[tuple[float, int]], newest: pb.Collective
+    ) -> list[tuple[float, int]]:
+        """Return the arrivals without that of the source or destination, in a group where such is the rule."""
+        kinds = self._kinds.get(newest.group)
+        if kinds is None:
+            kinds = self._kinds[newest.group] = _Kinds()
+        num_bytes = max(one.bytes for one in ranks.values())
+        if not any(one.is_root for one in ranks.values()):
+            kinds.alike_bytes += num_bytes
+            return arrivals
+        kinds.rooted_bytes += num_bytes
+        if kinds.rooted_bytes <= 2 * kinds.alike_bytes:
+            return arrivals  # buffers from rank 0, a loss to it: all train alike
+        return [one for one in arrivals if not ranks[one[1]].is_root]
 
     def _transfer(self, ranks: dict[int, pb.Collective], last_s: float, newest: pb.Collective) -> None:
         if newest.bytes < MIN_LINK_BYTES:
@@ -166,23 +231,26 @@ class Pace:
             link.usual_s = statistics.median(link.first)
         median_s = statistics.median(link.recent)
         link.usual_s = min(link.usual_s, median_s)
-        slower, more_s = self._slower(key, link, median_s)
+        usual_s = self._usual_s(key, link)
+        if min(link.recent) > max(CALM * usual_s, usual_s + SLOWER_ALL_S):
+            slower, more_s = median_s / max(usual_s, 1e-9), median_s - usual_s
+        else:
+            slower, more_s = 0.0, 0.0
         if slower > SLOWER and more_s > SLOWER_S:
-            link.slow_since_s, link.slow_until_s = link.slow_since_s or last_s, last_s
+            link.slow_since_s, link.slow_until_s, link.slow_took_s = link.slow_since_s or last_s, last_s, median_s
         elif slower > CALM and link.slow_since_s:
-            link.slow_until_s = last_s
+            link.slow_until_s, link.slow_took_s = last_s, median_s
         elif last_s - link.slow_until_s > WINDOW_S:
             link.slow_since_s = 0.0
 
-    def _slower(self, key: tuple[str, str, int], link: _Link, median_s: float) -> tuple[float, float]:
-        """Return how many times as long as usual a link takes, and how much longer."""
+    def _usual_s(self, key: tuple[str, str, int], link: _Link) -> float:
+        """Return what a transfer took, or takes in the groups beside."""
         beside = [
             other.usual_s
             for (group, op, size), other in self._links.items()
             if (op, size) == key[1:] and group != key[0] and len(other.ranks) == len(link.ranks)
         ]
-        usual_s = min([link.usual_s, *([statistics.median(beside)] if len(beside) > 1 else [])])
-        return median_s / max(usual_s, 1e-9), median_s - usual_s
+        return min([link.usual_s, *([statistics.median(beside)] if len(beside) > 1 else [])])
 
     def straggler(self, now_s: float) -> Straggler | None:
         """Return who holds up the others, if the last windows agree on it."""
@@ -194,6 +262,8 @@ class Pace:
             found = []
             for rank in {rank for one in lossy for rank in one.lost_s}:
                 mine = [one for one in lossy if one.blames(rank)]
+                if 2 * sum(one.takes_turns(rank) for one in mine) > len(mine):
+                    continue
                 lost_s = sum(one.lost_s.get(rank, 0.0) for one in full)
                 if len(mine) >= max(MIN_WINDOWS, BLAME_SHARE * len(lossy)) and lost_s > LOST_SHARE * lasted_s:
                     found.append((rank, lost_s, mine))
@@ -227,8 +297,17 @@ class Pace:
             op,
             link.newest.seq,
             link.newest.bytes,
-            statistics.median(link.recent),
+            link.slow_took_s,
             link.usual_s,
             tuple(sorted(shared)),
             now_s - link.slow_since_s,
         )
+
+
+def _apart(arrivals: list[tuple[float, int]]) -> tuple[list[int], float]:
+    """Return the ranks before the widest gap in the first half of a sorted list, and that gap."""
+    if len(arrivals) < 2:
+        return [], 0.0
+    gaps = [abs(arrivals[at][0] - arrivals[at - 1][0]) for at in range(1, len(arrivals) // 2 + 1)]
+    widest = max(range(len(gaps)), key=gaps.__getitem__)
+    return [rank for _, rank in arrivals[: widest + 1]], gaps[widest]

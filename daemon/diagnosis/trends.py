@@ -26,6 +26,8 @@ LEAST_RISE = 0.01
 KNOWN_HIGHS = 3
 """A height that so many of the last `CALM_STEPS` reached, and came back from, is no news: unequal batches, short ones
 before long ones."""
+RAISED = 2.0
+"""A learning rate that has grown so many times within the last `CALM_STEPS` lifts the loss: a warm restart does."""
 _MAD = 1.4826
 _REFRESH_STEPS = 10
 
@@ -47,12 +49,29 @@ class Jump(NamedTuple):
     """When it had stayed there for long enough to be told."""
     usual: float
     now: float
+    rates: tuple[float, float] | None = None
+    """From what and to what the learning rate was raised before, where that may be why."""
 
 
 class LossTrend:
     """One rank's losses, and whether they have jumped."""
 
-    __slots__ = ("_calm", "_first", "_high", "_last", "_limit", "_low", "_next_look", "_num_high", "_seen_s", "_usual")
+    __slots__ = (
+        "_calm",
+        "_first",
+        "_high",
+        "_last",
+        "_limit",
+        "_low",
+        "_next_look",
+        "_num_first",
+        "_num_high",
+        "_raised",
+        "_rates",
+        "_seen_s",
+        "_start",
+        "_usual",
+    )
 
     def __init__(self) -> None:
         self._last = 0
@@ -64,15 +83,22 @@ class LossTrend:
         self._num_high = self._low = self._next_look = 0
         self._first = (0, 0.0)
         self._limit = self._usual = self._seen_s = 0.0
+        self._rates: deque[float] = deque(maxlen=CALM_STEPS)
+        self._raised: tuple[float, float] | None = None
+        self._start, self._num_first = -math.inf, 0
 
-    def add(self, step: int, loss: float, time_s: float) -> None:
-        """Take in a finite loss. Units: Unix seconds."""
+    def add(self, step: int, loss: float, time_s: float, rate: float | None = None) -> None:
+        """Take in a finite loss, and the learning rate that its step was made with. Units: Unix seconds."""
         if step <= self._last:
             self._begin()  # another training in the same script, or one that went back
         self._last = step
+        if rate is not None:
+            self._rates.append(rate)
+        if self._num_first < MIN_CALM_STEPS:
+            self._num_first, self._start = self._num_first + 1, max(self._start, loss)
         if len(self._calm) >= MIN_CALM_STEPS and loss > self._highest(step):
             if not self._high:
-                self._first = (step, time_s)
+                self._first, self._raised = (step, time_s), self._rise()
             self._high.append(loss)
             self._num_high += 1
             self._low = 0
@@ -94,6 +120,13 @@ class LossTrend:
         self._high.clear()
         self._num_high = 0
 
+    def _rise(self) -> tuple[float, float] | None:
+        """Return from what and to what the learning rate has grown of late; None where it has not by much."""
+        if not self._rates:
+            return None
+        lowest, now = min(self._rates), self._rates[-1]
+        return (lowest, now) if now > 0 and now >= RAISED * lowest else None
+
     def _highest(self, step: int) -> float:
         if self._high:  # what it is compared with does not move while it is up
             return self._limit
@@ -113,7 +146,9 @@ class LossTrend:
         if self._num_high < JUMP_STEPS:
             return None
         step, since_s = self._first
-        return Jump(step, since_s, self._seen_s, self._usual, self._high[-1])
+        # A loss above all that the training began with is no restart's: it has diverged.
+        rates = self._raised if self._high[-1] <= self._start else None
+        return Jump(step, since_s, self._seen_s, self._usual, self._high[-1], rates)
 
 
 class MemoryTrend:

@@ -10,6 +10,7 @@ import os
 import time
 
 from distui.core.telemetry.ledger import CollectiveEntry, LedgerReader, LedgerUnreadable
+from distui.daemon.diagnosis.busy import PATIENT_PHASES
 from distui.daemon.diagnosis.collectives import Mismatch, compare
 from distui.daemon.diagnosis.deaths import dead
 from distui.daemon.diagnosis.drifts import (
@@ -22,7 +23,7 @@ from distui.daemon.diagnosis.drifts import (
 )
 from distui.daemon.diagnosis.gpu_faults import device_note, gpu_errors
 from distui.daemon.diagnosis.hangs import HANG_S, allowance_s, hang, names
-from distui.daemon.diagnosis.observe import DEAD, FINISHED, Observed, this_node
+from distui.daemon.diagnosis.observe import DEAD, FINISHED, Observed, group_members, this_node
 from distui.daemon.diagnosis.pace import SlowLink, Straggler
 from distui.daemon.runs.folders import read_ending
 from distui.daemon.runs.state import Parts, RunState
@@ -54,6 +55,9 @@ def diagnose(state: RunState, ranks: list[Observed], now_s: float) -> list[pb.Di
         return [_mismatch(differs, now_s, found[0].message), *found]
     if state.final:
         return gpu_errors(state, found, now_s) + found
+    for rank in ranks:
+        if rank.phase in PATIENT_PHASES:  # what the others wait for then is no slowness
+            state.collectives.pace.excuse(rank.rank, rank.phase_since_s, now_s)
     if not found and not ending:
         found = hang(state, ranks, now_s)
     if (mismatch := state.collectives.mismatch) is not None and not any(one.kind == "mismatch" for one in found):
@@ -116,6 +120,8 @@ def _straggler(state: RunState, ranks: list[Observed], found: Straggler) -> list
     late = [rank for rank in ranks if rank.rank in found.ranks]
     if not late:
         return []
+    if _steps_alone(state, ranks, found):
+        return []  # it trains and the others make its data, or the other way round
     first, several = late[0], len(late) > 1
     phase, excess_s = _slow_phase(state, found.ranks)
     if excess_s < EXPLAINS_SHARE * found.mean_gap_s:
@@ -143,6 +149,20 @@ def _straggler(state: RunState, ranks: list[Observed], found: Straggler) -> list
             "load on the host, a slower or hotter device, or more data than the others get",
         )
     ]
+
+
+def _steps_alone(state: RunState, ranks: list[Observed], found: Straggler) -> bool:
+    """Tell whether of the late ones and the others in the group only the one side has made steps of late."""
+    began_s = time.time() - found.since_s / 2
+    members = group_members(found.group)
+    steps = {
+        rank.rank: state.ranks[rank.rank].last_step_s > began_s
+        for rank in ranks
+        if members is None or rank.rank in members
+    }
+    late = {stepped for rank, stepped in steps.items() if rank in found.ranks}
+    others = {stepped for rank, stepped in steps.items() if rank not in found.ranks}
+    return (late == {True} and others == {False}) or (late == {False} and others == {True})
 
 
 def _slow_phase(state: RunState, late: tuple[int, ...]) -> tuple[str, float]:

@@ -6,6 +6,8 @@ import os
 import resource
 from pathlib import Path
 
+from distui.core.paths import JOB_ENV, RunFolder
+
 RUNNING, STOPPED, DEAD = "running", "stopped", "dead"
 MAX_FILES = 1 << 16
 _SLACK_S = 2.0
@@ -36,6 +38,25 @@ def process_state(pid: int, began_s: float) -> str:
     if state in "ZXx":
         return DEAD
     return STOPPED if state in "Tt" else RUNNING
+
+
+def heirs(run: RunFolder, rank: int, pid: int) -> list[int]:
+    """Return the processes of this node that a rank, once of `pid`, has started or forked, and that live."""
+    marks = {f"{JOB_ENV}={run.path}".encode(), f"RANK={rank}".encode()}
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) in (pid, os.getpid()):
+            continue
+        try:
+            state, _, _, session = Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()[:4]
+            if state in "ZX" or (
+                int(session) != pid and not marks <= set(Path(f"/proc/{name}/environ").read_bytes().split(b"\0"))
+            ):
+                continue
+        except (OSError, ValueError):
+            continue  # it has ended meanwhile, or is another user's
+        found.append(int(name))
+    return sorted(found)
 
 
 _boot_times_s: list[float] = []

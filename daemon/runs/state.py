@@ -69,7 +69,8 @@ class RankRecord:
         self.loss = step.loss
         if math.isfinite(step.loss):
             self.bad_since_s, self.bad_since_step = 0.0, 0
-            self.losses.add(step.step, step.loss, time_s)
+            rate = step.learning_rate if step.HasField("learning_rate") else None
+            self.losses.add(step.step, step.loss, time_s, rate)
         elif not self.bad_since_step:
             self.bad_since_s, self.bad_since_step = time_s, step.step
 

@@ -14,6 +14,7 @@ from distui.core.errors import UserError
 from distui.core.paths import RunFolder, check_run_id, default_runs_dir
 from distui.core.telemetry.endpoint import read_secret, write_secret
 from distui.core.telemetry.kinds import WARNINGS
+from distui.daemon.diagnosis.drifts import loss_rise
 from distui.daemon.diagnosis.observe import launcher_alive, this_node
 from distui.daemon.node.clock import Clock
 from distui.daemon.node.processes import DEAD, clock_was_set
@@ -73,6 +74,7 @@ class LiveRun:
         self._snapshot = pb.Snapshot()
         self._snapshot_s = 0.0
         self._told: dict[Key, _Episode] = {}
+        self._told_rise = 0
         self._clock = Clock()
 
     @property
@@ -171,7 +173,15 @@ class LiveRun:
                 self._clock_jumped(jumped_s)
             self._snapshot, self._snapshot_s = take_snapshot(self.state, time.time()), now
             self._tell(self._snapshot)
+            self._tell_rise()
         return self._snapshot
+
+    def _tell_rise(self) -> None:
+        """Say that the loss rose with the learning rate, which is nothing wrong."""
+        step, message = loss_rise(self.state)
+        if step and step != self._told_rise and not self.state.final:
+            self.say(pb.Record(event=pb.Event(level=pb.Event.INFO, kind="loss_rise", message=message)))
+        self._told_rise = step or self._told_rise
 
     def _clock_jumped(self, jumped_s: float) -> None:
         """Count from now on what waits: since when, was told by a clock that is no more."""

@@ -50,6 +50,8 @@ TESTED = (
     "loss_jumps",
     "throttled",
     "all_wait_for_data",
+    "learner_that_actors_wait_for",
+    "slow_actor",
 )
 
 

@@ -107,6 +107,17 @@ def test_a_straggler_is_named_with_its_phase(jobs: Jobs) -> None:
     assert snapshot.run.state == "running"
 
 
+def test_a_learner_is_no_straggler_and_a_slow_actor_is(jobs: Jobs) -> None:
+    found, _ = jobs.verdict("slow_actor")
+    assert (found.kind, list(found.ranks)) == ("straggler", [2])
+    jobs.wait_fault("learner_that_actors_wait_for")
+    while True:  # for as many cycles as the slow actor's verdict took, twice over
+        snapshot = jobs.bench.snapshot(jobs.runs["learner_that_actors_wait_for"])
+        assert not snapshot.diagnosis, snapshot.diagnosis[0].message
+        if any(one.op == "gather" and min(one.last_seq.values()) > 240 for one in snapshot.collectives):
+            break
+
+
 def test_a_slow_link(jobs: Jobs) -> None:
     needs(jobs, "slow_link")
     found, _ = jobs.verdict("slow_link")

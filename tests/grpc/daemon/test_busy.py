@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import zlib
@@ -155,6 +156,30 @@ def test_who_lost_a_peer_that_left_early_is_not_blamed(node: Node, ranks: type[S
     (found,) = take_snapshot(state, time.time() + 1).diagnosis
     assert (found.kind, list(found.ranks), found.seq) == ("left_early", [0], 6)
     assert "rank 1" in found.message and "all_reduce #6 of world" in found.message
+
+
+FORKS = "import os, sys, time\nif os.fork(): os._exit(0)\nos.setsid()\nprint(os.getpid(), flush=True)\ntime.sleep(600)"
+
+
+def test_a_child_that_carries_on_in_the_place_of_a_rank_is_named(node: Node, ranks: type[SimulatedRank]) -> None:
+    """It has a session of its own, and only its environment tells whose child it is."""
+    run = node.run()
+    state = load_state(run)
+    process = node.process("env", f"DISTUI_JOB={run.path}", "RANK=1", sys.executable, "-c", FORKS)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        process.wait(60)
+        state.apply(ranks(run, 0).started().steps(1, 5).beat(step=5, last_seq={"world": 5}).batch())
+        state.apply(ranks(run, 1, pid=process.pid).started().steps(1, 5).batch())
+        (soon,) = take_snapshot(state, time.time() + 1).diagnosis
+        (later,) = take_snapshot(state, time.time() + 10).diagnosis
+    finally:
+        os.kill(child, 9)
+    assert (soon.kind, later.kind, list(later.ranks)) == ("dead_rank", "dead_rank", [1])
+    assert "its child" not in soon.message, "a loader's workers are still on their way out"
+    assert f"its child process {child} goes on without it" in later.message
+    assert "train in that" in later.message
 
 
 def stack(run: RunFolder, rank: int, for_s: float, frame: str = "/job/train.py:31 step") -> None:

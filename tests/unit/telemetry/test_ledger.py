@@ -281,8 +281,8 @@ import torch
 import torch.distributed as dist
 from distui.core.config.schema import TelemetrySection
 from distui.core.paths import RunFolder
-from distui.core.telemetry.collective import FINISH_IS_SEEN
-from distui.core.telemetry.collectives import install
+from distui.core.telemetry.collective import FINISH_IS_SEEN, IS_ROOT
+from distui.core.telemetry.collectives import install, install_dispatched
 from distui.core.telemetry.ledger import LedgerReader
 from distui.core.telemetry.source import open_source
 
@@ -294,7 +294,17 @@ dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 work = dist.group.WORLD.allreduce([torch.ones(8)])
 with LedgerReader.open(run.rank_ledger(0)) as ledger:
     print(ledger.entry(ledger.head()).op, ledger.entry(ledger.head()).flags & FINISH_IS_SEEN)
-work.wait()
+    work.wait()
+    ones, found = torch.ones(8), [torch.ones(8)]
+    dist.broadcast(ones, 0)
+    dist.gather(ones, found, 0)
+    dist.reduce(ones, 0)
+    dist.scatter(ones, found, 0)
+    dist.all_gather(found, ones)
+    dist.group.WORLD.broadcast(ones, 0).wait()
+    install_dispatched()
+    torch.ops.c10d.broadcast_([ones], dist.group.WORLD.boxed(), 0, 0, False, 1000)
+    print(*(f"{entry.op}:{int(bool(entry.flags & IS_ROOT))}" for entry in ledger.entries(1)))
 source.close(0)
 """
 
@@ -304,4 +314,8 @@ def test_the_end_of_a_group_s_own_method_is_seen_when_it_comes(tmp_path: Path) -
     environ = {**os.environ, "DISTUI_STATE_DIR": str(tmp_path), "DISTUI_RUNTIME_DIR": str(tmp_path / "r")}
     command = [sys.executable, "-c", DIRECT, str(tmp_path / "run-1")]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=180, check=True)
-    assert done.stdout.split() == ["all_reduce", "1"]
+    first, roots = done.stdout.splitlines()
+    assert first == "all_reduce 1"
+    assert (
+        roots == "broadcast:1 gather:1 reduce:1 scatter:1 all_gather:0 broadcast:1 broadcast:1"
+    )  # a group of one: the root is this rank

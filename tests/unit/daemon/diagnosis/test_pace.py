@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from distui.core.paths import RunFolder
+from distui.daemon.diagnosis.collectives import CollectiveTotals
 from distui.daemon.diagnosis.observe import observe
 from distui.daemon.diagnosis.pace import Pace, SlowLink
 from distui.daemon.diagnosis.verdicts import diagnose
@@ -32,6 +33,7 @@ class Job:
         num_bytes: int = 1 << 20,
         transfer_s: float = 0.002,
         op: Callable[[int], str] = lambda rank: "all_reduce",
+        root: int | None = None,
     ) -> None:
         for _ in range(count):
             self.seq += 1
@@ -53,6 +55,7 @@ class Job:
                     enqueued_s=arrival_s,
                     finished_s=self.now_s,
                     group_size=self.world,
+                    is_root=rank == root,
                 )
                 for rank, arrival_s in arrivals.items()
             }
@@ -102,6 +105,84 @@ def test_who_receives_waits_by_design() -> None:
     assert job.late() == ()
 
 
+def rolled_out(job: Job, learner_s: float, actor_s: Mapping[int, float], by: str = "gather") -> None:
+    """Go through a cycle of reinforcement learning: actors roll out, rank 0 trains, and gives its weights away."""
+    late = {rank: always(seconds) for rank, seconds in actor_s.items()}
+    job.steps(1, 0.001, late, op=lambda rank: by, root=0 if by == "gather" else None, num_bytes=1 << 12)
+    job.steps(1, 0.001, {0: always(learner_s)}, op=lambda rank: "broadcast", root=0)
+
+
+@pytest.mark.parametrize("actor_s", [0.0, 0.05, 0.3])
+def test_a_learner_that_actors_wait_for_is_no_straggler(actor_s: float) -> None:
+    job = Job()
+    for _ in range(200):
+        rolled_out(job, 0.3, {1: actor_s, 2: actor_s, 3: 1.01 * actor_s})
+    assert job.late() == ()
+
+
+def test_an_actor_that_a_learner_waits_for_is_no_straggler() -> None:
+    job = Job(2)
+    for _ in range(100):
+        rolled_out(job, 0.05, {1: 0.5}, by="all_gather")
+    assert job.late() == ()
+
+
+def test_an_actor_that_is_slow_among_actors_is_named() -> None:
+    job = Job()
+    for _ in range(100):
+        rolled_out(job, 0.1, {1: 0.1, 2: 0.3, 3: 0.1})
+    assert job.late() == (2,)
+
+
+def test_ranks_that_take_turns_between_barriers_are_no_stragglers() -> None:
+    job = Job(3)
+    for _ in range(100):
+        job.steps(1, 0.001, {0: always(0.3)}, op=lambda rank: "barrier", num_bytes=1)
+        job.steps(1, 0.001, {1: always(0.05), 2: always(0.05)}, op=lambda rank: "barrier", num_bytes=1)
+    assert job.late() == ()
+
+
+def test_rank_0_that_gives_its_buffers_away_is_named_where_all_train_alike() -> None:
+    job = Job(3)
+    for _ in range(100):
+        job.steps(1, 0.001, {0: always(0.05)}, op=lambda rank: "broadcast", root=0, num_bytes=256)
+        job.steps(1, 0.1)
+    assert job.late() == (0,)
+
+
+def test_who_waits_in_another_group_is_not_blamed_for_it() -> None:
+    """Rank 1 is slow; rank 0 shares its layers with it, and so is late among those that hold the same part."""
+    totals = CollectiveTotals()
+    now_s = BEGAN_S
+    for step in range(1, 101):
+        now_s += 0.1
+        for pair in ((0, 1), (2, 3)):
+            late_s = 0.05 * (1 in pair)
+            for rank in pair:
+                waited_s = late_s if rank == 0 else 0.0
+                told(totals, f"tp[{pair[0]},{pair[1]}]", step, rank, now_s + late_s - waited_s, waited_s)
+        for pair in ((0, 2), (1, 3)):
+            for rank in pair:
+                arrived_s = now_s + 0.001 + 0.05 * (rank < 2)
+                told(totals, f"dp[{pair[0]},{pair[1]}]", step, rank, arrived_s, now_s + 0.051 - arrived_s)
+        now_s += 0.052
+    found = totals.pace.straggler(now_s)
+    assert found is not None and found.ranks == (1,)
+    windows = totals.pace._windows["dp[0,2]"]
+    assert (
+        sum(window.lost_s.get(0, 0.0) for window in windows)
+        < 0.1
+        < sum(window.lost_s.get(1, 0.0) for window in totals.pace._windows["dp[1,3]"])
+    )
+
+
+def told(totals: CollectiveTotals, group: str, seq: int, rank: int, arrived_s: float, waited_s: float) -> None:
+    """Have a rank tell of an all-reduce in a group of two."""
+    one = pb.Collective(group=group, seq=seq, op="all_reduce", bytes=64, group_size=2, enqueued_s=arrived_s)
+    one.finished_s, one.blocked_s = arrived_s + waited_s, waited_s
+    totals.add(rank, one, 4)
+
+
 def slow(job: Job) -> SlowLink | None:
     return job.pace.slow_link(job.now_s)
 
@@ -113,6 +194,16 @@ def test_a_slow_link_is_seen_in_large_messages_only() -> None:
         assert slow(job) is None
         job.steps(60, 0.05, num_bytes=num_bytes, transfer_s=0.2)
         assert (slow(job) is not None) == (num_bytes > 8)
+
+
+def test_a_link_that_is_slow_only_at_times_is_not_the_one_to_blame() -> None:
+    """A busy processor makes most transfers long, and leaves some as they were."""
+    job = Job()
+    job.steps(100, 0.05)
+    for _ in range(30):
+        job.steps(5, 0.05, transfer_s=0.03)
+        job.steps(1, 0.05)
+        assert slow(job) is None
 
 
 def test_a_slow_link_that_flutters_stays_one_until_it_is_calm() -> None:
@@ -178,6 +269,49 @@ def test_a_phase_that_does_not_explain_it_is_not_named(state: RunState, monkeypa
     assert (
         found.kind == "straggler" and "optimizer" not in found.message and "stacks shows what it does" in found.message
     )
+
+
+def steps_of(state: RunState, job: Job, *ranks: int) -> None:
+    """Have these ranks tell of 20 steps, the last of them just now."""
+    for rank in range(job.world):
+        records = [pb.Record(seq=1, time_s=job.now_s - 60, step=pb.Step(step=1, step_s=0.5))]
+        if rank in ranks:
+            records.append(pb.Record(seq=2, time_s=job.now_s, step=pb.Step(step=2, step_s=0.5)))
+        records.append(pb.Record(seq=3, time_s=job.now_s, heartbeat=pb.Heartbeat(step=2)))
+        state.apply(pb.Batch(source=pb.Source(rank=rank, node="node", pid=1, incarnation=1), records=records))
+    state.collectives.pace = job.pace
+
+
+@pytest.mark.parametrize("ranks", [(1,), (0, 2), (0, 1, 2), ()])
+def test_who_alone_makes_steps_has_another_part(
+    state: RunState, monkeypatch: pytest.MonkeyPatch, ranks: tuple[int, ...]
+) -> None:
+    """A learner that trains on what was rolled out before never waits, and so is late like a slow rank."""
+    job = Job(3)
+    job.steps(60, 0.5, {1: always(0.3)})
+    steps_of(state, job, *ranks)
+    monkeypatch.setattr("time.time", lambda: job.now_s)
+    told = [found.kind for found in diagnose(state, observe(state, job.now_s), job.now_s)]
+    assert told == (["straggler"] if len(ranks) in (0, 3) else [])
+
+
+def test_who_evaluates_is_no_straggler(state: RunState, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(3)
+    steps_of(state, job, 0, 1, 2)
+    monkeypatch.setattr("time.time", lambda: job.now_s)
+    for _ in range(60):
+        began_s = job.now_s
+        job.now_s += 0.8  # it is looked at each second, while it evaluates
+        beat = pb.Heartbeat(step=2, phase="evaluation", phase_since_s=began_s)
+        state.ranks[0].heartbeat = beat
+        assert diagnose(state, observe(state, job.now_s), job.now_s) == []
+        state.ranks[0].heartbeat = None
+        for record in state.ranks.values():
+            record.last_seen_s = job.now_s
+        job.now_s = began_s
+        job.steps(1, 0.1, {0: always(1.0)})
+        job.steps(3, 0.1)
+    assert diagnose(state, observe(state, job.now_s), job.now_s) == []
 
 
 @pytest.mark.parametrize(("nice", "told"), [(0.0, []), (60.0, ["slow_link"])])

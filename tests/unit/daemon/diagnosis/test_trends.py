@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distui.core.paths import RunFolder
-from distui.daemon.diagnosis.drifts import bad_loss, data_bound, loss_spike, memory_growth
+from distui.daemon.diagnosis.drifts import bad_loss, data_bound, loss_rise, loss_spike, memory_growth
 from distui.daemon.diagnosis.observe import RUNNING, Observed
 from distui.daemon.diagnosis.trends import JUMP_STEPS, NEW_LEVEL_STEPS, Lasting, LossTrend, MemoryTrend
 from distui.daemon.runs.state import RunState
@@ -91,6 +91,27 @@ def test_a_height_that_comes_again_is_told_once() -> None:
     assert len(told) == 1
     _fed([9.0] * JUMP_STEPS, trend, 2000)
     assert trend.jump is not None, "a greater one is news"
+
+
+def _restarts(peak: float) -> LossTrend:
+    """Return the trend of a cosine that has just begun again, after 300 steps, and lifted the loss to `peak`."""
+    trend = LossTrend()
+    for step, loss in enumerate(_falling(300), 1):
+        trend.add(step, loss, NOW + step, 1e-3 * (1 + math.cos(math.pi * step / 300)) / 2)
+    for step in range(301, 310):
+        trend.add(step, peak, NOW + step, 1e-3)
+    return trend
+
+
+def test_a_raised_learning_rate_explains_a_rise_to_what_it_began_with() -> None:
+    restarted = _restarts(9.6).jump
+    assert restarted is not None and restarted.rates == (pytest.approx(0.0, abs=1e-9), 1e-3)
+    diverged = _restarts(30.0).jump
+    assert diverged is not None and diverged.rates is None, "above all that it began with"
+    trend = LossTrend()
+    for step, loss in enumerate([*_falling(300), *[9.6] * 9], 1):
+        trend.add(step, loss, NOW + step, 1e-3 * 0.998**step)
+    assert trend.jump is not None and trend.jump.rates is None, "no rate was raised"
 
 
 def _grown(held: list[float], gap_s: float = 2.0) -> float:
@@ -186,6 +207,17 @@ def test_a_jump_is_told_with_its_step_and_ranks(job: _Run) -> None:
     (found,) = loss_spike(job.state, job.now_s)
     assert list(found.ranks) == [1] and "rank 1 jumped at step 301" in found.message and "to 20" in found.message
     assert found.since_s == pytest.approx(2.0)
+
+
+def test_a_rise_with_the_learning_rate_is_no_verdict(job: _Run) -> None:
+    for step, loss in enumerate([*_falling(300), *[9.6] * 9], 1):
+        job.now_s += 0.5
+        rate = 1e-3 if step > 295 else 1e-5
+        for rank in range(3):
+            job.tell(rank, step=pb.Step(step=step, step_s=0.5, loss=loss, learning_rate=rate))
+    assert not loss_spike(job.state, job.now_s)
+    step, words = loss_rise(job.state)
+    assert step == 301 and "the loss of all ranks rose at step 301" in words and "from 1e-05 to 0.001" in words
 
 
 def test_whose_loss_jumped_is_told_once_all_have_come_so_far(job: _Run) -> None:

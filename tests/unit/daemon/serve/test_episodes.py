@@ -43,3 +43,14 @@ def test_what_a_rank_died_of_is_told_when_it_is_known(live: LiveRun) -> None:
     told = tell(live, kind="dead_rank", ranks=[1], message="rank 1 was ended by SIGSEGV")
     assert told == ["dead_rank", "dead_rank"]
     assert tell(live, kind="dead_rank", ranks=[1], message="rank 1 was ended by SIGSEGV") == told
+
+
+def test_a_loss_that_rises_with_the_rate_is_one_line_of_information(live: LiveRun) -> None:
+    source = pb.Source(rank=0, node="node", pid=1, incarnation=1)
+    for step in range(1, 61):
+        rate, loss = (1e-3, 2.0) if step > 50 else (1e-5, 2.5 if step == 1 else 1.0)
+        body = pb.Step(step=step, step_s=0.5, loss=loss, learning_rate=rate)
+        live.state.apply(pb.Batch(source=source, records=[pb.Record(seq=step, time_s=step, step=body)]))
+        live._tell_rise()
+    (event,) = (one.event for one in live.state.events.all())
+    assert (event.kind, event.level) == ("loss_rise", pb.Event.INFO) and "rose at step 51" in event.message
