@@ -19,6 +19,8 @@ from distui.launcher.job.console import CONSOLE_ENV, Console
 from distui.launcher.job.outcome import Outcome, read_outcome, signal_name
 from distui.launcher.job.processes import AGENT_PID_ENV, GRACE_S, kill_job, wait_handle
 
+AGENT = "distui.launcher.node.agent"
+SUPERVISOR = "distui.launcher.cluster.supervisor"
 _AGENT_MARGIN_S = 0.8
 """What the agent has on top of the ranks' grace period to end them."""
 
@@ -30,16 +32,22 @@ HANGUP_S = GRACE_S + 2.0
 
 
 class Job:
-    """A running job: one agent process on this node and, under it, the ranks.
+    """A running job: one agent process on this node and, under it, the ranks; or the supervisor of agents on hosts.
 
     `stop` never blocks, so a signal handler may call it. Nothing of the job outlives `finish`, unless it finished well.
     """
 
     def __init__(
-        self, run: RunFolder, command: Sequence[str], environ: dict[str, str], console: Console | None = None
+        self,
+        run: RunFolder,
+        command: Sequence[str],
+        environ: dict[str, str],
+        console: Console | None = None,
+        agent: str = AGENT,
     ) -> None:
-        """Start the agent. It is told the script's `command` over a pipe: run.json may keep it without its secrets.
+        """Start `agent`, a module: that of this node, or the supervisor of a job on many hosts.
 
+        It is told the script's `command` over a pipe: run.json may keep it without its secrets.
         With `console` rank 0 has this process's stdin, else none.
         """
         self.run, self.console = run, console
@@ -48,7 +56,7 @@ class Job:
         inherited = console.inherited() if console is not None else ()
         with open(open_own(run.logs / "launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
             self._agent = subprocess.Popen(
-                [sys.executable, "-m", "distui.launcher.node.agent", str(run.path)],
+                [sys.executable, "-m", agent, str(run.path)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -19,7 +19,12 @@ _UNPROVOKED = {
 }
 _HEAD_START_S = 1.0
 """A rank that such a signal ends takes its peers with it within this time; a peer's error never causes the signal."""
-_LOST_PEER = re.compile(r"gloo/transport/.*\bby peer", re.DOTALL)
+_LOST_PEER = re.compile(
+    r"gloo/transport/.*(\bby peer|Broken pipe|[Tt]imed out|No route to host|unreachable)"
+    r"|DistNetworkError|Connection (reset|closed) by (remote )?peer|remote process exited|ncclRemoteError"
+    r"|failed to recv, got 0 bytes",
+    re.DOTALL,
+)
 """What a rank says whose peer is gone: it comes of another's failure, whichever is told first."""
 
 
@@ -52,6 +57,8 @@ class RankOutcome:
     exit_status: int | None = None
     signal: int | None = None
     error: str = ""
+    host: str = ""
+    """Where it ran, in a job on many hosts."""
 
 
 @dataclass(slots=True)
@@ -64,6 +71,12 @@ class Outcome:
     finished_s: float = field(default_factory=time.time)
     ranks: list[RankOutcome] = field(default_factory=list)
     failed_rank: int | None = None
+    is_victim: bool = False
+    """Whether the rank that failed first only lost a peer."""
+    report: str = ""
+    """What is told instead of the message, where that takes several lines: what, why, fix."""
+    restarts: int = 0
+    """How often the job was started again."""
 
     def write(self, run: RunFolder) -> None:
         """Write outcome.json."""
@@ -150,13 +163,14 @@ def judge(
         if ending is not None and ending.bad:
             time_s = report["time_s"] if report else ending.time_s
             lost = report is not None and _LOST_PEER.search(str(report["message"])) is not None
+            lost = lost or (report is not None and _LOST_PEER.search(str(report["type"])) is not None)
             if report is None and ending.signal == signal.SIGTERM and ending.time_s > first_bad_s:
                 lost = True  # ended by us, for what had ended badly by then
             own |= not lost and (report is not None or ending.signal is None)
             failures.append((lost, time_s - (_HEAD_START_S if ending.signal in _UNPROVOKED else 0.0), rank, error))
     outcome = Outcome(state, exit_status, message, ranks=ranks)
     if exit_status == EXIT_RANK_FAILED and failures and not message:
-        _, _, outcome.failed_rank, error = min(
+        outcome.is_victim, _, outcome.failed_rank, error = min(
             (one for one in failures if not (own and one[0])), key=lambda one: one[1:3]
         )
         outcome.message = f"rank {outcome.failed_rank}: {error}"

@@ -11,6 +11,7 @@ import ctypes
 import os
 import select
 import signal
+import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ JOB_POLL_S = 0.05
 
 _PR_SET_PDEATHSIG = 1
 _SESSIONS = "sessions"
+"""With the host's name: the folder may lie on a disk that several hosts of a job share."""
 _STOP = "stop"
 
 
@@ -61,7 +63,7 @@ def _read_stat(pid: int) -> tuple[str, int]:
 
 def record_session(run: RunFolder) -> None:
     """Note that this process leads a session of the job, so that its children are found when it is no more."""
-    descriptor = open_own(run.path / _SESSIONS, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = open_own(_sessions_file(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     with open(descriptor, "a", encoding="ascii") as file:
         file.write(f"{os.getpid()}\n")
 
@@ -80,9 +82,13 @@ def stop_requested(run: RunFolder) -> bool:
     return _STOP in list_own(run.path)
 
 
+def _sessions_file(run: RunFolder) -> Path:
+    return run.path / f"{_SESSIONS}-{socket.gethostname()}"
+
+
 def _sessions(run: RunFolder) -> set[int]:
     try:
-        return {int(line) for line in read_own(run.path / _SESSIONS).split()}
+        return {int(line) for line in read_own(_sessions_file(run)).split()}
     except FileNotFoundError:
         return set()  # no rank has begun
 

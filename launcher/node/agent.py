@@ -21,7 +21,7 @@ from distui.launcher.job.console import CONSOLE_ENV
 from distui.launcher.job.outcome import Ending, Outcome, judge, tell_ending
 from distui.launcher.job.processes import AGENT_PID_ENV, die_with_parent, kill_job, stop_requested
 from distui.launcher.node.peers import Peers
-from distui.launcher.node.ranks import STOP_SIGNALS, Ranks, listen
+from distui.launcher.node.ranks import STOP_SIGNALS, Place, Ranks, listen
 
 
 def main() -> None:
@@ -57,7 +57,8 @@ def run_job(run: RunFolder, command: Sequence[str]) -> Outcome:
     state, status, message, peers = "finished", EXIT_OK, "", None
     try:
         store = listen(cluster) if cluster.node_rank == 0 else None
-        ranks = Ranks(cluster, command, store if cluster.nodes == 1 else None, console)
+        port = store.getsockname()[1] if store is not None and cluster.nodes == 1 else cluster.master_port
+        ranks = Ranks(Place.of(cluster, port), command, store if cluster.nodes == 1 else None, console)
         endings = ranks.endings
         if cluster.nodes > 1:
             peers = Peers(cluster, store, stop_for_peers)
