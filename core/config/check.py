@@ -56,8 +56,6 @@ def unavailable(config: Config) -> Iterator[Problem]:
     for axis in (*MODEL_AXES, "expert_parallel"):
         if (size := getattr(config.strategy, axis)) > 1:
             yield _not_available(f"strategy.{axis}", f"{axis}={size}", "1")
-    if restarts := config.cluster.max_restarts:
-        yield _not_available("cluster.max_restarts", f"max_restarts={restarts}", "0")
 
 
 def _notify(config: Config) -> Iterator[Problem]:

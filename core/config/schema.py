@@ -169,6 +169,11 @@ class CheckpointSection(Section):
     every_steps: NonNegativeInt = _field(0, "save each so many optimizer steps; 0 only where the script asks", "steps")
     async_save: bool = _field(True, "write automatic checkpoints while training goes on; costs a copy in host memory")
     keep: PositiveInt = _field(3, "newest checkpoints that are kept")
+    resume: Literal["restart", "always"] = _field(
+        "restart",
+        "when the newest automatic checkpoint is loaded by itself: once a job is started again (cluster.max_restarts), "
+        "or always, so that a new run goes on from what is in checkpoint.dir",
+    )
 
 
 class TelemetrySection(Section):

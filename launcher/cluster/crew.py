@@ -26,6 +26,7 @@ from distui.launcher.cluster.hosts import Host
 from distui.launcher.cluster.starter import Starter
 from distui.launcher.node.facts import Hello, addresses, files_of, source_address
 from distui.launcher.node.member import NONCE
+from distui.launcher.node.restarts import checkpoints_of
 from distui.proto import cluster_pb2 as pb
 
 AGENT = "distui.launcher.node.member"
@@ -62,6 +63,8 @@ class Crew:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._dial: dict[int, str] = {}
         self._is_leaving = False
+        self._probe: Path | None = None
+        """A file among the checkpoints: who sees it shares that disk."""
 
         def sockets() -> dict[str, Path]:
             return {"daemon": daemon_socket(), "control": control_socket()} if config.telemetry.enabled else {}
@@ -73,6 +76,11 @@ class Crew:
     async def open(self) -> None:
         """Listen where each host can reach this one. Raises: UserError."""
         write_own(self._run.path / NONCE, self._nonce)
+        if self._config.checkpoint.every_steps:
+            folder = checkpoints_of(self._run, self._config.checkpoint.dir).absolute()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._probe = folder / f".distui-{self._nonce}"
+            self._probe.touch()
         chosen, known = self._config.cluster.interface, addresses()
         if chosen and chosen not in known:
             has = ", ".join(f"{name} ({found[0]})" for name, found in known.items())
@@ -147,6 +155,7 @@ class Crew:
             "config_toml": read_own(self._run.config).decode(),
             "spec_json": read_own(self._run.spec).decode(),
             "interface": cluster.interface,
+            "probe": str(self._probe or ""),
             "threads": cluster.threads_per_rank,
             "devices": list(host.devices),
         }
@@ -212,7 +221,7 @@ class Crew:
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
-    async def sweep(self, node: int) -> bool:
+    async def sweep(self, node: int, within_s: float = SWEEP_S) -> bool:
         """End what an agent that is gone has left on its host; tell whether the host answered."""
         old = self._processes.get(node)
         if old is not None and old.returncode is None:
@@ -221,7 +230,7 @@ class Crew:
         try:
             process = await self._starter.start(self.gang.members[node].host, agent_command())
             task = json.dumps({"sweep": True, "run_dir": str(self._run.path.absolute())})
-            told, _ = await asyncio.wait_for(process.communicate(task.encode() + b"\n"), SWEEP_S)
+            told, _ = await asyncio.wait_for(process.communicate(task.encode() + b"\n"), within_s)
             return b"distui: swept" in told
         except (OSError, asyncio.TimeoutError):
             return False
@@ -232,6 +241,8 @@ class Crew:
     async def leave(self, within_s: float) -> None:
         """Have every agent end, which ends its ranks; end the sessions of those that do not."""
         self._is_leaving = True
+        if self._probe is not None:
+            self._probe.unlink(missing_ok=True)
         for member in self.gang.members:
             if member.here:
                 self._seats[member.node].say(end=pb.End(leave=True))

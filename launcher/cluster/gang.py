@@ -39,6 +39,8 @@ class Member:
     lost: str = ""
     """Why it is not there any more."""
     lost_s: float = 0.0
+    was_silent: bool = False
+    """Whether it is lost because it did not answer."""
 
     @property
     def here(self) -> bool:
@@ -71,6 +73,7 @@ class Gang:
         """Note that a host's agent is connected."""
         member = self.members[node]
         member.stage, member.hello, member.heard_s, member.note, member.lost = "here", hello, self._clock(), "", ""
+        member.was_silent = False
 
     def failed(self, node: int, problem: Problem) -> None:
         """Note that a host will not come."""
@@ -136,4 +139,5 @@ class Gang:
             if len(gone) > 1 and not others and len(remote) > 2:
                 why += " (no other host answers either: look at the link of this one)"
             self.lose(member.node, why)
+            member.was_silent = True
         return gone

@@ -27,6 +27,11 @@ def compare(hosts: Sequence[Host], hellos: Mapping[int, Hello], here: Hello, *, 
             found.append(
                 Problem(name, what, "each rank needs a GPU of its own", f"--hosts ...,{name}:{hello.num_gpus}")
             )
+    blind = [hosts[node].name for node, hello in sorted(hellos.items()) if not hello.sees_checkpoints]
+    if blind and not found:
+        what, why = f"the folder of checkpoints on {here.host_name} is not there", "all ranks save into one folder"
+        fix = "name one on a disk that all hosts share: --set checkpoint.dir=..., or checkpoint.every_steps=0"
+        found.append(Problem(", ".join(blind), what, why, fix))
     return found + ([] if one_machine else _twice(hosts, hellos))
 
 

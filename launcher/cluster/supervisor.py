@@ -33,8 +33,7 @@ from distui.core.errors import (
     UserError,
 )
 from distui.core.paths import RunFolder, open_own, read_json, write_own
-from distui.core.telemetry.harmless import harmless
-from distui.launcher.cluster.crew import Crew
+from distui.launcher.cluster.crew import SWEEP_S, Crew
 from distui.launcher.cluster.gang import Member
 from distui.launcher.cluster.hello import compare, remarks
 from distui.launcher.cluster.hosts import Host
@@ -43,7 +42,7 @@ from distui.launcher.cluster.verdict import first_cause
 from distui.launcher.job.outcome import Ending, Outcome, RankOutcome
 from distui.launcher.job.processes import AGENT_PID_ENV, GRACE_S, die_with_parent, kill_job, stop_requested
 from distui.launcher.node.facts import gather
-from distui.launcher.node.restarts import Restarts, checkpoints_of, newest_checkpoint, restart_words
+from distui.launcher.node.restarts import Restarts, checkpoints_of, newest_checkpoint, restart_words, say_notice
 from distui.proto import cluster_pb2 as pb
 
 AWAITED_S = 10.0
@@ -52,6 +51,7 @@ STORE_S = 15.0
 SETTLE_S = 0.3
 """A failure's peers fail of it at once: so long is waited for the first cause to be told too."""
 SUSPECT_S = 3.0
+SILENT_SWEEP_S = 3.0
 SWEPT_S = GRACE_S + 2.0
 LOOK_S = 0.5
 LEAVE_S = 1.5
@@ -105,10 +105,7 @@ class Supervisor:
 
     def _notice(self, line: str) -> None:
         """Say a line to whoever started the job."""
-        print(line, flush=True)
-        descriptor = open_own(self._run.notices, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        with open(descriptor, "a", encoding="utf-8") as file:
-            file.write(f"{harmless(line)}\n")
+        say_notice(self._run, line)
 
     async def supervise(self) -> Outcome:
         """Meet the hosts, run attempts, and return how the job ended; then no process of it is left on any host.
@@ -268,6 +265,8 @@ class Supervisor:
             return self._finished(places)
         # From here on ranks end because they are ended: their connections' ends are no losses.
         told = self.stopped_by and self.stopped_by.name
+        if told is None and self._lost():
+            told = f"the loss of {self._lost()[0].host.name}"  # whatever ranks say now comes of that
         bad = [asdict(ending) for ending in attempt.endings.values() if ending.bad]
         with contextlib.suppress(OSError):
             write_own(self._run.ending, json.dumps({"stopped_by": told or attempt.stopped or None, "ranks": bad}))
@@ -275,6 +274,7 @@ class Supervisor:
             await asyncio.sleep(SETTLE_S)
         for member in gang.members:
             self._crew.say(member.node, end=pb.End(leave=False))
+        sweeps = {member.node: asyncio.create_task(self._sweep(member)) for member in self._lost()}
         await self._wait_swept()
         if self.stopped_by is not None or attempt.stopped:
             return self._stopped()
@@ -286,14 +286,17 @@ class Supervisor:
         if outcome.is_victim and not self._lost():
             await self._wait_for_silent()
             outcome = self._cause(places)
-        lost = self._lost()
-        answers = await asyncio.gather(*(self._crew.sweep(member.node) for member in lost))
-        for member, answered in zip(lost, answers, strict=True):
-            if answered and "not answered" not in member.lost:
-                member.lost += "; the host answers: what was left of the job there has been ended"
-            elif not answered and "not answered" not in member.lost:
-                member.lost += "; the host does not answer"
+        for member in self._lost():
+            await sweeps.setdefault(member.node, asyncio.create_task(self._sweep(member)))
         return self._cause(places)
+
+    async def _sweep(self, member: Member) -> None:
+        """End what a lost agent has left, and tell by that whether its host answers."""
+        answered = await self._crew.sweep(member.node, SILENT_SWEEP_S if member.was_silent else SWEEP_S)
+        if answered:
+            member.lost += "; the host answers by ssh: what was left of the job there has been ended"
+        elif not member.was_silent:
+            member.lost += "; the host does not answer"
 
     async def _wait_swept(self) -> None:
         """Wait until every agent that is there has ended its ranks."""
@@ -321,7 +324,7 @@ class Supervisor:
     def _name_hosts(self, ranks: list[RankOutcome], places: dict[int, tuple[int, int]]) -> None:
         for node, (first, count) in places.items():
             for rank in ranks[first : first + count]:
-                rank.host = self._hosts[node].name
+                rank.host, rank.step = self._hosts[node].name, self._attempt.steps.get(rank.rank)
 
     def _finished(self, places: dict[int, tuple[int, int]]) -> Outcome:
         ranks = [RankOutcome(rank, self._attempt.endings[rank].exit_status) for rank in sorted(self._attempt.endings)]

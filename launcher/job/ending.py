@@ -58,7 +58,7 @@ def _of_rank(run: RunFolder, outcome: Outcome) -> str:
     rank = next(found for found in outcome.ranks if found.rank == outcome.failed_rank)
     report = read_rank_error(run, rank.rank)
     host = report["host"] if report else rank.host or socket.gethostname()
-    step = report["step"] if report else last_step(run, rank.rank)
+    step = report["step"] if report else rank.step if rank.step is not None else last_step(run, rank.rank)
     log = run.rank_log(rank.rank)
     when = "last step n/a" if step is None else f"after step {step}" if step else "before its first step"
     lines = [f"error: rank {rank.rank} failed on {host}, {when}"]

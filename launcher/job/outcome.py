@@ -59,6 +59,8 @@ class RankOutcome:
     error: str = ""
     host: str = ""
     """Where it ran, in a job on many hosts."""
+    step: int | None = None
+    """The last that its host told of, in a job on many hosts."""
 
 
 @dataclass(slots=True)

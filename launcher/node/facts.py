@@ -53,6 +53,8 @@ class Hello:
     interface: str = ""
     shares_folder: bool = False
     """Whether the run's folder is the launching side's own, on a shared disk."""
+    sees_checkpoints: bool = True
+    """Whether it sees the launching side's folder of checkpoints, where there are to be any."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""

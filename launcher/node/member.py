@@ -97,6 +97,7 @@ class Member:
                 "address": address,
                 "interface": interface_of(address, known),
                 "shares_folder": shares,
+                "sees_checkpoints": not spec["probe"] or os.path.exists(spec["probe"]),
             }
         )
 
@@ -121,8 +122,9 @@ class Member:
 
     def die(self, why: str) -> NoReturn:
         """End this host's part at once: nobody is left to say how. From any thread."""
-        print(f"distui: {why}; the ranks of this host are ended", flush=True)
         kill_job(self._run)
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            print(f"distui: {why}; the ranks of this host were ended", flush=True)
         self._leave(EXIT_BUG)
 
     def _leave(self, status: int) -> NoReturn:

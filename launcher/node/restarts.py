@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distui.core.errors import EXIT_RANK_FAILED
-from distui.core.paths import RunFolder, remove_own, write_own
+from distui.core.paths import RunFolder, open_own, remove_own, write_own
+from distui.core.telemetry.harmless import harmless
 from distui.launcher.job.outcome import Outcome
 
 MAX_STANDSTILLS = 2
@@ -50,6 +51,13 @@ class Restarts:
         why = outcome.message or "failed"
         self.told.append({"attempt": self.attempt, "time_s": time.time(), "step": step, "cause": why})
         write_own(run.restarts, json.dumps({"attempt": self.attempt, "restarts": self.told}))
+
+
+def say_notice(run: RunFolder, line: str) -> None:
+    """Say a line to whoever started the job, and to its log."""
+    print(line, flush=True)
+    with open(open_own(run.notices, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as file:
+        file.write(f"{harmless(line)}\n")
 
 
 def put_away(run: RunFolder, attempt: int, num_ranks: int) -> None:
