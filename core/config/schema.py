@@ -48,6 +48,9 @@ class ClusterSection(Section):
     master_addr: str = _field("127.0.0.1", "address of node 0, where ranks meet")
     master_port: NonNegativeInt = _field(0, "port on node 0 where ranks meet; 0 takes a free one (one node only)")
     max_restarts: NonNegativeInt = _field(0, "how often a failed job is started again from its last checkpoint")
+    on_preempt: Literal["stop", "save"] = _field(
+        "stop", "what SIGTERM to the launcher means: stop, or save at the next common step and end with 75, as SIGUSR1"
+    )
     threads_per_rank: NonNegativeInt = _field(0, "CPU threads of each rank; 0 divides the physical cores")
     hosts: str = _field("", "hosts that one command starts the job on, as a,b:4 (4 ranks on b, nproc on a)")
     hostfile: str = _field("", "file that lists the hosts instead, a line each: b slots=4 (DeepSpeed), or b:4 (MPI)")

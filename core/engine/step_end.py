@@ -63,6 +63,8 @@ class StepEnd:
         """Called when the script wants a batch."""
         self.before_work: Callable[[], None] = lambda: None
         """Called when the script begins to train with one."""
+        self.after_save: Callable[[], None] = lambda: None
+        """Called when what was asked for is being saved, and the script is still there."""
         _open.add(self)
 
     # ---- asking: in the step -------------------------------------------------------------------------------------
@@ -155,6 +157,8 @@ class StepEnd:
         asked, self._asked = self._asked, []
         self._awaited, self._random = [], None
         self._save(asked, random, at_exit=at_exit)
+        if not at_exit:
+            self.after_save()
 
 
 def finish_all() -> None:

@@ -39,7 +39,7 @@ from distui.launcher.cluster.hello import compare, remarks
 from distui.launcher.cluster.hosts import Host
 from distui.launcher.cluster.starter import load_starter
 from distui.launcher.cluster.verdict import first_cause
-from distui.launcher.job.outcome import Ending, Outcome, RankOutcome
+from distui.launcher.job.outcome import Ending, Outcome, RankOutcome, gave_way, preempted_words
 from distui.launcher.job.processes import AGENT_PID_ENV, GRACE_S, die_with_parent, kill_job, stop_requested
 from distui.launcher.node.facts import gather
 from distui.launcher.node.restarts import Restarts, checkpoints_of, newest_checkpoint, restart_words, say_notice
@@ -75,8 +75,8 @@ class Attempt:
 
     def failed(self) -> bool:
         """Tell whether a rank ended badly, or could not be started."""
-        preempted = all(ending.exit_status == EXIT_PREEMPTED for ending in self.endings.values() if ending.bad)
-        return bool(self.problems) or (any(ending.bad for ending in self.endings.values()) and not preempted)
+        bad = any(ending.bad for ending in self.endings.values())
+        return bool(self.problems) or (bad and not gave_way(self.endings))
 
 
 class Supervisor:
@@ -330,9 +330,8 @@ class Supervisor:
         ranks = [RankOutcome(rank, self._attempt.endings[rank].exit_status) for rank in sorted(self._attempt.endings)]
         self._name_hosts(ranks, places)
         restarts = self._restarts.attempt
-        if any(rank.exit_status == EXIT_PREEMPTED for rank in ranks):
-            step = max(self._attempt.steps.values(), default=0)
-            message = f"gave way, and saved after step {step}"
+        if gave_way(self._attempt.endings):
+            message = preempted_words(max(self._attempt.steps.values(), default=None))
             return Outcome("stopped", EXIT_PREEMPTED, message, ranks=ranks, restarts=restarts)
         return Outcome("finished", EXIT_OK, "", ranks=ranks, restarts=restarts)
 

@@ -52,6 +52,8 @@ class Job:
         """
         self.run, self.console = run, console
         self.stopped_by: signal.Signals | None = None
+        self.saves_on_term = False
+        """Whether SIGTERM comes from a scheduler that wants the job to give way: it saves, and ends with 75."""
         self._timers: list[threading.Timer] = []
         inherited = console.inherited() if console is not None else ()
         with open(open_own(run.logs / "launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
@@ -97,7 +99,12 @@ class Job:
         self._timers.append(timer)
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Be the handler of SIGINT, SIGTERM and SIGHUP."""
+        """Be the handler of SIGINT, SIGTERM, SIGHUP and SIGUSR1."""
+        if signum == signal.SIGUSR1 or (signum == signal.SIGTERM and self.saves_on_term):
+            self.saves_on_term = False  # a second one means it
+            if self.ended() is None:
+                self._agent.send_signal(signal.SIGUSR1)
+            return
         self.stop(signal.Signals(signum))
         if signum == signal.SIGHUP:
             self._later(HANGUP_S, lambda: os._exit(128 + signal.SIGHUP))

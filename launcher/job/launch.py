@@ -71,7 +71,9 @@ def launch(request: LaunchRequest) -> int:
 
     def start() -> Job:
         console = None if screen or request.detach or config.cluster.hosts else launchers_stdin()
-        return Job(run, request.target, dict(os.environ), console, agent_for(config))
+        job = Job(run, request.target, dict(os.environ), console, agent_for(config))
+        job.saves_on_term = config.cluster.on_preempt == "save"
+        return job
 
     job: Job | Background
     if screen or request.detach:
@@ -83,7 +85,7 @@ def launch(request: LaunchRequest) -> int:
             return EXIT_OK
     else:
         job = start()
-    stopping = [signal.SIGINT, signal.SIGTERM]
+    stopping = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it: the job outlives the terminal
         stopping.append(signal.SIGHUP)
     restored = {signum: signal.signal(signum, job.on_signal) for signum in stopping}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from distui.core.errors import EXIT_RANK_FAILED
+from distui.core.errors import EXIT_PREEMPTED, EXIT_RANK_FAILED
 from distui.core.paths import RunFolder, read_json, write_own
 
 _UNPROVOKED = {
@@ -47,6 +47,11 @@ class Ending:
     def bad(self) -> bool:
         """Whether it ended other than by exit status 0."""
         return bool(self.exit_status) or self.signal is not None
+
+    @property
+    def gave_way(self) -> bool:
+        """Whether it has saved and ended because it was asked to."""
+        return self.exit_status == EXIT_PREEMPTED
 
 
 @dataclass(slots=True)
@@ -123,6 +128,17 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def gave_way(endings: Mapping[int, Ending]) -> bool:
+    """Tell whether ranks have saved and ended because they were asked to, and no other ended badly."""
+    bad = [ending for ending in endings.values() if ending.bad]
+    return bool(bad) and all(ending.gave_way for ending in bad)
+
+
+def preempted_words(step: int | None) -> str:
+    """Return the message of a job that gave way."""
+    return f"gave way, and saved after step {step if step is not None else 'n/a'}"
 
 
 def tell_ending(run: RunFolder, stopped_by: signal.Signals | None, endings: Mapping[int, Ending]) -> None:

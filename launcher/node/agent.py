@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from distui.core.config.schema import ClusterSection
-from distui.core.errors import EXIT_BUG, EXIT_OK, EXIT_RANK_FAILED
+from distui.core.errors import EXIT_BUG, EXIT_OK, EXIT_PREEMPTED, EXIT_RANK_FAILED
 from distui.core.paths import JOB_ENV, RunFolder
 from distui.launcher.job.console import CONSOLE_ENV
-from distui.launcher.job.outcome import Ending, Outcome, judge, last_step, tell_ending
-from distui.launcher.job.processes import AGENT_PID_ENV, die_with_parent, kill_job, stop_requested
+from distui.launcher.job.outcome import Ending, Outcome, gave_way, judge, last_step, preempted_words, tell_ending
+from distui.launcher.job.processes import AGENT_PID_ENV, die_with_parent, kill_job, request_preemption, stop_requested
 from distui.launcher.node.peers import Peers
 from distui.launcher.node.ranks import STOP_SIGNALS, Place, Ranks, listen
 from distui.launcher.node.restarts import (
@@ -37,6 +37,7 @@ def main() -> None:
     """Run the job of the folder in argv and exit with 0, 3 (a rank failed), 128 + signal (stopped), or 1 (a bug)."""
     run = RunFolder(Path(sys.argv[1]))
     die_with_parent(int(os.environ[AGENT_PID_ENV]), signal.SIGTERM)
+    signal.signal(signal.SIGUSR1, lambda number, frame: request_preemption(run))
     outcome = run_job(run, json.load(sys.stdin))
     try:
         outcome.write(run)
@@ -105,6 +106,10 @@ def _run_attempt(
                 message = "stopped by distui control"
             if peers is not None and peers.failure:
                 state, status, message = "failed", EXIT_RANK_FAILED, f"another node failed: {peers.failure}"
+        elif gave_way(endings):
+            steps = [last_step(run, rank) for rank in endings]
+            message = preempted_words(max((step for step in steps if step is not None), default=None))
+            state, status = "stopped", EXIT_PREEMPTED
         elif any(ending.bad for ending in endings.values()):
             state, status = "failed", EXIT_RANK_FAILED
     except Exception as error:  # noqa: BLE001  the ranks must be ended and the outcome told, whatever it was

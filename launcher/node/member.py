@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from distui.core.errors import EXIT_BUG, EXIT_OK
 from distui.core.paths import JOB_ENV, RunFolder, read_own, remove_own, write_own
 from distui.launcher.job.outcome import Ending, last_step, read_rank_error
-from distui.launcher.job.processes import AGENT_PID_ENV, kill_job, stop_requested
+from distui.launcher.job.processes import AGENT_PID_ENV, kill_job, request_preemption, stop_requested
 from distui.launcher.node.facts import Hello, addresses, gather, interface_of, source_address
 from distui.launcher.node.feed import FileFeed
 from distui.launcher.node.link import Link
@@ -134,6 +134,7 @@ class Member:
     def _take_signals(self) -> None:
         for signum in STOP_SIGNALS:
             signal.signal(signum, lambda number, frame: None)  # between attempts there is nothing to stop
+        signal.signal(signal.SIGUSR1, lambda number, frame: request_preemption(self._run))
 
     # ---- what the supervisor says: on the link's thread --------------------------------------------------------------
 
@@ -150,7 +151,7 @@ class Member:
             os.kill(os.getpid(), signal.SIGTERM)
             self._work.put(said.end)
         elif body == "preempt":
-            write_own(self._run.preempt, "asked")
+            request_preemption(self._run)
 
     def _open_store(self, attempt: int) -> None:
         told = pb.StoreAt(attempt=attempt)

@@ -23,6 +23,8 @@ from distui.launcher.job.processes import GRACE_S, signal_all
 from distui.launcher.node.store import STORE_ENV, Standby
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+GIVE_WAY_S = 60.0
+"""Once a rank has saved and ended, the others, which have saved with it, have so long to end."""
 BACKLOG = 4096
 """Ranks may connect before anybody serves: the kernel keeps so many of them waiting."""
 
@@ -178,6 +180,7 @@ class Ranks:
         for handle in (self._woken, *self._running):
             poll.register(handle, select.POLLIN)
         kill_s: float | None = None
+        is_told = False
         while self._running:
             if self._standby is not None and self._is_released and self._only_first():
                 self._standby.release()
@@ -188,8 +191,11 @@ class Ranks:
                     continue
                 poll.unregister(handle)
                 self._reap(handle)
-            bad = any(ending.bad for ending in self.endings.values())
-            if kill_s is None and self._running and (bad or self.stopped_by is not None):
+            bad = any(ending.bad and not ending.gave_way for ending in self.endings.values())
+            if kill_s is None and any(ending.gave_way for ending in self.endings.values()):
+                kill_s = time.monotonic() + GIVE_WAY_S
+            if not is_told and self._running and (bad or self.stopped_by is not None):
+                is_told = True
                 told()
                 signal_all((one.process.pid for one in self._running.values()), signal.SIGTERM)
                 kill_s = time.monotonic() + GRACE_S
