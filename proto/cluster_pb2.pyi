@@ -1,6 +1,7 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -12,36 +13,40 @@ class Piece(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class AgentSays(_message.Message):
-    __slots__ = ("hello", "beat", "store", "ended", "done", "file")
+    __slots__ = ("hello", "beat", "store", "ended", "done", "file", "dialled")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     FILE_FIELD_NUMBER: _ClassVar[int]
+    DIALLED_FIELD_NUMBER: _ClassVar[int]
     hello: str
     beat: Beat
     store: StoreAt
     ended: RankEnded
     done: Done
     file: FilePiece
-    def __init__(self, hello: _Optional[str] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., store: _Optional[_Union[StoreAt, _Mapping]] = ..., ended: _Optional[_Union[RankEnded, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., file: _Optional[_Union[FilePiece, _Mapping]] = ...) -> None: ...
+    dialled: Dialled
+    def __init__(self, hello: _Optional[str] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., store: _Optional[_Union[StoreAt, _Mapping]] = ..., ended: _Optional[_Union[RankEnded, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., file: _Optional[_Union[FilePiece, _Mapping]] = ..., dialled: _Optional[_Union[Dialled, _Mapping]] = ...) -> None: ...
 
 class SupervisorSays(_message.Message):
-    __slots__ = ("beat", "open_store", "start", "alone", "end", "preempt")
+    __slots__ = ("beat", "open_store", "start", "alone", "end", "preempt", "dial")
     BEAT_FIELD_NUMBER: _ClassVar[int]
     OPEN_STORE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     ALONE_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     PREEMPT_FIELD_NUMBER: _ClassVar[int]
+    DIAL_FIELD_NUMBER: _ClassVar[int]
     beat: Beat
     open_store: OpenStore
     start: Start
     alone: Alone
     end: End
     preempt: Preempt
-    def __init__(self, beat: _Optional[_Union[Beat, _Mapping]] = ..., open_store: _Optional[_Union[OpenStore, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., alone: _Optional[_Union[Alone, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., preempt: _Optional[_Union[Preempt, _Mapping]] = ...) -> None: ...
+    dial: Dial
+    def __init__(self, beat: _Optional[_Union[Beat, _Mapping]] = ..., open_store: _Optional[_Union[OpenStore, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., alone: _Optional[_Union[Alone, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., preempt: _Optional[_Union[Preempt, _Mapping]] = ..., dial: _Optional[_Union[Dial, _Mapping]] = ...) -> None: ...
 
 class Beat(_message.Message):
     __slots__ = ("number",)
@@ -50,20 +55,36 @@ class Beat(_message.Message):
     def __init__(self, number: _Optional[int] = ...) -> None: ...
 
 class OpenStore(_message.Message):
-    __slots__ = ("attempt",)
+    __slots__ = ("attempt", "probe")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     attempt: int
-    def __init__(self, attempt: _Optional[int] = ...) -> None: ...
+    probe: bool
+    def __init__(self, attempt: _Optional[int] = ..., probe: _Optional[bool] = ...) -> None: ...
+
+class Dial(_message.Message):
+    __slots__ = ("addresses",)
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Dialled(_message.Message):
+    __slots__ = ("failed",)
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    failed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, failed: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StoreAt(_message.Message):
-    __slots__ = ("attempt", "port", "problem")
+    __slots__ = ("attempt", "port", "problem", "probe")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PORT_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     port: int
     problem: str
-    def __init__(self, attempt: _Optional[int] = ..., port: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+    probe: bool
+    def __init__(self, attempt: _Optional[int] = ..., port: _Optional[int] = ..., problem: _Optional[str] = ..., probe: _Optional[bool] = ...) -> None: ...
 
 class Start(_message.Message):
     __slots__ = ("attempt", "max_restarts", "node", "num_nodes", "first_rank", "num_ranks", "world_size", "address", "port")

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from distui.proto import cluster_pb2 as pb
 
 AGENT = "distui.launcher.node.member"
 SWEEP_S = 10.0
+REACH_S = 8.0
+MAX_DIALLED = 16
 GONE_S = 1.0
 """A stream that ended may have ended with its session, which says why a moment later."""
 ELSEWHERE = "192.0.2.1"
@@ -49,7 +52,13 @@ class Crew:
         command: Sequence[str],
         config_file: Path | None,
         on_said: Callable[[int, pb.AgentSays], None],
+        *,
+        only_checks: bool = False,
     ) -> None:
+        """Start nothing yet. With `only_checks` agents make no run's folder: no rank is to be started."""
+        self._only_checks = only_checks
+        self._probes: dict[int, int] = {}
+        self._dialled: dict[int, list[str]] = {}
         self.changed = asyncio.Event()
         loop = asyncio.get_running_loop()
         self.gang = Gang(hosts, loop.time, config.cluster.meet_s)
@@ -63,6 +72,8 @@ class Crew:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._dial: dict[int, str] = {}
         self._is_leaving = False
+        self.offsets_s: dict[int, float] = {}
+        """How far each host's clock was ahead when its hello came, but for the time of its way here."""
         self._probe: Path | None = None
         """A file among the checkpoints: who sees it shares that disk."""
 
@@ -156,6 +167,7 @@ class Crew:
             "spec_json": read_own(self._run.spec).decode(),
             "interface": cluster.interface,
             "probe": str(self._probe or ""),
+            "check": self._only_checks,
             "threads": cluster.threads_per_rank,
             "devices": list(host.devices),
         }
@@ -189,13 +201,20 @@ class Crew:
             self._seats[node].say(**body)
 
     def _hello(self, seat: Seat, hello: Hello) -> None:
+        self.offsets_s[seat.node] = hello.clock_s - time.time()
         self.gang.joined(seat.node, hello)
         self.changed.set()
 
     def _said(self, seat: Seat, message: pb.AgentSays) -> None:
         self.gang.heard(seat.node)
-        if message.WhichOneof("body") != "beat":
+        body = message.WhichOneof("body")
+        if body == "dialled":
+            self._dialled[seat.node] = list(message.dialled.failed)
+        elif body == "store" and message.store.probe:
+            self._probes[seat.node] = message.store.port
+        elif body != "beat":
             self._on_said(seat.node, message)
+        if body != "beat":
             self.changed.set()
 
     def _gone(self, seat: Seat) -> None:
@@ -218,6 +237,48 @@ class Crew:
         if process.returncode is None:
             return "its agent hung up"
         return f"its agent, or its session, has ended{f' ({last})' if last else ''}"
+
+    async def reach(self) -> list[Problem]:
+        """Have hosts dial each other, all of them or, of many, some; return who does not reach whom."""
+        members = [member for member in self.gang.members if member.here]
+        if len(members) < 2:
+            return []
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + REACH_S
+        self._probes, self._dialled = {}, {}
+        for member in members:
+            self.say(member.node, open_store=pb.OpenStore(probe=True))
+        while len(self._probes) < len(members) and loop.time() < deadline_s:
+            await self.something(REACH_S / 8)
+        where = {}
+        for member in members:
+            assert member.hello is not None
+            address = f"[{member.hello.address}]" if ":" in member.hello.address else member.hello.address
+            if port := self._probes.get(member.node):
+                where[f"{address}:{port}"] = member
+        for place, member in enumerate(members):
+            others = [address for address, other in where.items() if other is not member]
+            if len(others) > MAX_DIALLED:
+                others = [others[(place + step) % len(others)] for step in (0, *(1 << bit for bit in range(6)))]
+            self.say(member.node, dial=pb.Dial(addresses=others))
+        while len(self._dialled) < len(members) and loop.time() < deadline_s:
+            await self.something(REACH_S / 8)
+        found = []
+        for node, failed in sorted(self._dialled.items()):
+            name = self.gang.members[node].host.name
+            for text in failed:
+                address, _, why = text.partition(": ")
+                other = where[address].host.name if address in where else "?"
+                what = f"{name} does not reach {other} at {address}"
+                fix = "let the hosts of a job reach each other on all ports, or --set cluster.interface=..."
+                found.append(Problem(f"{name}, {other}", what, f"{why}: a firewall, or another network", fix))
+        return found
+
+    async def something(self, within_s: float) -> None:
+        """Wait until something has happened, for a while at most."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.changed.wait(), within_s)
+        self.changed.clear()
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
@@ -246,10 +307,11 @@ class Crew:
         for member in self.gang.members:
             if member.here:
                 self._seats[member.node].say(end=pb.End(leave=True))
-        running = [process for process in self._processes.values() if process.returncode is None]
-        for process in running:
-            if process.stdin is not None and not all(member.here for member in self.gang.members):
-                process.stdin.close()  # who has not connected yet has no other way to hear of it
+        alive = {node: process for node, process in self._processes.items() if process.returncode is None}
+        for node, process in alive.items():
+            if process.stdin is not None and not self.gang.members[node].here:
+                process.stdin.close()  # who has not connected has no other way to hear of it
+        running = list(alive.values())
         waits = [asyncio.ensure_future(process.wait()) for process in running]
         if waits:
             await asyncio.wait(waits, timeout=within_s)

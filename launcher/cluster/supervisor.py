@@ -141,7 +141,7 @@ class Supervisor:
             crew.start(node)
         next_line_s = loop.time() + AWAITED_S
         while not gang.all_here() and self.stopped_by is None:
-            await self._something(LOOK_S)
+            await self._crew.something(LOOK_S)
             if problems := gang.refused():
                 raise ConfigError(problems)
             if loop.time() >= next_line_s:
@@ -153,16 +153,12 @@ class Supervisor:
         here = gather(os.getcwd(), crew.files, crew.optional)
         if problems := compare(self._hosts, hellos, here, one_machine=self._starter.one_machine):
             raise ConfigError(problems)
-        for remark in remarks(self._hosts, hellos, {}):
+        if problems := await crew.reach():
+            raise ConfigError(problems)
+        for remark in remarks(self._hosts, hellos, crew.offsets_s):
             print(remark, flush=True)
         words = [f"{member.host.name} ({member.hello.address})" for member in gang.members if member.hello is not None]
         print(f"hosts: {', '.join(words)}; interface {hellos[0].interface}", flush=True)
-
-    async def _something(self, within_s: float) -> None:
-        """Wait until something has happened, for a while at most."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._crew.changed.wait(), within_s)
-        self._crew.changed.clear()
 
     # ---- what agents say ---------------------------------------------------------------------------------------------
 
@@ -222,7 +218,7 @@ class Supervisor:
         crew.say(0, open_store=pb.OpenStore(attempt=attempt.number))
         deadline_s = loop.time() + STORE_S
         while not attempt.port and not attempt.problems and not self._is_over():
-            await self._something(LOOK_S)
+            await self._crew.something(LOOK_S)
             if loop.time() > deadline_s:
                 attempt.problems[0] = f"no port for the store came from it within {STORE_S:.0f} s"
         if attempt.port and not self._is_over():
@@ -242,7 +238,7 @@ class Supervisor:
                 )
                 crew.say(node, start=start)
         while not self._is_over():
-            await self._something(LOOK_S)
+            await self._crew.something(LOOK_S)
             gang.lose_silent()
             if not attempt.is_alone_told and attempt.done >= set(places) - {0}:
                 attempt.is_alone_told = True
@@ -305,13 +301,13 @@ class Supervisor:
         while loop.time() < deadline_s:
             if all(member.node in self._attempt.swept for member in self._crew.gang.members if member.here):
                 return
-            await self._something(LOOK_S)
+            await self._crew.something(LOOK_S)
             self._crew.gang.lose_silent()
 
     async def _wait_for_silent(self) -> None:
         """Who only lost its peer says nothing of why: a host that is silent now may be the cause, or be heard again."""
         while self._crew.gang.silent(SUSPECT_S) and not self._lost() and self.stopped_by is None:
-            await self._something(LOOK_S)
+            await self._crew.something(LOOK_S)
             self._crew.gang.lose_silent()
 
     def _cause(self, places: dict[int, tuple[int, int]]) -> Outcome:

@@ -36,6 +36,7 @@ FEED_S = 0.3
 SHORT = "/tmp"
 """Where sockets' paths stay below the kernel's limit."""
 LEAVE_S = 2.0
+DIAL_S = 3.0
 NONCE = "head"
 """A file in the run's folder on the launching side; who finds it shares that disk."""
 
@@ -48,6 +49,8 @@ class Member:
         self._work: queue.SimpleQueue[pb.Start | pb.End] = queue.SimpleQueue()
         self._ranks: Ranks | None = None
         self._store: socket.socket | None = None
+        self._probed: socket.socket | None = None
+        """Where other hosts tried whether this one answers; the kernel takes their calls."""
         self._attempt = 0
         self._is_ending = False
         self._runtime = Path(tempfile.mkdtemp(prefix="distui-", dir=SHORT if os.access(SHORT, os.W_OK) else None))
@@ -57,7 +60,7 @@ class Member:
             spec["address"],
             spec["certificate"].encode(),
             spec["token"],
-            lambda: json.dumps(self._hello.to_json()),
+            lambda: json.dumps({**self._hello.to_json(), "clock_s": time.time()}),
             self._hear,
             self.die,
         )
@@ -78,7 +81,7 @@ class Member:
         try:
             with contextlib.suppress(FileNotFoundError):
                 shares = read_own(self._run.path / NONCE).decode() == spec["nonce"]
-            if not shares:
+            if not shares and not spec["check"]:
                 with contextlib.suppress(FileExistsError):
                     self._run.create()
                 write_own(self._run.config, spec["config_toml"])
@@ -141,7 +144,10 @@ class Member:
     def _hear(self, said: pb.SupervisorSays) -> None:
         body = said.WhichOneof("body")
         if body == "open_store":
-            self._open_store(said.open_store.attempt)
+            self._open_store(said.open_store)
+        elif body == "dial":
+            addresses = list(said.dial.addresses)
+            threading.Thread(target=self._dial, args=(addresses,), name="dial", daemon=True).start()
         elif body == "start":
             self._work.put(said.start)
         elif body == "alone" and self._ranks is not None:
@@ -153,12 +159,27 @@ class Member:
         elif body == "preempt":
             request_preemption(self._run)
 
-    def _open_store(self, attempt: int) -> None:
-        told = pb.StoreAt(attempt=attempt)
+    def _dial(self, addresses: list[str]) -> None:
+        """Say which addresses do not answer."""
+        failed = []
+        for address in addresses:
+            host, _, port = address.rpartition(":")
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=DIAL_S).close()
+            except OSError as error:
+                failed.append(f"{address}: {error.strerror or error}")
+        self._link.say(pb.AgentSays(dialled=pb.Dialled(failed=failed)))
+
+    def _open_store(self, asked: pb.OpenStore) -> None:
+        told = pb.StoreAt(attempt=asked.attempt, probe=asked.probe)
         try:
             family = socket.AF_INET6 if ":" in self._hello.address else socket.AF_INET
-            self._store = socket.create_server((self._hello.address, 0), family=family, backlog=BACKLOG)
-            told.port = self._store.getsockname()[1]
+            opened = socket.create_server((self._hello.address, 0), family=family, backlog=BACKLOG)
+            told.port = opened.getsockname()[1]
+            if asked.probe:
+                self._probed = opened
+            else:
+                self._store = opened
         except OSError as error:
             told.problem = f"no port can be opened on {self._hello.address}: {error}"
         self._link.say(pb.AgentSays(store=told))
@@ -180,6 +201,8 @@ class Member:
             start.max_restarts,
         )
         try:
+            if self._probed is not None:
+                self._probed.close()
             self._set_environment(start)
             self._forget_errors(start)
             self._feed.begin(start.first_rank, start.num_ranks, self._hello.shares_folder)
