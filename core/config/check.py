@@ -85,6 +85,13 @@ def _cluster(config: Config) -> Iterator[Problem]:
             "0 takes a free port of node 0, which the other nodes cannot know",
             "set cluster.master_port to the same free port on every node, for example 29500",
         )
+    if cluster.nodes > 1 and cluster.max_restarts and not cluster.hosts:
+        yield Problem(
+            "cluster.max_restarts",
+            f"max_restarts={cluster.max_restarts} with {cluster.nodes} nodes that are started by hand",
+            "nobody could start all of them again together",
+            "name the hosts, so that one command starts them: --hosts a,b; or set cluster.max_restarts to 0",
+        )
     counts = set(cluster.ranks_by_host().values())
     if len(counts) > 1 and (
         config.compression.gradients not in ("none", "onebit") or config.compression.weights != "none"
