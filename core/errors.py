@@ -24,6 +24,8 @@ EXIT_OK = 0
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_RANK_FAILED = 3
+EXIT_PREEMPTED = 75
+"""Gave way and saved: start it again, and it goes on (EX_TEMPFAIL, which schedulers take for `requeue`)."""
 EXIT_INTERRUPTED = 130
 """The shell's convention for a job that Ctrl-C ended."""
 

@@ -131,6 +131,21 @@ class RunFolder:
         return self.path / "ending.json"
 
     @property
+    def preempt(self) -> Path:
+        """There once the ranks are to save at a step that they agree on, and to end with 75."""
+        return self.path / "preempt"
+
+    @property
+    def restarts(self) -> Path:
+        """restarts.json: how often the job was started again, when, and why."""
+        return self.path / "restarts.json"
+
+    @property
+    def notices(self) -> Path:
+        """notices.log: what the supervisor has to say to whoever started the job, a line each."""
+        return self.logs / "notices.log"
+
+    @property
     def config(self) -> Path:
         """config.toml: the resolved configuration, every key with its value."""
         return self.path / "config.toml"

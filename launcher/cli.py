@@ -33,6 +33,7 @@ COMMANDS = {
     "why": "Tell where the time of a step goes, and what to do.",
     "compare": "Put runs side by side.",
     "control": "Act on a running job: checkpoint, stacks, profile, stop.",
+    "cluster": "Say what each host has, and who reaches whom.",
     "checkpoint": "Look into checkpoints, and merge them to safetensors.",
     "config": "Show, check or describe the settings.",
     "daemon": "Run this node's telemetry daemon in the foreground.",

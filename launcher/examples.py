@@ -18,6 +18,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "launch": (
         "distui launch train.py --lr 3e-4",
         "distui launch --nproc 8 --zero 3 --set precision.dtype=bf16 train.py",
+        "distui launch --hosts gpu1,gpu2:4 train.py",
+        "distui launch --hostfile hosts --max-restarts 3 --set checkpoint.every_steps=500 train.py",
         "distui launch --as accelerate their_script.py",
         "distui launch --detach train.py",
         "distui launch --no-tui --nproc 2 has_a_breakpoint.py",
@@ -37,6 +39,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "compare": ("distui compare train-2026 other-2026", "distui compare train-2026 other-2026 -o both.html"),
     "control": ("distui control train-2026 stacks", "distui control train-2026 profile --steps 5"),
+    "cluster check": (
+        "distui cluster check --hosts gpu1,gpu2:4 train.py",
+        "distui cluster check --hostfile hosts --exclude gpu7",
+    ),
     "checkpoint inspect": ("distui checkpoint inspect checkpoints/step-1000",),
     "checkpoint consolidate": ("distui checkpoint consolidate checkpoints/step-1000 weights",),
     "checkpoint reshard": ("distui checkpoint reshard checkpoints/step-1000 eight --ranks 8",),

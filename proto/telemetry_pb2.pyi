@@ -359,7 +359,7 @@ class ListRunsResponse(_message.Message):
     def __init__(self, runs: _Optional[_Iterable[_Union[RunInfo, _Mapping]]] = ...) -> None: ...
 
 class RunInfo(_message.Message):
-    __slots__ = ("run_id", "run_dir", "name", "state", "strategy", "started_s", "finished_s", "world_size", "num_nodes", "command", "exit_status", "message", "config_toml", "planned_memory_bytes")
+    __slots__ = ("run_id", "run_dir", "name", "state", "strategy", "started_s", "finished_s", "world_size", "num_nodes", "command", "exit_status", "message", "config_toml", "planned_memory_bytes", "restarts")
     class PlannedMemoryBytesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -381,6 +381,7 @@ class RunInfo(_message.Message):
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     CONFIG_TOML_FIELD_NUMBER: _ClassVar[int]
     PLANNED_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     run_dir: str
     name: str
@@ -395,7 +396,8 @@ class RunInfo(_message.Message):
     message: str
     config_toml: str
     planned_memory_bytes: _containers.ScalarMap[str, int]
-    def __init__(self, run_id: _Optional[str] = ..., run_dir: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[str] = ..., strategy: _Optional[str] = ..., started_s: _Optional[float] = ..., finished_s: _Optional[float] = ..., world_size: _Optional[int] = ..., num_nodes: _Optional[int] = ..., command: _Optional[_Iterable[str]] = ..., exit_status: _Optional[int] = ..., message: _Optional[str] = ..., config_toml: _Optional[str] = ..., planned_memory_bytes: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    restarts: int
+    def __init__(self, run_id: _Optional[str] = ..., run_dir: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[str] = ..., strategy: _Optional[str] = ..., started_s: _Optional[float] = ..., finished_s: _Optional[float] = ..., world_size: _Optional[int] = ..., num_nodes: _Optional[int] = ..., command: _Optional[_Iterable[str]] = ..., exit_status: _Optional[int] = ..., message: _Optional[str] = ..., config_toml: _Optional[str] = ..., planned_memory_bytes: _Optional[_Mapping[str, int]] = ..., restarts: _Optional[int] = ...) -> None: ...
 
 class SnapshotRequest(_message.Message):
     __slots__ = ("run_id",)

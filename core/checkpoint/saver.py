@@ -106,7 +106,12 @@ class Saver:
                 own=Plain(state.own_state(engine, random), "the state of this rank"),
                 common=common if main else None,
                 facts=state.facts(engine, without)
-                | {"lineage": self._lineage, "saved_at_s": self._newest_s, "provisional": provisional},
+                | {
+                    "lineage": self._lineage,
+                    "saved_at_s": self._newest_s,
+                    "provisional": provisional,
+                    "run": _run_id(),
+                },
                 keep=keep,
             )
             self._start(snapshot, group, engine.clock.step, asynchronous, on_done)
@@ -213,6 +218,11 @@ class Saver:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+
+def _run_id() -> str:
+    run = current_run()
+    return run.run_id if run is not None else ""
 
 
 def folder_of_step(engine: Trained) -> Path:

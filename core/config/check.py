@@ -32,7 +32,7 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
     `nproc = "auto"` what depends on it is not checked.
     """
     if world_size is None and isinstance(config.cluster.nproc, int):
-        world_size = config.cluster.nproc * config.cluster.nodes
+        world_size = config.cluster.world_size()
     problems = [*unavailable(config), *check_backend(config), *_cluster(config), *_folders(config)]
     problems += [*offload_problems(config), *_states(config), *_compression(config), *_notify(config)]
     if hardware is not None:
@@ -56,8 +56,6 @@ def unavailable(config: Config) -> Iterator[Problem]:
     for axis in (*MODEL_AXES, "expert_parallel"):
         if (size := getattr(config.strategy, axis)) > 1:
             yield _not_available(f"strategy.{axis}", f"{axis}={size}", "1")
-    if restarts := config.cluster.max_restarts:
-        yield _not_available("cluster.max_restarts", f"max_restarts={restarts}", "0")
 
 
 def _notify(config: Config) -> Iterator[Problem]:
@@ -80,12 +78,29 @@ def _cluster(config: Config) -> Iterator[Problem]:
             f"nodes are counted from 0 to {cluster.nodes - 1}",
             f"set cluster.node_rank to 0..{cluster.nodes - 1}, or cluster.nodes to {cluster.node_rank + 1} or more",
         )
-    if cluster.nodes > 1 and cluster.master_port == 0:
+    if cluster.nodes > 1 and cluster.master_port == 0 and not cluster.hosts:
         yield Problem(
             "cluster.master_port",
             f"master_port=0 with {cluster.nodes} nodes",
             "0 takes a free port of node 0, which the other nodes cannot know",
             "set cluster.master_port to the same free port on every node, for example 29500",
+        )
+    if cluster.nodes > 1 and cluster.max_restarts and not cluster.hosts:
+        yield Problem(
+            "cluster.max_restarts",
+            f"max_restarts={cluster.max_restarts} with {cluster.nodes} nodes that are started by hand",
+            "nobody could start all of them again together",
+            "name the hosts, so that one command starts them: --hosts a,b; or set cluster.max_restarts to 0",
+        )
+    counts = set(cluster.ranks_by_host().values())
+    if len(counts) > 1 and (
+        config.compression.gradients not in ("none", "onebit") or config.compression.weights != "none"
+    ):
+        yield Problem(
+            "cluster.hosts",
+            f"hosts with {' and '.join(map(str, sorted(counts)))} ranks, and compression",
+            "compressed traffic takes its second hop between hosts, which needs as many ranks on each",
+            "start as many ranks on every host, or set compression.gradients and compression.weights to none",
         )
     if cluster.master_port > 65535:
         yield Problem(

@@ -48,7 +48,36 @@ class ClusterSection(Section):
     master_addr: str = _field("127.0.0.1", "address of node 0, where ranks meet")
     master_port: NonNegativeInt = _field(0, "port on node 0 where ranks meet; 0 takes a free one (one node only)")
     max_restarts: NonNegativeInt = _field(0, "how often a failed job is started again from its last checkpoint")
+    on_preempt: Literal["stop", "save"] = _field(
+        "stop", "what SIGTERM to the launcher means: stop, or save at the next common step and end with 75, as SIGUSR1"
+    )
     threads_per_rank: NonNegativeInt = _field(0, "CPU threads of each rank; 0 divides the physical cores")
+    hosts: str = _field("", "hosts that one command starts the job on, as a,b:4 (4 ranks on b, nproc on a)")
+    hostfile: str = _field("", "file that lists the hosts instead, a line each: b slots=4 (DeepSpeed), or b:4 (MPI)")
+    starter: str = _field("ssh", "how hosts are reached: ssh, local (all on this machine), or a plug-in's name")
+    ssh_args: str = _field("", "further arguments of ssh, such as -p 2222; the user's own ssh config holds anyway")
+    interface: str = _field("", "network interface that hosts reach each other by; empty is that of the route")
+    env: str = _field(
+        "PATH,PYTHON*,VIRTUAL_ENV,CONDA*,LD_LIBRARY_PATH,LD_PRELOAD,CUDA_*,NCCL_*,GLOO_*,TORCH*,OMP_*,MKL_*,HF_*,"
+        "TRANSFORMERS_*,WANDB_*,TRITON_*,DISTUI_*",
+        "variables of this side's environment that the ranks on hosts get, as names and patterns",
+    )
+    meet_s: PositiveFloat = _field(300.0, "time within which all hosts must have come", "s")
+
+    def ranks_by_host(self) -> dict[str, int]:
+        """Return the ranks of each of `hosts`; `nproc` where a host says no number, and 1 where that is not decided."""
+        default = self.nproc if isinstance(self.nproc, int) else 1
+        found = {}
+        for entry in filter(None, self.hosts.split(",")):
+            host, colon, count = entry.strip().rpartition(":")
+            numbered = bool(colon) and count.isdecimal()
+            found[host if numbered else entry.strip()] = int(count) if numbered else default
+        return found
+
+    def world_size(self) -> int:
+        """Return how many ranks there are; `nproc` has been decided."""
+        assert isinstance(self.nproc, int)
+        return sum(self.ranks_by_host().values()) if self.hosts else self.nproc * self.nodes
 
 
 class StrategySection(Section):
@@ -143,6 +172,11 @@ class CheckpointSection(Section):
     every_steps: NonNegativeInt = _field(0, "save each so many optimizer steps; 0 only where the script asks", "steps")
     async_save: bool = _field(True, "write automatic checkpoints while training goes on; costs a copy in host memory")
     keep: PositiveInt = _field(3, "newest checkpoints that are kept")
+    resume: Literal["restart", "always"] = _field(
+        "restart",
+        "when the newest automatic checkpoint is loaded by itself: once a job is started again (cluster.max_restarts), "
+        "or always, so that a new run goes on from what is in checkpoint.dir",
+    )
 
 
 class TelemetrySection(Section):

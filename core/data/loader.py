@@ -167,6 +167,9 @@ class PreparedLoader:
     def __iter__(self) -> Iterator[Any]:
         progress, active = self._progress, self._process.active_loaders
         self.watch.fetching(progress)
+        if progress.until_epoch is not None and self.watch.passes_over(progress):
+            progress.next_epoch += 1
+            return
         begin = time.perf_counter()
         batches = self._begin(progress)
         active.append(progress)
@@ -220,9 +223,12 @@ class PreparedLoader:
         """Begin an epoch; yields (batch, is_last). Collective where the order is (see SampleOrder)."""
         progress.epoch = progress.next_epoch
         progress.next_epoch += 1
-        skip = progress.resume_batches + self._num_skipped
+        skip = self._num_skipped
+        if progress.until_epoch is None or progress.until_epoch <= progress.epoch:
+            skip += progress.resume_batches
+            progress.resume_batches, progress.until_epoch = 0, None
         progress.num_batches = progress.num_used = progress.num_begun = skip
-        progress.resume_batches, progress.is_moved = 0, False
+        progress.is_moved = False
         call_set_epoch(self._source.dataset, progress.epoch)
         if self._is_stream:
             # Each rank must see the same stream, so its workers must be seeded alike.
@@ -335,6 +341,11 @@ class PreparedLoader:
         progress.resume_batches = num_batches
         progress.worker_states.clear()
         progress.starts_workers = False
+
+    def replay(self) -> None:
+        """Have a script that counts epochs from 0 again pass over those before the position that was loaded."""
+        if self._progress.next_epoch:
+            self._progress.until_epoch, self._progress.next_epoch = self._progress.next_epoch, 0
 
     @property
     def _items_per_batch(self) -> int:

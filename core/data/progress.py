@@ -35,6 +35,8 @@ class Progress:
     """The workers' states were loaded: the next ones begin with them."""
     is_moved: bool = False
     """A state was loaded while the script is in the loop: its next batch is of the new position."""
+    until_epoch: int | None = None
+    """The epoch to go on in, where a script that was started again has still to come to it."""
 
     @property
     def is_unused(self) -> bool:
@@ -58,6 +60,10 @@ class Watch(Protocol):
     def left(self, loader: Any) -> None:
         """The script is in the loop no more, however it left."""
 
+    def passes_over(self, loader: Any) -> bool:
+        """Tell whether this loop is one that was trained before the script was started again."""
+        ...
+
 
 class NoWatch:
     """Nobody hears of it, and nobody knows of a backward: what is handed out counts as used."""
@@ -74,3 +80,7 @@ class NoWatch:
 
     def left(self, loader: Any) -> None:
         """Nothing."""
+
+    def passes_over(self, loader: Any) -> bool:
+        """No."""
+        return False

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from distui.core.errors import EXIT_PREEMPTED
 from distui.core.paths import RunFolder
 from distui.core.ranks import ops
 from distui.core.telemetry.control import LATER, ControlCommand
@@ -58,7 +59,11 @@ class StepControl:
             self._continue_profile(step)
         if step < self._next_agreement:
             return
-        *wanted, save_failed = self._agree(step)
+        *wanted, gives_way, save_failed = self._agree(step)
+        if gives_way:
+            self._engine.step_end.after_save = self._give_way
+            self._engine.step_end.ask()
+            return
         if save_failed:
             # One rank's thread knows already; the others' are about to.
             self._engine.saver.join()
@@ -75,7 +80,9 @@ class StepControl:
         with self._lock:
             asked = [self._argument(verb) for verb in VERBS]
         values = torch.tensor(
-            [*asked, self._engine.save_failed, round(step_s * 1e6)], dtype=torch.int64, device=ops.object_device()
+            [*asked, self._run.preempt.exists(), self._engine.save_failed, round(step_s * 1e6)],
+            dtype=torch.int64,
+            device=ops.object_device(),
         )
         if self._engine.num_processes > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
@@ -84,6 +91,12 @@ class StepControl:
         self._next_agreement = step + max(1, min(MAX_STEPS_BETWEEN, round(AGREE_EVERY_S * 1e6 / max(slowest_us, 1))))
         self._last_agreement = (step, now)
         return wanted
+
+    def _give_way(self) -> None:
+        """End the script once its state is on the disk. Collective."""
+        self._engine.saver.join()
+        self._engine.wait_for_everyone()
+        raise SystemExit(EXIT_PREEMPTED)
 
     def _argument(self, verb: str) -> int:
         command = self._asked.get(verb)

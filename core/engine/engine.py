@@ -198,7 +198,7 @@ class Engine(States, ProcessState):
             return scheduler
         prepared = PreparedScheduler(
             scheduler,
-            did_step=lambda: not self.optimizer_step_was_skipped,
+            did_step=lambda: not self.optimizer_step_was_skipped and not self.resuming.is_passing,
             sync_gradients=lambda: self.sync_gradients,
         )
         self._schedulers.append(prepared)

@@ -13,6 +13,7 @@ from torch import nn
 from distui.core.backends.base import Backend
 from distui.core.config.schema import Config
 from distui.core.data.loader import PreparedLoader
+from distui.core.engine.resuming import Resuming
 from distui.core.engine.scheduler import PreparedScheduler
 from distui.core.engine.step_end import StepEnd
 from distui.core.engine.tracking import Tracking
@@ -61,6 +62,8 @@ class States(Tracking):
             self.num_processes,
         )
         """What is saved when the step that asked for it is over."""
+        self.resuming = Resuming(self)
+        self.step_end.before_batch, self.step_end.before_work = self.resuming.before_batch, self.resuming.before_work
 
     @property
     def saver(self) -> Saver:
@@ -196,6 +199,7 @@ class States(Tracking):
 
         Raises: UserError that lists what does not fit.
         """
+        self.resuming.is_due = False
         return self.saver.load(self, input_dir, strict=strict)
 
     def forget_step(self) -> None:

@@ -59,6 +59,12 @@ class StepEnd:
         """Whether the loop over them, if there was one, is over."""
         self._random: RandomStates | None = None
         self._waited_steps = 0
+        self.before_batch: Callable[[], None] = lambda: None
+        """Called when the script wants a batch."""
+        self.before_work: Callable[[], None] = lambda: None
+        """Called when the script begins to train with one."""
+        self.after_save: Callable[[], None] = lambda: None
+        """Called when what was asked for is being saved, and the script is still there."""
         _open.add(self)
 
     # ---- asking: in the step -------------------------------------------------------------------------------------
@@ -94,6 +100,11 @@ class StepEnd:
         """The script wants a batch of `loader`, the first or a further one."""
         if self._asked and any(loader is awaited for awaited in self._awaited):
             self._run(None)
+        self.before_batch()
+
+    def passes_over(self, loader: Any) -> bool:
+        """Tell whether the script comes again to an epoch that it has trained before it was started again."""
+        return self._trains() and loader.next_epoch < loader.until_epoch
 
     def handed(self, loader: Any) -> None:
         """The script has got a batch of `loader`."""
@@ -117,6 +128,7 @@ class StepEnd:
         """The script begins its next micro-batch."""
         if self._asked and self._is_left:
             self._run(None if self._awaited else self._random)
+        self.before_work()
 
     def used(self) -> None:
         """A backward has run: the batches in hand have been trained with."""
@@ -145,6 +157,8 @@ class StepEnd:
         asked, self._asked = self._asked, []
         self._awaited, self._random = [], None
         self._save(asked, random, at_exit=at_exit)
+        if not at_exit:
+            self.after_save()
 
 
 def finish_all() -> None:

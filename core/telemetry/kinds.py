@@ -13,6 +13,9 @@ WARNINGS = frozenset(
 )
 """They come and go while the job trains on; all other kinds are faults."""
 
+RESTART = "restart"
+"""The launcher's event: all ranks have been ended, and are started again."""
+
 INPUT, DEBUGGER = "input", "debugger"
 FOR_A_PERSON = frozenset({INPUT, DEBUGGER})
 """Phases, and kinds of events, in which a rank waits for a person: no hang, however long, and no straggler."""

@@ -162,6 +162,7 @@ def snapshot_json(snapshot: pb.Snapshot) -> dict[str, Any]:
         "run": snapshot.run.run_id,
         "state": snapshot.run.state,
         "strategy": snapshot.run.strategy,
+        "restarts": snapshot.run.restarts,
         "progress": {
             name: getattr(snapshot, name) if snapshot.HasField(name) else None
             for name in ("step", "total_steps", "left_s")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from distui.core.paths import RunFolder
 from distui.core.telemetry.harmless import harmless, make_harmless
-from distui.core.telemetry.kinds import FOR_A_PERSON
+from distui.core.telemetry.kinds import FOR_A_PERSON, RESTART
 from distui.daemon.diagnosis.collectives import CollectiveTotals
 from distui.daemon.diagnosis.trends import Lasting, LossTrend, MemoryTrend
 from distui.daemon.node.cgroups import Throttling
@@ -136,6 +136,8 @@ class RunState:
         self._marks: dict[tuple[int, str, int], int] = {}
         self._dropped: dict[tuple[int, str, int], int] = {}
         self._peak_flops: dict[int, float] = {}
+        self._replaced: dict[int, int] = {}
+        """By rank, the newest incarnation that was ended so that the job could be started again."""
 
     @property
     def final(self) -> bool:
@@ -217,6 +219,8 @@ class RunState:
     def _speaker(self, source: pb.Source) -> RankRecord | None:
         """Return the record of who speaks; None for an incarnation that a newer one has replaced."""
         known = self.launcher if source.rank == LAUNCHER else self.ranks.get(source.rank)
+        if source.incarnation <= self._replaced.get(source.rank, 0):
+            return None
         if known is not None and known.incarnation >= source.incarnation:
             return known if known.incarnation == source.incarnation else None
         fresh = RankRecord(source.rank, source.node, source.pid, source.incarnation)
@@ -271,6 +275,8 @@ class RunState:
             self.events.append(pb.TimedEvent(time_s=record.time_s, rank=source.rank, event=record.event))
             if record.event.kind in FOR_A_PERSON:
                 self._excuse(source.rank, record.event)
+            elif record.event.kind == RESTART and source.rank == LAUNCHER:
+                self._restarted()
         elif body == "metrics":
             self.metrics.append(pb.TimedMetrics(time_s=record.time_s, rank=source.rank, metrics=record.metrics))
         elif body == "hardware":
@@ -282,6 +288,15 @@ class RunState:
             for gpu in record.hardware.gpus:
                 known = self.gpu_faults.setdefault((source.node, gpu.index), GpuFault(gpu))
                 known.note(gpu, record.time_s)
+
+    def _restarted(self) -> None:
+        """Forget the ranks that were ended for a restart: that they are gone is no fault of theirs."""
+        self.info.restarts += 1
+        for rank, record in self.ranks.items():
+            self._replaced[rank] = record.incarnation
+            self.steps.restarted(rank)
+            self.collectives.restarted(rank)
+        self.ranks.clear()
 
     def _excuse(self, rank: int, event: pb.Event) -> None:
         try:

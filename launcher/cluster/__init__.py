@@ -1,5 +1,7 @@
-"""Other machines: how a daemon elsewhere is named and reached.
+"""Other machines: a job on many hosts, and how a daemon elsewhere is named and reached.
 
-Way in: `remote.remote_options` for a command's options, `remote.remote_and_run` for what was typed. Must not know what
-is asked of the daemon.
+Way in: `supervisor` (as `python -m`) holds a job on many hosts: `starters/` reach them, `control` is the port that
+their agents dial, `hello` compares what they have, `gang` knows who is there, `verdict` what was first to fail.
+`remote.remote_options` is for a command's options, `remote.remote_and_run` for what was typed. Must not know what a
+rank does, nor what is asked of a daemon.
 """

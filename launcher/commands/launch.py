@@ -53,7 +53,15 @@ def deepspeed_placement(face: str | None, flags: dict[str, Any], target: tuple[s
     context_settings={"allow_interspersed_args": False, "help_option_names": ["-h", "--help"]},
     short_help="Start a training script on every rank.",
 )
-@click.option("--nproc", metavar="N|auto", help="Ranks on this node; auto: the GPUs, else half of the physical cores.")
+@click.option(
+    "--hosts", metavar="A,B:4", help="Hosts to start it on over ssh, with the ranks of each; one run for all."
+)
+@click.option("--max-restarts", metavar="N", help="How often a failed job is started again from its last checkpoint.")
+@click.option(
+    "--nproc",
+    metavar="N|auto",
+    help="Ranks on this node, or on each host; auto: the GPUs, else half of the physical cores.",
+)
 @click.option("--nodes", metavar="N", help="Nodes that take part.")
 @click.option("--node-rank", metavar="R", help="This node's place among them, from 0.")
 @click.option("--master-addr", metavar="ADDR", help="Address of node 0.")
@@ -85,6 +93,8 @@ def deepspeed_placement(face: str | None, flags: dict[str, Any], target: tuple[s
 @click.argument("script")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 def command(
+    hosts: str | None,
+    max_restarts: str | None,
     nproc: str | None,
     nodes: str | None,
     node_rank: str | None,
@@ -109,6 +119,8 @@ def command(
 ) -> int:
     """Start SCRIPT on every rank, with ARGS passed through untouched.
 
+    With --hosts or --hostfile it is one job on all of these hosts, which this machine reaches by ssh.
+
     In a terminal the dashboard shows the job, and q leaves it to run in the background; otherwise rank 0's output comes
     as it is, with a line of progress every few seconds. There rank 0 has this command's stdin, for input() and
     breakpoint(), which other ranks pass over. With --as deepspeed the flags of DeepSpeed's launcher are taken
@@ -118,6 +130,8 @@ def command(
     from distui.launcher.job.launch import LaunchRequest, launch
 
     flags = {
+        "cluster.hosts": hosts,
+        "cluster.max_restarts": max_restarts,
         "cluster.nproc": nproc,
         "cluster.nodes": nodes,
         "cluster.node_rank": node_rank,
@@ -129,6 +143,8 @@ def command(
         "run.name": name,
         "telemetry.profile_flops": "true" if profile_flops else None,
     }
+    ours = {name: deepspeed.pop(name) if face != "deepspeed" else None for name in ("hostfile", "include", "exclude")}
+    flags["cluster.hostfile"] = ours["hostfile"]
     target = ("-m", script, *args) if module else (script, *args)
     placement = deepspeed_placement(face, deepspeed, target)
     os.environ.update(placement.environment)
@@ -144,5 +160,7 @@ def command(
             detach,
             debug_rank,
             debugger,
+            ours["include"] or "",
+            ours["exclude"] or "",
         )
     )

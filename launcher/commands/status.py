@@ -64,6 +64,8 @@ def summary_lines(snapshot: pb.Snapshot) -> list[str]:
         left = f", {duration(snapshot.left_s)} left" if snapshot.HasField("left_s") else ""
         share = snapshot.step / snapshot.total_steps
         lines.append(f"step {count(snapshot.step)} of {count(snapshot.total_steps)}, {share:.0%}{left}")
+    if run.restarts:
+        lines.append(f"started again {run.restarts} time{'s' * (run.restarts > 1)}")
     if snapshot.dropped:
         lines.append(f"{count(snapshot.dropped)} telemetry records were dropped under load")
     lines += [f"{found.kind}: {found.message}" for found in snapshot.diagnosis]

@@ -42,6 +42,12 @@ _VALUES = {
     "venv_script": ("--venv_script",),
     "ds_log_level": ("--log_level",),
 }
+_OURS = {
+    "hostfile": "File that lists hosts: `a slots=4` or `a:4` a line.",
+    "include": "Only these hosts and slots: a:0,1@b",
+    "exclude": "All but these hosts and slots.",
+}
+"""What `distui launch` takes too, without `--as deepspeed`."""
 _SWITCHES = {
     "no_python": ("--no_python",),
     "no_local_rank": ("--no_local_rank",),
@@ -76,7 +82,7 @@ class Placement:
 def deepspeed_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags of DeepSpeed's launcher to a command, unlisted: they are for `--as deepspeed`."""
     for name, flags in reversed(_VALUES.items()):
-        function = click.option(*flags, name, hidden=True)(function)
+        function = click.option(*flags, name, hidden=name not in _OURS, help=_OURS.get(name))(function)
     for name, flags in reversed(_SWITCHES.items()):
         function = click.option(*flags, name, is_flag=True, hidden=True)(function)
     return function

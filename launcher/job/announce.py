@@ -6,13 +6,16 @@ import json
 import os
 import socket as sockets
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distui.core.config.settings import load
 from distui.core.errors import DistuiError
-from distui.core.paths import RunFolder, open_own, read_own
+from distui.core.paths import RunFolder, open_own, read_json, read_own
 from distui.core.telemetry.harmless import harmless
+from distui.core.telemetry.kinds import RESTART
 from distui.launcher.job.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -21,8 +24,11 @@ if TYPE_CHECKING:
 LAUNCHER_RANK = -1
 
 
+LOOK_S = 0.25
+
+
 class Announcer:
-    """Tells the daemon that a run begins and how it ended.
+    """Tells the daemon that a run begins, each time that it is started again, and how it ended.
 
     What is not acknowledged is sent again with the next record. A daemon that is gone costs the job nothing: run.json
     and outcome.json say the same.
@@ -33,6 +39,9 @@ class Announcer:
         self._incarnation = time.time_ns()
         self._records: list[pb.Record] = []
         self._seq = 0
+        self._restarts = 0
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._tell_restarts, name="restarts", daemon=True)
 
     def started(self) -> None:
         """Send RunStarted, as run.json has it."""
@@ -44,11 +53,30 @@ class Announcer:
         names = ("name", "command", "strategy", "config_toml", "world_size", "num_nodes", "planned_memory_bytes")
         spec["command"] = [harmless(word) for word in spec["command"]]  # an argument need be no Unicode
         self._send(pb.Record(run_started=pb.RunStarted(**{name: spec[name] for name in names})))
+        if load(self._run.config, {}, environ={}).config.cluster.max_restarts:
+            self._watch.start()
+
+    def _tell_restarts(self) -> None:
+        """Send an event a restart, as soon as there is one: before its ranks are there."""
+        from distui.proto import telemetry_pb2 as pb
+
+        while True:
+            ended = self._ended.wait(LOOK_S)
+            for one in (read_json(self._run.restarts) or {}).get("restarts", [])[self._restarts :]:
+                self._restarts += 1
+                about = {"attempt": str(one["attempt"]), "step": str(one["step"] if one["step"] is not None else "n/a")}
+                event = pb.Event(level=pb.Event.WARNING, kind=RESTART, message=one["cause"], attributes=about)
+                self._send(pb.Record(event=event))
+            if ended:
+                return
 
     def finished(self, outcome: Outcome) -> None:
         """Send RunFinished."""
         if self._socket is None:
             return
+        self._ended.set()
+        if self._watch.is_alive():
+            self._watch.join()
         from distui.proto import telemetry_pb2 as pb
 
         finished = pb.RunFinished(state=outcome.state, exit_status=outcome.exit_status, message=outcome.message)

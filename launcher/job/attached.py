@@ -9,10 +9,11 @@ from pathlib import Path
 import psutil
 
 from distui.core.paths import RunFolder
+from distui.launcher.job.job import AGENT, SUPERVISOR
 from distui.launcher.job.outcome import Outcome, read_outcome
 from distui.launcher.job.processes import GRACE_S, kill_job, wait_handle
 
-AGENT = b"distui.launcher.node.agent"
+AGENTS = {AGENT.encode(), SUPERVISOR.encode()}
 MARGIN_S = 2.0
 """What an agent has on top of the ranks' grace period."""
 
@@ -23,7 +24,7 @@ def agent_of(run: RunFolder) -> int | None:
     for entry in os.listdir("/proc"):
         try:
             words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0") if entry.isdigit() else []
-            if AGENT in words and os.fsencode(run.path.resolve()) in [
+            if AGENTS.intersection(words) and os.fsencode(run.path.resolve()) in [
                 os.path.realpath(word) for word in words[-2:] if word
             ]:
                 found[int(entry)] = psutil.Process(int(entry)).ppid()

@@ -62,7 +62,10 @@ class Background:
             os.kill(self._pid, signum)
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Be the handler of SIGINT, SIGTERM and SIGHUP."""
+        """Be the handler of SIGINT, SIGTERM, SIGHUP and SIGUSR1."""
+        if signum == signal.SIGUSR1:
+            os.kill(self._pid, signum)
+            return
         self.stop(signal.Signals(signum))
         if signum == signal.SIGHUP:
             # A dashboard may wait for ever for its terminal.
@@ -96,7 +99,7 @@ def _be_launcher(
         for stream, target in ((0, nothing), (1, log), (2, log)):
             os.dup2(target, stream)
         job = start()
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(signum, job.on_signal)
 
         os.close(started)

@@ -41,6 +41,8 @@ def failure_report(run: RunFolder, outcome: Outcome) -> str:
 
     Where telemetry knows that it failed of what another rank did, that comes first.
     """
+    if outcome.report:
+        return harmless(outcome.report, lines=True)
     if outcome.failed_rank is None:
         return f"error: {harmless(outcome.message)}"
     return f"{_cause_elsewhere(run)}{_of_rank(run, outcome)}"
@@ -55,8 +57,8 @@ def _cause_elsewhere(run: RunFolder) -> str:
 def _of_rank(run: RunFolder, outcome: Outcome) -> str:
     rank = next(found for found in outcome.ranks if found.rank == outcome.failed_rank)
     report = read_rank_error(run, rank.rank)
-    host = report["host"] if report else socket.gethostname()
-    step = report["step"] if report else last_step(run, rank.rank)
+    host = report["host"] if report else rank.host or socket.gethostname()
+    step = report["step"] if report else rank.step if rank.step is not None else last_step(run, rank.rank)
     log = run.rank_log(rank.rank)
     when = "last step n/a" if step is None else f"after step {step}" if step else "before its first step"
     lines = [f"error: rank {rank.rank} failed on {host}, {when}"]

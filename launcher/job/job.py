@@ -19,6 +19,8 @@ from distui.launcher.job.console import CONSOLE_ENV, Console
 from distui.launcher.job.outcome import Outcome, read_outcome, signal_name
 from distui.launcher.job.processes import AGENT_PID_ENV, GRACE_S, kill_job, wait_handle
 
+AGENT = "distui.launcher.node.agent"
+SUPERVISOR = "distui.launcher.cluster.supervisor"
 _AGENT_MARGIN_S = 0.8
 """What the agent has on top of the ranks' grace period to end them."""
 
@@ -30,25 +32,33 @@ HANGUP_S = GRACE_S + 2.0
 
 
 class Job:
-    """A running job: one agent process on this node and, under it, the ranks.
+    """A running job: one agent process on this node and, under it, the ranks; or the supervisor of agents on hosts.
 
     `stop` never blocks, so a signal handler may call it. Nothing of the job outlives `finish`, unless it finished well.
     """
 
     def __init__(
-        self, run: RunFolder, command: Sequence[str], environ: dict[str, str], console: Console | None = None
+        self,
+        run: RunFolder,
+        command: Sequence[str],
+        environ: dict[str, str],
+        console: Console | None = None,
+        agent: str = AGENT,
     ) -> None:
-        """Start the agent. It is told the script's `command` over a pipe: run.json may keep it without its secrets.
+        """Start `agent`, a module: that of this node, or the supervisor of a job on many hosts.
 
+        It is told the script's `command` over a pipe: run.json may keep it without its secrets.
         With `console` rank 0 has this process's stdin, else none.
         """
         self.run, self.console = run, console
         self.stopped_by: signal.Signals | None = None
+        self.saves_on_term = False
+        """Whether SIGTERM comes from a scheduler that wants the job to give way: it saves, and ends with 75."""
         self._timers: list[threading.Timer] = []
         inherited = console.inherited() if console is not None else ()
         with open(open_own(run.logs / "launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
             self._agent = subprocess.Popen(
-                [sys.executable, "-m", "distui.launcher.node.agent", str(run.path)],
+                [sys.executable, "-m", agent, str(run.path)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -89,7 +99,12 @@ class Job:
         self._timers.append(timer)
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Be the handler of SIGINT, SIGTERM and SIGHUP."""
+        """Be the handler of SIGINT, SIGTERM, SIGHUP and SIGUSR1."""
+        if signum == signal.SIGUSR1 or (signum == signal.SIGTERM and self.saves_on_term):
+            self.saves_on_term = False  # a second one means it
+            if self.ended() is None:
+                self._agent.send_signal(signal.SIGUSR1)
+            return
         self.stop(signal.Signals(signum))
         if signum == signal.SIGHUP:
             self._later(HANGUP_S, lambda: os._exit(128 + signal.SIGHUP))

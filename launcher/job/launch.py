@@ -19,13 +19,15 @@ from distui.core.config.settings import load, to_toml
 from distui.core.errors import EXIT_OK, ConfigError, DaemonUnavailable, UserError
 from distui.core.hardware.detect import Hardware, detect
 from distui.core.paths import JOB_ENV, RunFolder, daemon_socket, default_runs_dir, new_run_id, write_own
+from distui.launcher.cluster.hosts import Host, as_setting, choose_hosts
+from distui.launcher.cluster.starter import load_starter
 from distui.launcher.compat.faces import check_face
 from distui.launcher.job import preflight
 from distui.launcher.job.announce import Announcer
 from distui.launcher.job.background import Background
 from distui.launcher.job.console import launchers_stdin, terminal_kept
 from distui.launcher.job.daemon_keeper import DaemonKeeper
-from distui.launcher.job.job import Job, write_spec
+from distui.launcher.job.job import AGENT, SUPERVISOR, Job, write_spec
 from distui.launcher.job.masking import masked
 from distui.launcher.job.notify import notify_away, notify_terminal, without_notify
 from distui.launcher.job.outcome import Outcome
@@ -50,6 +52,9 @@ class LaunchRequest:
     debug_rank: int | None = None
     """Whose `breakpoint()` waits for `distui attach --debug`; None: rank 0's has the launcher's stdin."""
     debugger: str = "pdb"
+    include: str = ""
+    exclude: str = ""
+    """Which of the hosts and slots are taken, as `host[:slot,...][@...]`."""
 
 
 def launch(request: LaunchRequest) -> int:
@@ -65,8 +70,10 @@ def launch(request: LaunchRequest) -> int:
     screen = wants_screen(request) and config.telemetry.enabled and not request.detach
 
     def start() -> Job:
-        console = None if screen or request.detach else launchers_stdin()
-        return Job(run, request.target, dict(os.environ), console)
+        console = None if screen or request.detach or config.cluster.hosts else launchers_stdin()
+        job = Job(run, request.target, dict(os.environ), console, agent_for(config))
+        job.saves_on_term = config.cluster.on_preempt == "save"
+        return job
 
     job: Job | Background
     if screen or request.detach:
@@ -78,7 +85,7 @@ def launch(request: LaunchRequest) -> int:
             return EXIT_OK
     else:
         job = start()
-    stopping = [signal.SIGINT, signal.SIGTERM]
+    stopping = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it: the job outlives the terminal
         stopping.append(signal.SIGHUP)
     restored = {signum: signal.signal(signum, job.on_signal) for signum in stopping}
@@ -109,10 +116,17 @@ def resolve(request: LaunchRequest) -> Config:
     preflight.check_target(request.target, Path.cwd())
     hardware = detect()
     config = decided(config, hardware)
+    if config.cluster.hosts or config.cluster.hostfile:
+        hosts = hosts_of(request, config)
+        config.cluster.hosts, config.cluster.hostfile = as_setting(hosts), ""
+        config.cluster.nodes = len(hosts)
+    elif request.include or request.exclude:
+        raise UserError("--include and --exclude choose among hosts", "none are named", "add --hosts or --hostfile")
     if problems := check(config, hardware):
         raise ConfigError(problems)
-    preflight.check_node(config, hardware)
-    preflight.check_port(config)
+    if not config.cluster.hosts:
+        preflight.check_node(config, hardware)
+        preflight.check_port(config)
     preflight.check_runs_dir(runs_dir(config))
     preflight.check_debugger(config, request.debug_rank, request.debugger)
     if config.telemetry.enabled:
@@ -120,12 +134,33 @@ def resolve(request: LaunchRequest) -> Config:
     return config
 
 
+def agent_for(config: Config) -> str:
+    """Return the module that holds the job's ranks: on this node, or by agents on hosts."""
+    return SUPERVISOR if config.cluster.hosts else AGENT
+
+
+def hosts_of(request: LaunchRequest, config: Config) -> list[Host]:
+    """Return the hosts that the settings name. Raises: UserError."""
+    cluster = config.cluster
+    assert isinstance(cluster.nproc, int)
+    found = choose_hosts(cluster.hosts, cluster.hostfile, request.include, request.exclude, cluster.nproc)
+    if cluster.node_rank or cluster.master_port:
+        raise UserError(
+            "hosts, and --node-rank or --master-port",
+            "with hosts one command starts all nodes, and chooses where they meet",
+            "leave out --nodes, --node-rank, --master-addr and --master-port, or leave out the hosts",
+        )
+    load_starter(cluster)
+    return found
+
+
 def decided(config: Config, hardware: Hardware) -> Config:
     """Return the configuration with numbers for `auto`: ranks, and threads a rank."""
     config = config.model_copy(deep=True)
     if config.cluster.nproc == "auto":
         config.cluster.nproc = hardware.ranks_per_node
-    if config.cluster.threads_per_rank == 0:
+    hosts = config.cluster.hosts or config.cluster.hostfile
+    if config.cluster.threads_per_rank == 0 and not hosts:  # each host divides its own cores
         cpu = hardware.cpu
         cores = min(cpu.num_cores_physical or cpu.num_cores_usable, cpu.num_cores_usable) if cpu else 1
         config.cluster.threads_per_rank = max(1, cores // config.cluster.nproc)
@@ -148,7 +183,8 @@ def create_run(request: LaunchRequest, config: Config) -> RunFolder:
     assert isinstance(cluster.nproc, int)
     target = request.target[1] if request.target[0] == "-m" else Path(request.target[0]).stem
     name = config.run.name or target
-    run = RunFolder(runs_dir(config) / new_run_id(f"{name}-node{cluster.node_rank}" if cluster.nodes > 1 else name))
+    by_hand = cluster.nodes > 1 and not cluster.hosts
+    run = RunFolder(runs_dir(config) / new_run_id(f"{name}-node{cluster.node_rank}" if by_hand else name))
     run.create()
     toml = to_toml(without_notify(config))
     write_own(run.config, toml)
@@ -161,12 +197,17 @@ def create_run(request: LaunchRequest, config: Config) -> RunFolder:
         "debug_rank": request.debug_rank,
         "debugger": request.debugger,
         "strategy": config.summary(),
-        "world_size": cluster.nproc * cluster.nodes,
+        "world_size": cluster.world_size(),
         "num_nodes": cluster.nodes,
         "config_toml": toml,
         "planned_memory_bytes": planned_of(config),
         "provenance": provenance(Path.cwd(), load(request.config_path, request.overrides).origins),
     }
+    if cluster.hosts:
+        asked = load(request.config_path, request.overrides).config
+        asked.cluster.nproc = cluster.nproc
+        spec["hosts"] = [host.spec() for host in hosts_of(request, asked)]
+        spec["config_file"] = str(request.config_path.absolute()) if request.config_path else ""
     write_spec(run, spec)
     return run
 
@@ -187,7 +228,7 @@ def planned_of(config: Config) -> dict[str, int]:
         print(f"distui: memory is not planned: run.model: {error.what}", file=sys.stderr)
         return {}
     assert isinstance(config.cluster.nproc, int)
-    return planned_memory(config, model, detect(), config.cluster.nproc * config.cluster.nodes)
+    return planned_memory(config, model, detect(), config.cluster.world_size())
 
 
 def wants_screen(request: LaunchRequest) -> bool:

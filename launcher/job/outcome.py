@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from distui.core.errors import EXIT_RANK_FAILED
+from distui.core.errors import EXIT_PREEMPTED, EXIT_RANK_FAILED
 from distui.core.paths import RunFolder, read_json, write_own
 
 _UNPROVOKED = {
@@ -19,7 +19,12 @@ _UNPROVOKED = {
 }
 _HEAD_START_S = 1.0
 """A rank that such a signal ends takes its peers with it within this time; a peer's error never causes the signal."""
-_LOST_PEER = re.compile(r"gloo/transport/.*\bby peer", re.DOTALL)
+_LOST_PEER = re.compile(
+    r"gloo/transport/.*(\bby peer|Broken pipe|[Tt]imed out|No route to host|unreachable)"
+    r"|DistNetworkError|Connection (reset|closed) by (remote )?peer|remote process exited|ncclRemoteError"
+    r"|failed to recv, got 0 bytes",
+    re.DOTALL,
+)
 """What a rank says whose peer is gone: it comes of another's failure, whichever is told first."""
 
 
@@ -43,6 +48,11 @@ class Ending:
         """Whether it ended other than by exit status 0."""
         return bool(self.exit_status) or self.signal is not None
 
+    @property
+    def gave_way(self) -> bool:
+        """Whether it has saved and ended because it was asked to."""
+        return self.exit_status == EXIT_PREEMPTED
+
 
 @dataclass(slots=True)
 class RankOutcome:
@@ -52,6 +62,10 @@ class RankOutcome:
     exit_status: int | None = None
     signal: int | None = None
     error: str = ""
+    host: str = ""
+    """Where it ran, in a job on many hosts."""
+    step: int | None = None
+    """The last that its host told of, in a job on many hosts."""
 
 
 @dataclass(slots=True)
@@ -64,6 +78,12 @@ class Outcome:
     finished_s: float = field(default_factory=time.time)
     ranks: list[RankOutcome] = field(default_factory=list)
     failed_rank: int | None = None
+    is_victim: bool = False
+    """Whether the rank that failed first only lost a peer."""
+    report: str = ""
+    """What is told instead of the message, where that takes several lines: what, why, fix."""
+    restarts: int = 0
+    """How often the job was started again."""
 
     def write(self, run: RunFolder) -> None:
         """Write outcome.json."""
@@ -110,6 +130,17 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def gave_way(endings: Mapping[int, Ending]) -> bool:
+    """Tell whether ranks have saved and ended because they were asked to, and no other ended badly."""
+    bad = [ending for ending in endings.values() if ending.bad]
+    return bool(bad) and all(ending.gave_way for ending in bad)
+
+
+def preempted_words(step: int | None) -> str:
+    """Return the message of a job that gave way."""
+    return f"gave way, and saved after step {step if step is not None else 'n/a'}"
+
+
 def tell_ending(run: RunFolder, stopped_by: signal.Signals | None, endings: Mapping[int, Ending]) -> None:
     """Write ending.json: what made the agent end the other ranks, so that nobody takes that for a fault of theirs."""
     bad = [asdict(ending) for ending in endings.values() if ending.bad]
@@ -150,13 +181,14 @@ def judge(
         if ending is not None and ending.bad:
             time_s = report["time_s"] if report else ending.time_s
             lost = report is not None and _LOST_PEER.search(str(report["message"])) is not None
+            lost = lost or (report is not None and _LOST_PEER.search(str(report["type"])) is not None)
             if report is None and ending.signal == signal.SIGTERM and ending.time_s > first_bad_s:
                 lost = True  # ended by us, for what had ended badly by then
             own |= not lost and (report is not None or ending.signal is None)
             failures.append((lost, time_s - (_HEAD_START_S if ending.signal in _UNPROVOKED else 0.0), rank, error))
     outcome = Outcome(state, exit_status, message, ranks=ranks)
     if exit_status == EXIT_RANK_FAILED and failures and not message:
-        _, _, outcome.failed_rank, error = min(
+        outcome.is_victim, _, outcome.failed_rank, error = min(
             (one for one in failures if not (own and one[0])), key=lambda one: one[1:3]
         )
         outcome.message = f"rank {outcome.failed_rank}: {error}"

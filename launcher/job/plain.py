@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -46,30 +47,33 @@ def say_start(run: RunFolder) -> None:
 
 
 def follow_plain(
-    job: Job | Background | AttachedJob, config: Config, socket: Path | None, *, from_now: bool = False
+    job: Job | Background | AttachedJob, config: Config, daemon: Path | None, *, from_now: bool = False
 ) -> None:
     """Copy the output of this node's first rank to stdout until the job has ended; report progress beside it.
 
     With `from_now` what the log already has is left out, and the line of the start comes once that is settled.
     """
     assert isinstance(config.cluster.nproc, int)
-    log = job.run.rank_log(config.cluster.node_rank * config.cluster.nproc)
-    progress = Progress(job.run, socket) if socket is not None else None
+    shown = 0 if config.cluster.hosts else config.cluster.node_rank * config.cluster.nproc
+    log = job.run.rank_log(shown)
+    progress = Progress(job.run, daemon) if daemon is not None else None
     if progress is not None:
         progress.start()
     known = list_own(job.run.logs).get(log.name) if from_now else None
     if from_now:
         say_start(job.run)
-    first = FirstFailure(job.run, config.cluster.node_rank * config.cluster.nproc)
+    first = FirstFailure(job.run, shown)
     skip = known.st_size if known is not None else 0
     output = LogCopy(log, sys.stdout.buffer, skip, sys.stderr.buffer, first.tell)
     console, debugging = job.console, WaitsForDebugger(job.run)
+    notices = Notices(job.run)
     told = False
     suspended = signal.getsignal(signal.SIGTSTP)
     if suspended is not signal.SIG_IGN:  # a shell without job control has it ignored
         signal.signal(signal.SIGTSTP, lambda *_: _suspend(job.run))
     while not job.wait(LOG_POLL_S):
         asked = console is not None and console.asked()
+        notices.tell()
         output.copy()
         debugging.tell()
         if console is not None and asked:
@@ -78,6 +82,7 @@ def follow_plain(
             told = True
             say(f"{job.stopped_by.name}: stopping the ranks; again to kill them at once")
     signal.signal(signal.SIGTSTP, suspended)
+    notices.tell()
     output.copy(last=True)
     output.close()
     if progress is not None:
@@ -154,6 +159,25 @@ class LogCopy:
             self._marks.close()
 
 
+class Notices:
+    """Tells what the supervisor of a job on many hosts has to say, or an agent that starts its ranks again."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._path, self._at = run.notices, 0
+
+    def tell(self) -> None:
+        """Say the lines that are new."""
+        try:
+            with open(open_own(self._path), "rb") as file:
+                file.seek(self._at)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return
+        self._at += len(whole) + len(newline)
+        for line in whole.decode(errors="replace").splitlines():
+            say(harmless(line))
+
+
 class WaitsForDebugger:
     """Tells which rank waits for somebody to attach to its debugger, each time that one does."""
 
@@ -196,7 +220,12 @@ class FirstFailure:
             how = f"killed by {signal_name(first['signal'])}"
         else:
             how = f"exit status {first['exit_status']}"
-        say(harmless(f"rank {first['rank']} failed first: {how}; what other ranks say from here on may come of that"))
+        where = f" on {host}" if (host := first.get("host")) and host != socket.gethostname() else ""
+        say(
+            harmless(
+                f"rank {first['rank']}{where} failed first: {how}; what other ranks say from here on may come of that"
+            )
+        )
 
 
 class Progress:

@@ -44,7 +44,7 @@ def check_debugger(config: Config, rank: int | None, debugger: str) -> None:
     Raises: UserError.
     """
     assert isinstance(config.cluster.nproc, int)
-    world_size = config.cluster.nproc * config.cluster.nodes
+    world_size = config.cluster.world_size()
     if rank is not None and not 0 <= rank < world_size:
         there = f"the job has ranks 0 to {world_size - 1}" if world_size > 1 else "the job has rank 0 alone"
         fix = f"--debug-rank 0{f' to {world_size - 1}' if world_size > 1 else ''}, or more ranks: --nproc {rank + 1}"

@@ -7,10 +7,12 @@ it has done both.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
 import signal
+import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ JOB_POLL_S = 0.05
 
 _PR_SET_PDEATHSIG = 1
 _SESSIONS = "sessions"
+"""With the host's name: the folder may lie on a disk that several hosts of a job share."""
 _STOP = "stop"
 
 
@@ -61,7 +64,7 @@ def _read_stat(pid: int) -> tuple[str, int]:
 
 def record_session(run: RunFolder) -> None:
     """Note that this process leads a session of the job, so that its children are found when it is no more."""
-    descriptor = open_own(run.path / _SESSIONS, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = open_own(_sessions_file(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     with open(descriptor, "a", encoding="ascii") as file:
         file.write(f"{os.getpid()}\n")
 
@@ -75,14 +78,24 @@ def request_stop(run: RunFolder) -> bool:
     return True
 
 
+def request_preemption(run: RunFolder) -> None:
+    """Have the ranks save at a step that they agree on, and end with 75."""
+    with contextlib.suppress(OSError):  # a full disk: they are ended without it, when their time is over
+        os.close(open_own(run.preempt, os.O_WRONLY | os.O_CREAT))
+
+
 def stop_requested(run: RunFolder) -> bool:
     """Return whether `distui control` stopped the job."""
     return _STOP in list_own(run.path)
 
 
+def _sessions_file(run: RunFolder) -> Path:
+    return run.path / f"{_SESSIONS}-{socket.gethostname()}"
+
+
 def _sessions(run: RunFolder) -> set[int]:
     try:
-        return {int(line) for line in read_own(run.path / _SESSIONS).split()}
+        return {int(line) for line in read_own(_sessions_file(run)).split()}
     except FileNotFoundError:
         return set()  # no rank has begun
 

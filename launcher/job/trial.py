@@ -13,7 +13,7 @@ from types import FrameType
 from distui.core.errors import DaemonUnavailable, UserError
 from distui.core.paths import RunFolder
 from distui.launcher.job.job import Job
-from distui.launcher.job.launch import LaunchRequest, create_run, hold, resolve
+from distui.launcher.job.launch import LaunchRequest, agent_for, create_run, hold, resolve
 from distui.launcher.job.outcome import Outcome
 
 LOOK_S = 0.25
@@ -60,7 +60,7 @@ class Trials:
         except UserError as error:
             return Trial(reason=f"{error.what}: {error.why}")
         run = create_run(request, config)
-        self._job = job = Job(run, request.target, dict(os.environ))
+        self._job = job = Job(run, request.target, dict(os.environ), agent=agent_for(config))
         if self.stopped_by is not None:
             job.stop(self.stopped_by)  # it came while the job was being started
         outcome = hold(config, job, lambda socket: self._follow(job, socket))

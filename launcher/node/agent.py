@@ -13,21 +13,31 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from distui.core.errors import EXIT_BUG, EXIT_OK, EXIT_RANK_FAILED
+from distui.core.config.schema import ClusterSection
+from distui.core.errors import EXIT_BUG, EXIT_OK, EXIT_PREEMPTED, EXIT_RANK_FAILED
 from distui.core.paths import JOB_ENV, RunFolder
 from distui.launcher.job.console import CONSOLE_ENV
-from distui.launcher.job.outcome import Ending, Outcome, judge, tell_ending
-from distui.launcher.job.processes import AGENT_PID_ENV, die_with_parent, kill_job, stop_requested
+from distui.launcher.job.outcome import Ending, Outcome, gave_way, judge, last_step, preempted_words, tell_ending
+from distui.launcher.job.processes import AGENT_PID_ENV, die_with_parent, kill_job, request_preemption, stop_requested
 from distui.launcher.node.peers import Peers
-from distui.launcher.node.ranks import STOP_SIGNALS, Ranks, listen
+from distui.launcher.node.ranks import STOP_SIGNALS, Place, Ranks, listen
+from distui.launcher.node.restarts import (
+    Restarts,
+    checkpoints_of,
+    newest_checkpoint,
+    restart_words,
+    say_notice,
+)
 
 
 def main() -> None:
     """Run the job of the folder in argv and exit with 0, 3 (a rank failed), 128 + signal (stopped), or 1 (a bug)."""
     run = RunFolder(Path(sys.argv[1]))
     die_with_parent(int(os.environ[AGENT_PID_ENV]), signal.SIGTERM)
+    signal.signal(signal.SIGUSR1, lambda number, frame: request_preemption(run))
     outcome = run_job(run, json.load(sys.stdin))
     try:
         outcome.write(run)
@@ -39,25 +49,52 @@ def main() -> None:
 
 
 def run_job(run: RunFolder, command: Sequence[str]) -> Outcome:
-    """Start the ranks, wait for them, and return how the job ended; no process of it is left where it failed."""
+    """Run attempts until one ends well or no more is to be made, and return how the last one ended.
+
+    No process of the job is left where it failed.
+    """
     from distui.core.config.settings import load
 
-    cluster = load(run.config, {}, environ={}).config.cluster
+    config = load(run.config, {}, environ={}).config
+    cluster = config.cluster
     assert isinstance(cluster.nproc, int), "the launcher resolves nproc before it writes config.toml"
     os.environ[JOB_ENV] = str(run.path)
     os.environ[AGENT_PID_ENV] = str(os.getpid())
     console = os.environ.pop(CONSOLE_ENV, "")
     os.environ.setdefault("OMP_NUM_THREADS", str(cluster.threads_per_rank or 1))
-    endings: dict[int, Ending] = {}
+    restarts = Restarts(cluster.max_restarts)
+    while True:
+        outcome = _run_attempt(run, cluster, command, console, restarts.attempt)
+        outcome.restarts = restarts.attempt
+        if not cluster.max_restarts or outcome.state != "failed":
+            return outcome
+        first = cluster.node_rank * cluster.nproc
+        steps = [last_step(run, rank) for rank in range(first, first + cluster.nproc)]
+        step = max((one for one in steps if one is not None), default=None)
+        if why_not := restarts.wanted(outcome, step):
+            say_notice(run, f"not started again: {why_not}")
+            return outcome
+        restarts.begin(run, outcome, step, cluster.nproc)
+        newest = newest_checkpoint(checkpoints_of(run, config.checkpoint.dir))
+        say_notice(run, restart_words(outcome, restarts, newest))
+
+
+def _run_attempt(
+    run: RunFolder, cluster: ClusterSection, command: Sequence[str], console: str, attempt: int
+) -> Outcome:
+    assert isinstance(cluster.nproc, int)
+    nproc, endings, ranks = cluster.nproc, dict[int, Ending](), None
 
     def stop_for_peers() -> None:
-        if len(endings) < int(cluster.nproc):  # else this node has done its part, and node 0 may go
+        if len(endings) < nproc:  # else this node has done its part, and node 0 may go
             os.kill(os.getpid(), signal.SIGTERM)
 
     state, status, message, peers = "finished", EXIT_OK, "", None
     try:
         store = listen(cluster) if cluster.node_rank == 0 else None
-        ranks = Ranks(cluster, command, store if cluster.nodes == 1 else None, console)
+        port = store.getsockname()[1] if store is not None and cluster.nodes == 1 else cluster.master_port
+        place = replace(Place.of(cluster, port), attempt=attempt)
+        ranks = Ranks(place, command, store if cluster.nodes == 1 else None, console)
         endings = ranks.endings
         if cluster.nodes > 1:
             peers = Peers(cluster, store, stop_for_peers)
@@ -69,20 +106,27 @@ def run_job(run: RunFolder, command: Sequence[str]) -> Outcome:
                 message = "stopped by distui control"
             if peers is not None and peers.failure:
                 state, status, message = "failed", EXIT_RANK_FAILED, f"another node failed: {peers.failure}"
+        elif gave_way(endings):
+            steps = [last_step(run, rank) for rank in endings]
+            message = preempted_words(max((step for step in steps if step is not None), default=None))
+            state, status = "stopped", EXIT_PREEMPTED
         elif any(ending.bad for ending in endings.values()):
             state, status = "failed", EXIT_RANK_FAILED
     except Exception as error:  # noqa: BLE001  the ranks must be ended and the outcome told, whatever it was
         traceback.print_exc()
         state, status, message = "failed", EXIT_BUG, f"the launcher failed: {type(error).__name__}: {error}"
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)  # nothing is left to be stopped but what is stopped here
+    if attempt >= cluster.max_restarts or state != "failed":
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)  # nothing is left to be stopped but what is stopped here
     if state != "finished":
         kill_job(run)
-    outcome = judge(run, state, status, message, endings, cluster.node_rank * cluster.nproc, cluster.nproc)
+    outcome = judge(run, state, status, message, endings, cluster.node_rank * nproc, nproc)
     if peers is not None and state == "failed" and not peers.failure:
         outcome.message = peers.tell(outcome.message)
     if peers is not None:
         peers.leave()
+    if ranks is not None and ranks.stopped_by is not None and outcome.state == "failed" and not message:
+        outcome.state, outcome.exit_status = "stopped", 128 + ranks.stopped_by  # while what had failed was being ended
     return outcome
 
 

@@ -25,13 +25,19 @@ from typing import TYPE_CHECKING, NoReturn
 
 from distui.core.config.schema import Config, TelemetrySection
 from distui.core.config.settings import load
-from distui.core.errors import UserError
+from distui.core.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from distui.core.paths import RunFolder, current_run, read_own, write_own
 from distui.core.telemetry.after_import import after_import
 from distui.launcher.compat import faces as compat
 from distui.launcher.job.console import CONSOLE_ENV, ConsoleLine
 from distui.launcher.job.outcome import last_step
-from distui.launcher.job.processes import AGENT_PID_ENV, die_with_parent, record_session, request_stop
+from distui.launcher.job.processes import (
+    AGENT_PID_ENV,
+    die_with_parent,
+    record_session,
+    request_preemption,
+    request_stop,
+)
 from distui.launcher.node.bars import Bars
 from distui.launcher.node.debugging import debug_here
 from distui.launcher.node.stdin import PersonWait, note_stdin
@@ -44,6 +50,7 @@ if TYPE_CHECKING:
 STOP_DELAY_S = 0.3
 """For the ranks' answers to leave before the signal ends them."""
 
+_ENDED_WELL = (EXIT_OK, EXIT_PREEMPTED)
 _OWN_FILES = (__file__, compat.__file__, runpy.__file__, "<frozen runpy>")
 
 
@@ -53,6 +60,7 @@ def main() -> None:
     assert run is not None, "distui.launcher.node.rank is started by distui launch"
     die_with_parent(int(os.environ[AGENT_PID_ENV]), signal.SIGKILL)
     record_session(run)
+    signal.signal(signal.SIGUSR1, lambda number, frame: request_preemption(run))
     rank = int(os.environ["RANK"])
     redirect(run.rank_log(rank), marked=os.environ.get("LOCAL_RANK") == "0")
     store = RankStore(numbers) if (numbers := os.environ.pop(STORE_ENV, "")) else None
@@ -78,10 +86,10 @@ def main() -> None:
         after_import(f"transformers.{part}", lambda module: _drive_trainer(module.__name__.rpartition(".")[2]))
     status, error = _run_script(run, rank, sys.argv[1:])
     _save_last_step(status)
-    if status == 0:
+    if status in _ENDED_WELL:
         _leave_group()
     if source is not None:
-        source.close(status, error)
+        source.close(0 if status in _ENDED_WELL else status, error)
     _leave(status, store)
 
 
@@ -96,7 +104,7 @@ def _leave(status: int, store: RankStore | None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):  # closed by the script, or None: nothing is left in it
             stream.flush()
-    if store is not None and status == 0:
+    if store is not None and status in _ENDED_WELL:
         store.outlive_others(status)
     os._exit(status)
 
@@ -206,6 +214,8 @@ def _run_script(run: RunFolder, rank: int, arguments: list[str]) -> tuple[int, s
         return 128 + signal.SIGINT, "interrupted"
     except SystemExit as error:
         status = _exit_status(error)
+        if status == EXIT_PREEMPTED:
+            return status, ""
         if status:
             _keep(run, rank, error, _trimmed(error.__traceback__))
         return status, f"sys.exit({status})" if status else ""

@@ -26,9 +26,11 @@ def serve(listening: socket.socket) -> Any:
     """Return a store on the socket, which is the store's from now on; a thread of C++ serves it until it is dropped."""
     from torch.distributed import TCPStore
 
-    port = listening.getsockname()[1]
+    address, port, *_ = listening.getsockname()
+    if address in ("0.0.0.0", "::"):
+        address = "127.0.0.1"
     taken = listening.detach()
-    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=taken)
+    return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=taken)
 
 
 class Standby(threading.Thread):

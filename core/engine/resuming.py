@@ -1,0 +1,80 @@
+"""Brings a script that was started again to its newest checkpoint by itself, before it trains.
+
+The script runs from its beginning, as if for the first time. When it first trains, or asks a loader for a batch to
+train with, everything has been prepared: then the newest whole checkpoint of the run is loaded. Loops over epochs that
+were trained before are passed over (they give no batch, and schedulers stand still), so that a script that counts
+epochs from 0 comes to the one in which it was. A script that calls `load_state` itself is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distui.core.errors import UserError
+from distui.core.paths import current_run
+from distui.core.ranks import ops
+
+if TYPE_CHECKING:
+    from distui.core.engine.states import States
+
+RESTARTS_ENV = "TORCHELASTIC_RESTART_COUNT"
+"""How often the job was started again, as torchrun has it."""
+
+
+class Resuming:
+    """Whether a checkpoint is to be loaded by itself, and whether the script is on its way to where it was."""
+
+    def __init__(self, engine: States) -> None:
+        self._engine, run = engine, current_run()
+        restarts = os.environ.get(RESTARTS_ENV, "0")
+        again = run is not None and restarts.isdecimal() and int(restarts) > 0
+        self._run_id = run.run_id if run is not None and engine.config.checkpoint.resume == "restart" else None
+        self.is_due = again or engine.config.checkpoint.resume == "always"
+        """Whether the script has not trained yet, and is to go on from a checkpoint."""
+        self.is_passing = False
+        """Whether the script passes over epochs that were trained before."""
+
+    def before_batch(self) -> None:
+        """Load what is due where the script wants a batch to train with. Collective."""
+        engine = self._engine
+        if self.is_due and engine._optimizers and any(model.training for model in engine._models):
+            self.is_passing = self._load()
+
+    def before_work(self) -> None:
+        """Load what is due where the script begins to train. Collective."""
+        if self.is_due:
+            self._load()
+        self.is_passing = False
+
+    def _load(self) -> bool:
+        """Load the newest checkpoint, if there is one; tell whether there was."""
+        self.is_due = False
+        engine = self._engine
+        found = self._newest() if engine.process_index == 0 else ""
+        if engine.num_processes > 1:
+            found = ops.broadcast_object(found)
+        if not found:
+            return False
+        engine.load_state(found)
+        for loader in engine._loaders:
+            loader.replay()
+        return True
+
+    def _newest(self) -> str:
+        """Return the newest whole checkpoint; "" without one. One in the midst of an epoch's end comes last."""
+        from distui.core.checkpoint.folder import read_manifest
+        from distui.core.checkpoint.rotation import checkpoints
+        from distui.core.checkpoint.saver import folder_of_step
+
+        known: list[tuple[bool, Path]] = []
+        for path in checkpoints(folder_of_step(self._engine).parent):
+            try:
+                manifest = read_manifest(path)
+            except (UserError, OSError):
+                continue  # gone by now
+            if self._run_id is None or manifest.get("run") == self._run_id:
+                known.append((bool(manifest.get("provisional")), path))
+        whole = [path for provisional, path in known if not provisional] or [path for _, path in known]
+        return str(whole[-1]) if whole else ""
