@@ -283,7 +283,7 @@ def test_a_rank_of_which_nothing_came_yet_is_known_by_its_ledger(node: Node, ran
     run = node.run()
     state = load_state(run)
     process = node.process("sleep", "60")
-    waits = {"waiting_in": "all_reduce world#1", "waiting_since_s": time.time() - 400, "last_seq": {"world": 1}}
+    waits: Any = {"waiting_in": "all_reduce world#1", "waiting_since_s": time.time() - 400, "last_seq": {"world": 1}}
     state.apply(ranks(run, 0).started().beat(phase="forward", **waits).batch())
     ledger = Ledger(run.rank_ledger(1), rank=1, world_size=2, capacity=8)
     struct.pack_into("@Q", ledger.buffer, 40, process.pid)  # the header's pid: it is that process's ledger
