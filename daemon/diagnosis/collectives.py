@@ -49,8 +49,8 @@ class CollectiveTotals:
         """group -> sequence number -> rank -> what it told, how long it was blocked elsewhere before."""
         self._blocked_s: dict[int, float] = {}
         """rank -> how long it has been blocked in collectives so far."""
-        self._blocked_before: dict[tuple[str, int], float] = {}
-        """(group, rank) -> the same, up to the end of its last collective there."""
+        self._blocked_before: dict[str, dict[int, float]] = {}
+        """group -> rank -> the same, up to the end of its last collective there."""
         self.last_seq: dict[str, dict[int, int]] = {}
         """group -> rank -> last sequence number known to be entered."""
         self.pace = Pace()
@@ -70,56 +70,70 @@ class CollectiveTotals:
         for waiting in self._open.values():
             for ranks in waiting.values():
                 ranks.pop(rank, None)
-        for key in [key for key in self._blocked_before if key[1] == rank]:
-            del self._blocked_before[key]
+        for before in self._blocked_before.values():
+            before.pop(rank, None)
 
     def add(self, rank: int, collective: pb.Collective, world_size: int) -> None:
         """Take in one collective of one rank."""
-        group, seq = collective.group, collective.seq
+        group, seq, op, blocked_s = collective.group, collective.seq, collective.op, collective.blocked_s
         known = self.last_seq.get(group)
         if known is None:
             known = self.last_seq[group] = {}
         if seq > known.get(rank, 0):
             known[rank] = seq
-        key = (group, collective.op)
-        totals = self._totals.get(key)
+        totals = self._totals.get((group, op))
         if totals is None:
             if len(self._totals) >= MAX_KINDS:
                 return
-            totals = self._totals[key] = _Totals()
+            totals = self._totals[group, op] = _Totals()
         totals.count += 1
         totals.bytes += collective.bytes
-        totals.blocked_s += collective.blocked_s
-        if collective.HasField("finished_s"):
-            began_s = collective.started_s if collective.HasField("started_s") else collective.enqueued_s
-            took_s = max(0.0, collective.finished_s - began_s)
-            totals.time_s += took_s
+        totals.blocked_s += blocked_s
+        if finished_s := collective.finished_s:  # 0 where it is not known
+            took_s = finished_s - (collective.started_s or collective.enqueued_s)
             totals.num_timed += 1
-            totals.max_s = max(totals.max_s, took_s)
-        blocked_s = self._blocked_s.get(rank, 0.0)
-        self._blocked_s[rank] = after_s = blocked_s + collective.blocked_s
-        if 1 < collective.group_size <= world_size:
-            elsewhere_s = blocked_s - self._blocked_before.get((group, rank), blocked_s)
-            self._blocked_before[group, rank] = after_s
-            self._compare(rank, collective, collective.group_size, elsewhere_s)
+            if took_s > 0.0:
+                totals.time_s += took_s
+                if took_s > totals.max_s:
+                    totals.max_s = took_s
+        before_s = self._blocked_s.get(rank, 0.0)
+        self._blocked_s[rank] = before_s + blocked_s
+        group_size = collective.group_size
+        if 1 < group_size <= world_size:
+            mine = self._blocked_before.setdefault(group, {})
+            elsewhere_s = before_s - mine.get(rank, before_s)
+            mine[rank] = before_s + blocked_s
+            self._compare(rank, collective, totals, group_size, elsewhere_s)
 
-    def _compare(self, rank: int, collective: pb.Collective, group_size: int, elsewhere_s: float) -> None:
-        waiting = self._open.setdefault(collective.group, OrderedDict())
-        ranks = waiting.setdefault(collective.seq, {})
+    def _compare(
+        self, rank: int, collective: pb.Collective, totals: _Totals, group_size: int, elsewhere_s: float
+    ) -> None:
+        group, seq = collective.group, collective.seq
+        waiting = self._open.get(group)
+        if waiting is None:
+            waiting = self._open[group] = OrderedDict()
+        ranks = waiting.get(seq)
+        if ranks is None:
+            ranks = waiting[seq] = {}
         ranks[rank] = collective, elsewhere_s
         if len(ranks) == group_size:
-            del waiting[collective.seq]
-            found = compare(collective.group, collective.seq, {r: (c.op, c.bytes) for r, (c, _) in ranks.items()})
-            if found is not None:
-                self.mismatch = self.mismatch or Mismatch(*found[:4], collective.enqueued_s, found[4])
-                return
-            totals = self._totals[collective.group, collective.op]
-            first_s = min(other.enqueued_s for other, _ in ranks.values())
-            told = {number: other for number, (other, _) in ranks.items()}
-            self.pace.add(told, {number: seconds for number, (_, seconds) in ranks.items()})
+            del waiting[seq]
+            op, num_bytes = collective.op, collective.bytes
+            if any(one.op != op or one.bytes != num_bytes for one, _ in ranks.values()):  # or nothing can differ
+                found = compare(group, seq, {r: (c.op, c.bytes) for r, (c, _) in ranks.items()})
+                if found is not None:
+                    self.mismatch = self.mismatch or Mismatch(*found[:4], collective.enqueued_s, found[4])
+                    return
+            told, elsewhere = {}, {}
+            for number, (one, seconds) in ranks.items():
+                told[number] = one
+                if seconds:
+                    elsewhere[number] = seconds
+            arrivals = self.pace.add(told, elsewhere)
             totals.num_compared += 1
-            for number, other in told.items():
-                totals.late_s[number] = totals.late_s.get(number, 0.0) + other.enqueued_s - first_s
+            first_s, late_s = arrivals[0][0], totals.late_s
+            for arrived_s, number in arrivals:
+                late_s[number] = late_s.get(number, 0.0) + arrived_s - first_s
         elif len(waiting) > MAX_OPEN:
             waiting.popitem(last=False)
 

@@ -58,7 +58,9 @@ def _is_slow(rank: Observed) -> bool:
 def hang(state: RunState, ranks: list[Observed], now_s: float) -> list[pb.Diagnosis]:
     """Return who holds up the others, if anybody has waited for too long."""
     limit_s = allowance_s(state, ranks)
-    stopped = [rank for rank in ranks if rank.process == STOPPED and now_s - rank.last_seen_s > HANG_S - 1]
+    stopped = [rank for rank in ranks if rank.process == STOPPED]
+    if all(now_s - rank.last_seen_s <= HANG_S - 1 for rank in stopped):
+        stopped = []  # one that is stopped for long names those that were stopped a moment later
     waiting = [
         rank
         for rank in ranks

@@ -16,6 +16,10 @@ SILENT_S = 30.0
 """A rank of another node that has not been heard for so long counts as dead."""
 
 
+LATE_S = 1.0
+"""Who waits for so long may wait for a rank of which nothing has come yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wait:
     """A collective that a rank's main thread is blocked in, and since when."""
@@ -84,9 +88,12 @@ def this_node() -> str:
 def observe(state: RunState, now_s: float) -> list[Observed]:
     """Return all ranks that were heard of, by number; once one is dead, also those that only left a ledger."""
     found = [_observe(state, state.ranks[rank], now_s) for rank in sorted(state.ranks)]
-    if state.final or all(rank.process != DEAD for rank in found):
+    missed = len(found) < state.world_size() and any(
+        rank.process == DEAD or (rank.wait is not None and now_s - rank.wait.since_s > LATE_S) for rank in found
+    )
+    if state.final or not missed:
         return found
-    # Who was killed before its first batch came is not known; without it, one that lost its peer would be blamed.
+    # Whose first batch has not come is not known: it may be who died, or who is waited for on a full machine.
     silent = [rank for rank in range(state.world_size()) if rank not in state.ranks and _meet(state, rank)]
     found += [_observe(state, state.ranks[rank], now_s) for rank in silent]
     return sorted(found, key=lambda rank: rank.rank)

@@ -48,6 +48,8 @@ MAX_LINKS = 256
 MAX_EXCUSES = 256
 TURN_SHARE = 0.04
 """Who waits for all others for more than this share of the time, where it is not late itself, has a part of its own."""
+ROOTED = frozenset({"broadcast", "scatter", "gather", "reduce"})
+"""Operations in which one rank gives to, or takes from, all others."""
 _POINT_TO_POINT = frozenset({"send", "recv"})
 
 
@@ -147,30 +149,26 @@ class Pace:
             self._excuses.pop()  # it goes on
         self._excuses.append((rank, began_s, ended_s))
 
-    def add(self, ranks: dict[int, pb.Collective], elsewhere_s: Mapping[int, float] | None = None) -> None:
-        """Take in what every member told of one collective.
+    def add(
+        self, ranks: dict[int, pb.Collective], elsewhere_s: Mapping[int, float] | None = None
+    ) -> list[tuple[float, int]]:
+        """Take in what every member told of one collective; return when each arrived, sorted.
 
-        `elsewhere_s`: how long each was blocked in other groups since the last collective of this one.
+        `elsewhere_s`: how long those that were blocked in other groups since the last collective of this one were so.
         """
         arrivals = sorted((one.enqueued_s, rank) for rank, one in ranks.items())
         last_s, last = arrivals[-1]
         newest = ranks[last]
-        self._transfer(ranks, last_s, newest)
+        if newest.bytes >= MIN_LINK_BYTES:
+            self._transfer(ranks, last_s, newest)
+        if newest.op in _POINT_TO_POINT:
+            return arrivals  # whoever receives waits by design: a pipeline's stage, a learner for what is rolled out
         first_s = arrivals[0][0]
-        if any(one.op in _POINT_TO_POINT for one in ranks.values()):
-            return  # whoever receives waits by design: a pipeline's stage, a learner for what is rolled out
-        if any(
+        if self._excuses and any(
             rank in ranks and first_s < end and ranks[rank].enqueued_s > begin for rank, begin, end in self._excuses
         ):
-            return
-        windows = self._windows.setdefault(newest.group, deque(maxlen=NUM_WINDOWS + 1))
-        if not windows or last_s - windows[-1].newest_s > MAX_WINDOW_S:
-            windows.append(_Window(last_s))
-        elif last_s - windows[-1].began_s > WINDOW_S and windows[-1].num >= MIN_COLLECTIVES:
-            windows.append(_Window(windows[-1].newest_s))
-        window = windows[-1]
-        window.num += 1
-        window.newest, window.newest_s = newest, max(window.newest_s, last_s)
+            return arrivals
+        window = self._window(newest, last_s)
         # Those behind the widest gap are late, at most half of them: ranks of one slow host are late together.
         alike = self._alike(ranks, arrivals, newest)
         late, late_s = _apart(alike[::-1])
@@ -179,18 +177,39 @@ class Pace:
         for rank in ahead:
             window.ahead_s[rank] = window.ahead_s.get(rank, 0.0) + ahead_s
         if not late:
-            return
-        if elsewhere_s and any(elsewhere_s.values()):
-            others = [elsewhere_s.get(rank, 0.0) for _, rank in alike if rank not in late]
-            usual_s = sum(others) / len(others)
-            own_s = {rank: min(late_s, max(0.0, late_s - elsewhere_s.get(rank, 0.0) + usual_s)) for rank in late}
-        else:
-            own_s = dict.fromkeys(late, late_s)
-        window.total_s += max(own_s.values())
-        for rank, seconds in own_s.items():
-            window.lost_s[rank] = window.lost_s.get(rank, 0.0) + seconds
+            return arrivals
+        usual_s = 0.0
+        if elsewhere_s:
+            usual_s = sum(elsewhere_s.get(rank, 0.0) for _, rank in alike if rank not in late) / (
+                len(alike) - len(late)
+            )
+        most_s = 0.0
+        for rank in late:
+            own_s = late_s
+            if elsewhere_s:
+                own_s = min(late_s, max(0.0, late_s - elsewhere_s.get(rank, 0.0) + usual_s))
+            most_s = max(most_s, own_s)
+            window.lost_s[rank] = window.lost_s.get(rank, 0.0) + own_s
             window.times_late[rank] = window.times_late.get(rank, 0) + 1
             window.ahead_while_late_s[rank] = window.ahead_while_late_s.get(rank, 0.0) + ahead_s
+        window.total_s += most_s
+        return arrivals
+
+    def _window(self, newest: pb.Collective, last_s: float) -> _Window:
+        """Return the window that a collective falls into, which counts it."""
+        windows = self._windows.get(newest.group)
+        if windows is None:
+            windows = self._windows[newest.group] = deque(maxlen=NUM_WINDOWS + 1)
+        window = windows[-1] if windows else None
+        if window is None or last_s - window.newest_s > MAX_WINDOW_S:
+            window = _Window(last_s)
+            windows.append(window)
+        elif last_s - window.began_s > WINDOW_S and window.num >= MIN_COLLECTIVES:
+            window = _Window(window.newest_s)
+            windows.append(window)
+        window.num += 1
+        window.newest, window.newest_s = newest, max(window.newest_s, last_s)
+        return window
 
     def _alike(
         self, ranks: dict[int, pb.Collective], arrivals: list[tuple[float, int]], newest: pb.Collective
@@ -199,18 +218,15 @@ class Pace:
         kinds = self._kinds.get(newest.group)
         if kinds is None:
             kinds = self._kinds[newest.group] = _Kinds()
-        num_bytes = max(one.bytes for one in ranks.values())
-        if not any(one.is_root for one in ranks.values()):
-            kinds.alike_bytes += num_bytes
+        if newest.op not in ROOTED:
+            kinds.alike_bytes += newest.bytes
             return arrivals
-        kinds.rooted_bytes += num_bytes
+        kinds.rooted_bytes += max(one.bytes for one in ranks.values())
         if kinds.rooted_bytes <= 2 * kinds.alike_bytes:
             return arrivals  # buffers from rank 0, a loss to it: all train alike
         return [one for one in arrivals if not ranks[one[1]].is_root]
 
     def _transfer(self, ranks: dict[int, pb.Collective], last_s: float, newest: pb.Collective) -> None:
-        if newest.bytes < MIN_LINK_BYTES:
-            return
         # Who waits late also sees the end late: the first to see it is the nearest to the truth.
         ends = [one.finished_s for one in ranks.values() if one.HasField("finished_s")]
         if len(ends) < len(ranks):
@@ -306,8 +322,11 @@ class Pace:
 
 def _apart(arrivals: list[tuple[float, int]]) -> tuple[list[int], float]:
     """Return the ranks before the widest gap in the first half of a sorted list, and that gap."""
-    if len(arrivals) < 2:
-        return [], 0.0
-    gaps = [abs(arrivals[at][0] - arrivals[at - 1][0]) for at in range(1, len(arrivals) // 2 + 1)]
-    widest = max(range(len(gaps)), key=gaps.__getitem__)
-    return [rank for _, rank in arrivals[: widest + 1]], gaps[widest]
+    widest, before_s, number = 0.0, arrivals[0][0] if arrivals else 0.0, 0
+    for at in range(1, len(arrivals) // 2 + 1):
+        arrived_s = arrivals[at][0]
+        gap_s = abs(arrived_s - before_s)
+        if gap_s >= widest:
+            widest, number = gap_s, at
+        before_s = arrived_s
+    return [rank for _, rank in arrivals[:number]], widest

@@ -178,35 +178,44 @@ class RunState:
         key = (DAEMON, "", 0)
         self._dropped[key] = self._dropped.get(key, 0) + num_records
 
-    def apply(self, batch: pb.Batch, heard_s: float = 0.0) -> None:
+    def apply(self, batch: pb.Batch, heard_s: float = 0.0) -> set[str | None]:
         """Take in a batch of records that are not known yet; what they say is made harmless, in the batch.
 
         `heard_s` is when it came, by the clock of this node; 0 where it is read from disk. Units: Unix seconds.
+        Returns: the kinds of its records.
         """
         source, key = batch.source, _key(batch.source)
         source.node = harmless(source.node)
         self._dropped[key] = max(batch.dropped, self._dropped.get(key, 0))
         if not batch.records:
-            return
+            return set()
         self._marks[key] = max(batch.records[-1].seq, self._marks.get(key, 0))
         self.version += 1
-        bodies = [record.WhichOneof("body") for record in batch.records]
-        for record, body in zip(batch.records, bodies, strict=True):
+        # Each look at a record in a batch makes an object of it: once is enough.
+        found = [(record, record.WhichOneof("body")) for record in batch.records]
+        kinds = {body for _, body in found}
+        for record, body in found:
             if body not in _WITHOUT_TEXT:
                 make_harmless(getattr(record, body))
         if source.rank == DAEMON:
-            for record, body in zip(batch.records, bodies, strict=True):
+            for record, body in found:
                 self._apply_common(source, record, body)
-            return
+            return kinds
         speaker = self._speaker(source)
         if speaker is not None:
             speaker.last_seen_s, speaker.closed = max(speaker.last_seen_s, batch.records[-1].time_s), batch.last
             speaker.heard_s = heard_s or speaker.heard_s
-        for record, body in zip(batch.records, bodies, strict=True):
-            if body in _COMMON:
+        world_size = self.world_size()
+        for record, body in found:
+            if body == "collective":
+                if speaker is not None:
+                    self.collectives.add(source.rank, record.collective, world_size)
+            elif body in _COMMON:
                 self._apply_common(source, record, body)
             elif speaker is not None:
                 self._apply_own(speaker, record, body)
+                world_size = self.world_size()
+        return kinds
 
     def check_outcome(self) -> None:
         """See whether the launcher has written outcome.json; a run that has ended gets its last steps summed up."""
@@ -244,8 +253,6 @@ class RunState:
             if step.HasField("loss"):
                 speaker.note_loss(step, record.time_s)
             self.steps.add(speaker.rank, record.time_s, step, self.world_size(), self._peak_flops)
-        elif body == "collective":
-            self.collectives.add(speaker.rank, record.collective, self.world_size())
         elif body == "heartbeat":
             speaker.heartbeat = record.heartbeat
             self.collectives.entered(speaker.rank, dict(record.heartbeat.last_seq))

@@ -19,7 +19,7 @@ from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
 MAX_BATCH_BYTES = 8 << 20
-FLUSH_S_PER_SOURCE = 0.15
+FLUSH_S_PER_SOURCE = 0.2
 MAX_FLUSH_S = 2.5
 """A batch costs the daemon more than the records in it, so many sources are asked to send less often."""
 

@@ -29,7 +29,7 @@ from distui.proto import telemetry_pb2 as pb
 
 KEEP_S = 60.0
 """A run that has ended is kept in memory for so long after it was last used."""
-WEIGHTY = frozenset({"event", "run_started", "run_finished", "rank_started", "rank_finished"})
+WEIGHTY: frozenset[str | None] = frozenset({"event", "run_started", "run_finished", "rank_started", "rank_finished"})
 """Records that are on the disk before they are acknowledged, and seen at once."""
 RETRY_S = 5.0
 """A log that cannot be written is tried again so often."""
@@ -92,12 +92,12 @@ class LiveRun:
         if not self.state.only_new(batch):
             return False
         self._write(batch)
-        self.state.apply(batch, time.time())
+        kinds = self.state.apply(batch, time.time())
         if self._resumed and not self.state.final:
             self._resumed = False
             event = pb.Event(level=pb.Event.WARNING, kind="daemon_restarted", message="the daemon was started again")
             self.say(pb.Record(event=event))
-        weighty = any(record.WhichOneof("body") in WEIGHTY for record in batch.records)
+        weighty = not WEIGHTY.isdisjoint(kinds)
         if weighty:
             self._snapshot_s = 0.0  # who asks next sees it
         return weighty

@@ -55,11 +55,13 @@ def command(
             "standard input or output is none, so its screens cannot be shown",
             "distui setup --yes takes the best strategy without a screen",
         )
+    from distui.launcher.probes.calibrate import calibrate
     from distui.launcher.probes.script_model import load_script_model
     from distui.tui.setup.model import WizardState
 
     state = WizardState.open(config_path)
     state.models.build_script = load_script_model
+    state.calibrate = lambda hardware, num_ranks, watch: calibrate(hardware, num_ranks, watch=watch)
     if import_file is not None:
         from distui.core.config.imports.files import import_file as read
         from distui.tui.setup.changes import take_import

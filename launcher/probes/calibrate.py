@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from distui.core.errors import UserError
@@ -13,10 +14,13 @@ from distui.launcher.probes.collectives import run_ranks
 TIMEOUT_S = 600.0
 
 
-def calibrate(hardware: Hardware, nproc: int | None = None, clock: str = "wall") -> Hardware:
+def calibrate(
+    hardware: Hardware, nproc: int | None = None, clock: str = "wall", watch: Callable[[str], bool] | None = None
+) -> Hardware:
     """Measure this machine with `nproc` ranks (else as many as `auto` starts), keep it, and return the new facts.
 
-    `clock`: wall, or cpu to count the ranks' own CPU time, which other programs disturb less.
+    `clock`: wall, or cpu to count the ranks' own CPU time, which other programs disturb less. `watch`: hears what is
+    measured, and ends it by returning False; nothing is kept then.
 
     Raises: UserError on another machine than this one, or where a rank fails.
     """
@@ -30,7 +34,7 @@ def calibrate(hardware: Hardware, nproc: int | None = None, clock: str = "wall")
     cores = min(hardware.cpu.num_cores_physical or hardware.cpu.num_cores_usable, hardware.cpu.num_cores_usable)
     threads = max(1, cores // ranks)
     environ = {"OMP_NUM_THREADS": str(threads), "DISTUI_BENCH_CLOCK": clock}
-    found: dict[str, Any] = run_ranks("distui.launcher.probes.calibrate_bench", ranks, environ, TIMEOUT_S)
+    found: dict[str, Any] = run_ranks("distui.launcher.probes.calibrate_bench", ranks, environ, TIMEOUT_S, watch)
     save_training(hardware.cpu, hardware.gpus_per_node, ranks, found)
     return detect(hardware.nodes)
 

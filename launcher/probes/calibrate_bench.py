@@ -215,17 +215,18 @@ def _finish(collective: Callable[..., Pending], *tensors: torch.Tensor) -> None:
 def main(out: Path) -> None:
     """Measure everything. Collective: all ranks."""
     bench = Bench()
-    baseline = bench.baseline()
-    found: dict[str, Any] = {
-        "baseline_bytes": baseline,
-        "collectives": bench.collectives(),
-        "optimizer_bandwidth": bench.optimizer(),
-        "pass_bandwidth": bench.gradient_pass(),
-        "compute": bench.compute(),
-        "torch": torch.__version__,
-        "measured_s": time.time(),
-        "threads": torch.get_num_threads(),
+    parts: dict[str, tuple[str, Callable[[], Any]]] = {
+        "baseline_bytes": ("memory beyond tensors", bench.baseline),
+        "collectives": ("collectives", bench.collectives),
+        "optimizer_bandwidth": ("the optimizer", bench.optimizer),
+        "pass_bandwidth": ("a pass over gradients", bench.gradient_pass),
+        "compute": ("forward and backward", bench.compute),
     }
+    found: dict[str, Any] = {}
+    for number, (name, (words, measure)) in enumerate(parts.items(), 1):
+        print(f"{number} of {len(parts)}: {words}", flush=True)
+        found[name] = measure()
+    found |= {"torch": torch.__version__, "measured_s": time.time(), "threads": torch.get_num_threads()}
     if bench.rank == 0:
         out.write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,18 @@ def measure_collectives(num_ranks: int, sizes: Sequence[int] = DEFAULT_SIZES) ->
     return rows
 
 
-def run_ranks(module: str, num_ranks: int, environ: Mapping[str, str], timeout_s: float = TIMEOUT_S) -> Any:
+def run_ranks(
+    module: str,
+    num_ranks: int,
+    environ: Mapping[str, str],
+    timeout_s: float = TIMEOUT_S,
+    watch: Callable[[str], bool] | None = None,
+) -> Any:
     """Run `python -m MODULE OUT` as `num_ranks` ranks that meet in a file, and return the JSON that rank 0 wrote.
 
-    Raises: UserError where a rank fails or none ends in time, with the rank's last words.
+    `watch` is called again and again with rank 0's last line; where it returns False, the ranks are ended.
+
+    Raises: UserError where a rank fails, none ends in time, with the rank's last words, or `watch` says so.
     """
     with tempfile.TemporaryDirectory(prefix="distui-bench-") as folder:
         out = Path(folder) / "rows.json"
@@ -52,7 +60,7 @@ def run_ranks(module: str, num_ranks: int, environ: Mapping[str, str], timeout_s
                             stderr=subprocess.STDOUT,
                         )
                     )
-            _wait(ranks, Path(folder), timeout_s)
+            _wait(ranks, Path(folder), timeout_s, watch)
             return json.loads(out.read_text(encoding="utf-8"))
         finally:
             for process in ranks:
@@ -70,11 +78,15 @@ def _environment(rank: int, num_ranks: int, folder: str) -> dict[str, str]:
     }
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> None:
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s: float, watch: Callable[[str], bool] | None
+) -> None:
     """Wait until all ranks have ended well; the first that fails ends the wait."""
     deadline = time.monotonic() + timeout_s
     waiting = dict(enumerate(ranks))
     while waiting:
+        if watch is not None and not watch(_last_line(folder, 0)):
+            raise UserError("the measurement was ended", "somebody left it", "start it again")
         for rank, process in list(waiting.items()):
             try:
                 status = process.wait(timeout=0.05)
@@ -82,11 +94,9 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s: flo
                 continue
             del waiting[rank]
             if status != 0:
-                text = (folder / f"rank{rank}.log").read_text(encoding="utf-8", errors="replace").strip()
-                last = text.splitlines()[-1] if text else "it said nothing"
                 raise UserError(
                     f"rank {rank} of the measurement ended with status {status}",
-                    last,
+                    _last_line(folder, rank) or "it said nothing",
                     "see whether a plain torch.distributed script runs here",
                 )
         if time.monotonic() > deadline:
@@ -95,6 +105,11 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s: flo
                 f"ranks {sorted(waiting)} still run: the machine is busy, or the interconnect stuck",
                 "try NCCL_DEBUG=INFO, or fewer ranks with --nproc 2",
             )
+
+
+def _last_line(folder: Path, rank: int) -> str:
+    text = (folder / f"rank{rank}.log").read_text(encoding="utf-8", errors="replace").strip()
+    return text.splitlines()[-1] if text else ""
 
 
 def keep_rank_bandwidth(rows: Sequence[dict[str, Any]], cpu: Cpu) -> float | None:

@@ -56,6 +56,10 @@ class HardwareStep(Step):
         self._goes_on = False
         """Whether Enter was pressed while the detection still ran."""
 
+    @property
+    def _machine(self) -> Hardware | None:
+        return self.state.measured or self._here
+
     def compose(self) -> ComposeResult:
         """Yield the field and the facts."""
         with Horizontal(classes="line"):
@@ -114,11 +118,11 @@ class HardwareStep(Step):
         """Take the hardware that is named, or this machine."""
         text = self.typed["hardware-name"].strip()
         if not text:
-            if self._here is None:
+            if self._machine is None:
                 self._goes_on = self._failure is None
                 self.tell(self._failure)
                 return False
-            self.state.set_hardware(self._here)
+            self.state.set_hardware(self._machine)
             return True
         return self._take(text)
 
@@ -130,8 +134,8 @@ class HardwareStep(Step):
         self.tell(None)
         text = event.value.strip()
         if not text:
-            if self._here is not None:
-                self.state.set_hardware(self._here)
+            if self._machine is not None:
+                self.state.set_hardware(self._machine)
         else:
             try:
                 self.state.set_hardware(parse_hardware(text), text)

@@ -6,7 +6,7 @@ Torch-free and textual-free, so that it is tested without a screen. Nothing here
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,6 +67,10 @@ class WizardState:
     """What another tool's file brought."""
     import_name: str = ""
     models: Models = field(default_factory=Models)
+    calibrate: Callable[[Hardware, int, Callable[[str], bool]], Hardware] | None = None
+    """Measures this machine with so many ranks, in processes of its own; None where nothing can."""
+    measured: Hardware | None = None
+    """This machine with what a calibration of this session has found."""
     failure: UserError | None = None
     """What nobody expected when the planner was last asked; its answer is then n/a, and the other choices stay."""
     brought: dict[str, Any] = field(default_factory=dict)

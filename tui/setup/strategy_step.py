@@ -16,7 +16,9 @@ from textual.widgets import Checkbox, DataTable, Input, Static
 from textual.widgets.data_table import ColumnKey, RowKey
 
 from distui.core.errors import Problem, UserError
+from distui.core.hardware.detect import Hardware
 from distui.tui.format import NA, num_bytes, si
+from distui.tui.setup.calibrate import CalibrationScreen, rates_words
 from distui.tui.setup.facts import grid, plan_rows
 from distui.tui.setup.model import WizardState
 from distui.tui.setup.planning import Choice, terms_of
@@ -50,10 +52,12 @@ class StrategyStep(Step):
         "samples of one optimizer step: it changes the training itself. Empty leaves them to the script: nothing "
         "is written, and the prediction assumes what fits best. "
         "c changes the highlighted strategy field by field, with bytes and tokens/s of every value. "
+        "k measures this machine's rates by a short run, for speeds that are n/a or assumed otherwise. "
         "m and g go to these fields, f and r switch the filters, [ and ] scroll the explanation."
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("c", "change", "Change"),
+        Binding("k", "calibrate", "Calibrate"),
         Binding("m", "field('micro')", "Micro"),
         Binding("g", "field('global')", "Global"),
         Binding("f", "switch('fits-only')", "Fits"),
@@ -207,11 +211,48 @@ class StrategyStep(Step):
         line.update(_batch_words(choice, self.state))
         title = Text(choice.name, style="bold")
         why = Text(choice.why)
+        if words := self._rates():
+            why.append(f"\n{words}")
         if choice.plan is None:
             pane.update(Group(title, why))
             return
         terms = terms_of(choice, self.state.shaped_model, self.state.hardware)
         pane.update(Group(title, why, grid(plan_rows(choice.plan, terms), 19)))
+
+    def _ranks_here(self) -> int | None:
+        world_size = self.state.world_size
+        return None if world_size is None else world_size // int(self.state.value("cluster.nodes"))
+
+    def _rates(self) -> str:
+        hardware, num_ranks = self.state.hardware, self._ranks_here()
+        if hardware is None or num_ranks is None:
+            return ""
+        return rates_words(hardware, num_ranks, self.state.calibrate is not None)
+
+    def action_calibrate(self) -> None:
+        """Measure this machine's rates."""
+        run, hardware, num_ranks = self.state.calibrate, self.state.hardware, self._ranks_here()
+        if self.app.screen is not self.screen or hardware is None or num_ranks is None:
+            return
+        if run is None:
+            words = "nothing was given that runs ranks", "start the wizard by distui setup"
+        elif not self.state.is_this_machine:
+            words = f"{hardware.name} is planned for by its name", "distui plan --calibrate on that machine"
+        else:
+            self.app.push_screen(CalibrationScreen(run, hardware, num_ranks), self._take_rates)
+            return
+        self.tell(Problem("hardware", "only this machine can be measured", *words))
+
+    def _take_rates(self, result: Hardware | UserError | None) -> None:
+        """Plan anew with what was measured; say why nothing was."""
+        if isinstance(result, UserError):
+            self.tell(result)
+        elif result is not None:
+            kept = self._current
+            self.state.measured = result
+            self.state.set_hardware(result)
+            self.tell(None)
+            self._plan(kept)
 
     def complete(self) -> bool:
         """Take the highlighted strategy, if this version can run it and the batch fields are right."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import struct
 import sys
 import time
 import zlib
@@ -274,3 +276,30 @@ def test_who_was_killed_before_it_was_heard_of_is_named(node: Node, ranks: type[
     (found,) = snapshot.diagnosis
     assert (found.kind, list(found.ranks)) == ("dead_rank", [1]) and "without a word" in found.message
     assert [rank.pid for rank in snapshot.ranks] == [source.source.pid, process.pid]
+
+
+def test_a_rank_of_which_nothing_came_yet_is_known_by_its_ledger(node: Node, ranks: type[SimulatedRank]) -> None:
+    """On a full machine a rank may hang before its first batch was sent."""
+    run = node.run()
+    state = load_state(run)
+    process = node.process("sleep", "60")
+    waits: Any = {"waiting_in": "all_reduce world#1", "waiting_since_s": time.time() - 400, "last_seq": {"world": 1}}
+    state.apply(ranks(run, 0).started().beat(phase="forward", **waits).batch())
+    ledger = Ledger(run.rank_ledger(1), rank=1, world_size=2, capacity=8)
+    struct.pack_into("@Q", ledger.buffer, 40, process.pid)  # the header's pid: it is that process's ledger
+    in_kernel(process.pid, "nanosleep")
+    (found,) = take_snapshot(state, time.time()).diagnosis
+    assert (found.kind, list(found.ranks)) == ("hang", [1])
+
+
+def test_all_that_are_stopped_are_named_with_the_first(node: Node, ranks: type[SimulatedRank]) -> None:
+    run = node.run()
+    state = load_state(run)
+    for number, since_s in enumerate((60.0, 0.5)):
+        process = node.process("sleep", "60")
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        state.apply(ranks(run, number, pid=process.pid).started().steps(1, 5).batch())
+        state.ranks[number].last_seen_s = time.time() - since_s
+    (found,) = take_snapshot(state, time.time()).diagnosis
+    assert (found.kind, list(found.ranks)) == ("hang", [0, 1])
