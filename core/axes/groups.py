@@ -1,0 +1,84 @@
+"""Every process group of a job, made once, by all ranks, in one order."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from distui.core.axes.sizes import AXES, GROUPS, AxisSizes
+
+
+class Axes:
+    """This rank among the axes: `axes["tp"]` is its group of a kind (see `sizes.GROUPS`), None where it is alone."""
+
+    def __init__(self, sizes: AxisSizes) -> None:
+        """Make the groups. Collective: all ranks of the world, with the same sizes."""
+        self.sizes = sizes
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.place = sizes.place(self.rank)
+        """This rank's coordinate on each axis."""
+        self._groups: dict[str, dist.ProcessGroup | None] = {}
+        made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+        for kind, axes in GROUPS.items():
+            groups = sizes.groups(axes)
+            alike = tuple(map(tuple, groups))  # where an axis has one rank, kinds have the same groups
+            if alike not in made:
+                made[alike] = self._make(kind, groups)
+            self._groups[kind] = made[alike]
+
+    def _make(self, kind: str, groups: Sequence[list[int]]) -> dist.ProcessGroup | None:
+        if len(groups[0]) == 1:
+            return None
+        if len(groups) == 1:
+            return dist.group.WORLD
+        mine = None
+        for ranks in groups:
+            group = dist.new_group(ranks, group_desc=kind)
+            if self.rank in ranks:
+                mine = group
+        return mine
+
+    def __getitem__(self, kind: str) -> dist.ProcessGroup | None:
+        """Return this rank's group of `kind`; None where that is this rank alone."""
+        return self._groups[kind]
+
+    def size(self, kind: str) -> int:
+        """Return how many ranks a group of `kind` has."""
+        return self.sizes.size(GROUPS[kind])
+
+    def index(self, kind: str) -> int:
+        """Return this rank's place in its group of `kind`, from 0."""
+        return self.peers(kind).index(self.rank)
+
+    def peers(self, kind: str) -> list[int]:
+        """Return the ranks of this rank's group of `kind`, in order."""
+        return self.sizes.peers(self.rank, GROUPS[kind])
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """Return the axes as torch's DeviceMesh, of the groups that there are. Collective the first time: the world."""
+        return self._mesh(device_type)
+
+    @functools.cache  # noqa: B019 - as long as the job
+    def _mesh(self, device_type: str) -> DeviceMesh:
+        shape = [getattr(self.sizes, axis) for axis in AXES]
+        found = [self[kind] for kind in ("pp", "data", "cp", "tp")]
+        alone = beside([self.rank]) if None in found else dist.group.WORLD
+        assert alone is not None
+        groups = [group if group is not None else alone for group in found]
+        ranks = torch.arange(self.sizes.world).view(shape)
+        return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=AXES)
+
+
+def beside(ranks: list[int], backend: str | None = None) -> dist.ProcessGroup:
+    """Return another group of `ranks`, for traffic with an order of its own. Collective: these ranks.
+
+    `dist.new_group` alone is a call for the whole world, and other groups' lists differ.
+    """
+    part = len(ranks) < dist.get_world_size()
+    group = dist.new_group(ranks, backend=backend, use_local_synchronization=part)
+    assert group is not None
+    return group
