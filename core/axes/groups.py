@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from distui.core.axes.sizes import AXES, GROUPS, AxisSizes
+
+_lists: weakref.WeakKeyDictionary[dist.ProcessGroup, Sequence[list[int]]] = weakref.WeakKeyDictionary()
+"""The ranks of all groups that were made together with one."""
 
 
 class Axes:
@@ -33,14 +37,7 @@ class Axes:
     def _make(self, kind: str, groups: Sequence[list[int]]) -> dist.ProcessGroup | None:
         if len(groups[0]) == 1:
             return None
-        if len(groups) == 1:
-            return dist.group.WORLD
-        mine = None
-        for ranks in groups:
-            group = dist.new_group(ranks, group_desc=kind)
-            if self.rank in ranks:
-                mine = group
-        return mine
+        return dist.group.WORLD if len(groups) == 1 else make(groups, kind)
 
     def __getitem__(self, kind: str) -> dist.ProcessGroup | None:
         """Return this rank's group of `kind`; None where that is this rank alone."""
@@ -58,6 +55,11 @@ class Axes:
         """Return the ranks of this rank's group of `kind`, in order."""
         return self.sizes.peers(self.rank, GROUPS[kind])
 
+    @functools.cached_property
+    def alone(self) -> dist.ProcessGroup:
+        """A group of this rank only, for whoever must name one. Collective the first time: the world."""
+        return make([[rank] for rank in range(self.sizes.world)], "alone")
+
     def mesh(self, device_type: str) -> DeviceMesh:
         """Return the axes as torch's DeviceMesh, of the groups that there are. Collective the first time: the world."""
         return self._mesh(device_type)
@@ -65,20 +67,30 @@ class Axes:
     @functools.cache  # noqa: B019 - as long as the job
     def _mesh(self, device_type: str) -> DeviceMesh:
         shape = [getattr(self.sizes, axis) for axis in AXES]
-        found = [self[kind] for kind in ("pp", "data", "cp", "tp")]
-        alone = beside([self.rank]) if None in found else dist.group.WORLD
-        assert alone is not None
-        groups = [group if group is not None else alone for group in found]
+        groups = [self[kind] or self.alone for kind in ("pp", "data", "cp", "tp")]
         ranks = torch.arange(self.sizes.world).view(shape)
         return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=AXES)
 
 
-def beside(ranks: list[int], backend: str | None = None) -> dist.ProcessGroup:
-    """Return another group of `ranks`, for traffic with an order of its own. Collective: these ranks.
+def make(lists: Sequence[list[int]], name: str, backend: str | None = None) -> dist.ProcessGroup:
+    """Make a group of each of `lists` and return this rank's. Collective: the world, which `lists` divide."""
+    mine, rank = None, dist.get_rank()
+    for ranks in lists:
+        group = dist.new_group(ranks, backend=backend, group_desc=name)
+        if rank in ranks:
+            mine = group
+    assert mine is not None
+    _lists[mine] = lists
+    return mine
 
-    `dist.new_group` alone is a call for the whole world, and other groups' lists differ.
+
+def beside(group: dist.ProcessGroup, backend: str | None = None) -> dist.ProcessGroup:
+    """Return another group of the same ranks, for traffic with an order of its own. Collective: as `group` was made.
+
+    Of a group of `Axes` all others of its kind are made with it: each rank of the world must see the same groups made.
     """
-    part = len(ranks) < dist.get_world_size()
-    group = dist.new_group(ranks, backend=backend, use_local_synchronization=part)
-    assert group is not None
-    return group
+    if (lists := _lists.get(group)) is not None:
+        return make(lists, group.group_desc, backend)
+    found = dist.new_group(dist.get_process_group_ranks(group), backend=backend)
+    assert found is not None
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -198,7 +199,7 @@ def _wanted_before(found: Fit) -> list[Want]:
     States lie as weights do. Optimizers make room by their numbers: what differs in its steps cannot be one range.
     """
     wants = [
-        Want(wanted.key, wanted.start, wanted.numel, None) for wanted in itertools.starmap(want, found.items.items())
+        dataclasses.replace(wanted, put=None, put_box=None) for wanted in itertools.starmap(want, found.items.items())
     ]
     for index in found.optimizers:
         for name, entry in found.saved_states(index).items():
@@ -206,8 +207,12 @@ def _wanted_before(found: Fit) -> list[Want]:
                 continue
             param = found.weights.get(name.rpartition(".")[0])
             flat = isinstance(param, FlatShard) and entry.size == torch.Size([param.numel()])
-            start, numel = (param.start, param.length) if flat else (0, entry.size.numel())  # type: ignore[union-attr]
-            wants.append(Want(f"optimizer{index}.{name}", start, numel, None if entry.size else entry.take_value))
+            key = f"optimizer{index}.{name}"
+            if flat:
+                assert param is not None
+                wants.append(dataclasses.replace(want(key, param), put=None, put_box=None))
+            else:
+                wants.append(Want(key, 0, entry.size.numel(), None if entry.size else entry.take_value))
     return wants
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from distui.core.axes.groups import Axes
+from distui.core.axes.sizes import AxisSizes
 from distui.core.backends.base import Backend
 from distui.core.config.schema import Config
 from distui.core.data.loader import PreparedLoader
@@ -17,6 +19,7 @@ from distui.core.engine.scheduler import PreparedScheduler
 from distui.core.engine.step_end import StepEnd
 from distui.core.engine.tracking import Tracking
 from distui.core.errors import UserError
+from distui.core.ranks import ops
 from distui.core.ranks.precision import LossScaler
 from distui.core.ranks.random_states import RandomStates
 from distui.core.sharding.homes.homes import agreed
@@ -25,6 +28,8 @@ from distui.core.sharding.start.weight_files import WeightFiles
 
 # What reads and writes checkpoints, and what swaps kernels, costs a second to import: it is when it is first used.
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from distui.core.checkpoint import Saver
     from distui.core.model.kernel_swap import KernelReport
 
@@ -36,6 +41,9 @@ class States(Tracking):
     config: Config
     device: torch.device
     num_processes: int
+    num_data_ranks: int
+    data_group: torch.distributed.ProcessGroup | None
+    active_loaders: list[Any]
     gradient_accumulation_steps: int
     wait_for_everyone: Callable[[], None]
     scaler: LossScaler | None
@@ -50,6 +58,8 @@ class States(Tracking):
         self._faces: dict[str, Any] = {}
         """What the faces of other trainers keep, by their names; a checkpoint without it is loaded all the same."""
         self._saver: Saver | None = None
+        self._axes: Axes | None = None
+        """Those of a job without axes, made where somebody asks for the mesh."""
         self._unstepped = False
         """Whether a backward has run whose gradients no optimizer has stepped or forgotten."""
         self._half: str = ""
@@ -61,6 +71,19 @@ class States(Tracking):
             self.num_processes,
         )
         """What is saved when the step that asked for it is over."""
+
+    def gather_for_metrics(self, data: Any, use_gather_object: bool = False) -> Any:
+        """Gather, without the samples that were repeated to even out the last batch. Collective."""
+        num_real = self.active_loaders[-1].remainder if self.active_loaders else -1
+        return ops.gather_for_metrics(data, num_real, use_gather_object, self.data_group)
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The ranks by axis (pp, dp, cp, tp) as torch's DeviceMesh. Collective the first time: all ranks."""
+        axes = self.backend.axes
+        if axes is None:
+            axes = self._axes = self._axes or Axes(AxisSizes(dp=self.num_processes))
+        return axes.mesh(self.device.type)
 
     @property
     def saver(self) -> Saver:
@@ -102,7 +125,8 @@ class States(Tracking):
 
         Raises: UserError that lists what does not fit.
         """
-        files = agreed(lambda: WeightFiles(folder, model, strict), self.backend.group)
+        cuts = self.backend.cuts_of(model)
+        files = agreed(lambda: WeightFiles(folder, model, strict, cuts), self.backend.group)
         self.backend.load_full_state_dict(model, files, strict=False)
 
     def full_parameters(self, model: nn.Module, writeback: bool = False) -> AbstractContextManager[nn.Module]:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.optim.onebit_adam import OneBitAdam
 from distui.core.sharding.transport.transport import Transport
 from distui.core.sharding.units.unit import Unit
@@ -21,24 +22,28 @@ class Steps(Protocol):
     transport: Transport | None
     onebit: OneBitAdam | None
     grad_factor: float
+    cuts: Cuts | None
 
 
 def gradient_norm(optimizer: Steps, place: dict[int, set[int]] | None, norm_type: float) -> torch.Tensor:
     """Return the norm of the summed gradients at `place` (None: all), times the factor of the next step.
 
-    Collective: all ranks (one number travels). Shapes: a scalar, on the shards' device.
+    What is cut over other axes is summed over them, and what ranks hold copies of counts once. Collective: all ranks
+    (one number travels). Shapes: a scalar, on the shards' device.
     """
     units = optimizer.units
     parts = []
     for unit in units:
         if not unit.trainable or not unit.has_gradient:
             continue
-        if place is None and norm_type == 2.0 and unit.stored_norm is not None:
+        if place is None and norm_type == 2.0 and unit.stored_norm is not None and unit.counted is None:
             parts.append(unit.stored_norm)
             continue
         ranges = [(0, unit.layout.shard_numel)]
-        if place is not None:
-            ranges = unit.layout.runs(place.get(id(unit), ()), unit.rank)
+        if place is not None or unit.counted is not None:
+            asked = range(len(unit.params)) if place is None else place.get(id(unit), ())
+            counted = [index for index in asked if unit.counted is None or index in unit.counted]
+            ranges = unit.layout.runs(counted, unit.rank)
         if not ranges:
             continue
         with unit.gradient() as grad:
@@ -59,6 +64,8 @@ def gradient_norm(optimizer: Steps, place: dict[int, set[int]] | None, norm_type
         total = optimizer.onebit.mean_norm(total, norm_type)
     elif units and units[0].placement.shards_optimizer and optimizer.transport is not None:
         optimizer.transport.all_reduce(total, op=op).wait()
+    if optimizer.cuts is not None:
+        dist.all_reduce(total, op=op, group=optimizer.cuts.group)
     if not math.isinf(norm_type):
         total = total.pow(1.0 / norm_type)
     return total.float() * abs(optimizer.grad_factor)

@@ -26,7 +26,11 @@ def _talk() -> dict[str, Any]:
         label = group_label(group).split(" ")[0] if group is not None else ""
         found[kind] = (int(total), label, axes.index(kind))
     same = (axes["data"] is axes["shard"], axes["tp"] is axes["model"], axes["cp"])
-    own = beside(axes.peers("data"))  # two groups at a time, each by its own ranks alone
+    data = axes["data"]
+    assert data is not None
+    own = beside(data)
+    dist.destroy_process_group(beside(data))
+    assert beside(beside(data)).group_desc == "data"
     total = torch.tensor([10.0 ** dist.get_rank()])
     dist.all_reduce(total, group=own)
     mesh = axes.mesh("cpu")
