@@ -36,3 +36,8 @@ def join_axes(process: ProcessState, config: Config) -> Axes | None:
     process.data_index, process.num_data_ranks = axes.index("data"), axes.size("data")
     process.data_group = axes["data"] or axes.alone
     return axes
+
+
+def share_of_batch(axes: Axes | None) -> tuple[int, int]:
+    """Return which of how many ranks that share a batch this is."""
+    return (0, 1) if axes is None else (axes.index("model"), axes.size("model"))

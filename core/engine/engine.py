@@ -30,7 +30,7 @@ from distui.core.backends.registry import load_backend
 from distui.core.config.batch import micro_size_of, solve_batch
 from distui.core.config.schema import Config
 from distui.core.data.loader import PreparedLoader, prepare_loader, skip_first_batches
-from distui.core.engine.axes import join_axes
+from distui.core.engine.axes import join_axes, share_of_batch
 from distui.core.engine.batches import note_loader
 from distui.core.engine.clipping import route_clipping
 from distui.core.engine.control import StepControl
@@ -80,7 +80,7 @@ class Engine(States, ProcessState):
             profile=self.config.telemetry.profile_flops,
             writes=self.is_main_process,
         )
-        self.clock = StepClock(self.telemetry, self.backend.take_exposed_s, flops)
+        self.clock = StepClock(self.telemetry, self.backend.take_exposed_s, flops, share_of_batch(axes))
         self.clock.before_training = self.step_end.working
         precision = self.config.precision
         self.scaler = (

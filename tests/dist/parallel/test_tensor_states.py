@@ -1,0 +1,196 @@
+"""States under tensor parallelism: what one layout saves another loads, bit for bit; whole weights, gradients, files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+
+from distui.core.checkpoint.weights import read_weights
+from distui.core.errors import UserError
+from tests.dist.parallel.trainings import loss_of, prepared, samples, steps
+
+Layout = tuple[int, int]
+"""Tensor-parallel ranks, and the ZeRO stage."""
+
+
+def _states(engine: Any, model: Any, optimizer: Any) -> dict[str, Any]:
+    """Return whole weights and optimizer states by name. Collective."""
+    names = [name for name, param in model.named_parameters() if param.requires_grad]
+    params = [param for _, param in model.named_parameters() if param.requires_grad]
+    order = [param for dims in (True, False) for param in params if (param.dim() > 1) is dims]
+    by_number = optimizer.state_dict()["state"]
+    found = {f"weights.{name}": value for name, value in engine.get_state_dict(model).items()}
+    for name, param in zip(names, params, strict=True):
+        number = next(index for index, other in enumerate(order) if other is param)
+        found |= {f"{name}.{key}": torch.as_tensor(value) for key, value in by_number.get(number, {}).items()}
+    return {key: value.detach().cpu().clone() for key, value in found.items()}
+
+
+def _save(name: str, layout: Layout, folder: str, **sections: Any) -> dict[str, Any]:
+    engine, model, optimizer, loader = prepared(name, *layout, **sections)
+    steps(name, engine, model, optimizer, loader)
+    engine.save_state(folder)
+    found = _states(engine, model, optimizer)
+    engine.save_model(model, f"{folder}-model")
+    engine.free_memory()
+    return found
+
+
+def _load(name: str, layout: Layout, folder: str, again: str = "", **sections: Any) -> dict[str, Any]:
+    """Return the states after loading, and after a round through the optimizer's and the model's own state dicts."""
+    engine, model, optimizer, loader = prepared(name, *layout, **sections)
+    engine.load_state(folder)
+    found = _states(engine, model, optimizer)
+    whole, states = engine.get_state_dict(model), copy.deepcopy(optimizer.state_dict())  # views, as in plain torch
+    steps(name, engine, model, optimizer, loader)
+    engine.load_state_dict(model, whole)
+    optimizer.load_state_dict(states)
+    round_trip = _states(engine, model, optimizer)
+    if again:
+        engine.save_state(again)
+    engine.free_memory()
+    assert found.keys() == round_trip.keys()
+    assert all(torch.equal(found[key], round_trip[key]) for key in found)
+    return found
+
+
+def _equal(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    assert found.keys() == expected.keys()
+    return all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+WAYS = [
+    ("awkward", 2, (2, 0), [(1, (1, 0)), (4, (2, 3))]),
+    ("llama-tied", 4, (2, 3), [(2, (2, 1)), (4, (4, 2)), (1, (1, 0))]),
+]
+
+
+@pytest.mark.parametrize(("name", "world", "layout", "others"), WAYS)
+def test_a_checkpoint_is_loaded_by_other_layouts_bit_for_bit(
+    run_ranks: Callable[..., Any],
+    tmp_path: Path,
+    name: str,
+    world: int,
+    layout: Layout,
+    others: list[tuple[int, Layout]],
+) -> None:
+    folder = tmp_path / "saved"
+    saved = run_ranks(_save, world, name, layout, str(folder))
+    assert all(_equal(found, saved[0]) for found in saved[1:])
+    source = folder
+    for number, (ranks, other) in enumerate(others):
+        target = tmp_path / f"again{number}"
+        for found in run_ranks(_load, ranks, name, other, str(source), str(target)):
+            assert _equal(found, saved[0])
+        source = target if number == 0 else source  # what was loaded and saved anew is as good
+    whole = {key.removeprefix("weights."): value for key, value in saved[0].items() if key.startswith("weights.")}
+    consolidated = read_weights(folder, tied=True)["model0"]
+    assert consolidated.keys() == whole.keys()
+    assert all(torch.equal(value, whole[key]) for key, value in consolidated.items())
+    written = load_file(tmp_path / "saved-model" / "model.safetensors")
+    assert written.keys() == read_weights(folder, tied=False)["model0"].keys()
+    assert all(torch.equal(value, whole[key]) for key, value in written.items())
+
+
+GRID = [(tensor, world, stage) for tensor, world in ((2, 2), (2, 4), (4, 4), (1, 2)) for stage in (0, 1, 2, 3)]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3-moe", "encoder"])
+def test_every_layout_loads_what_every_other_saved(run_ranks: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    folders = {}
+    for tensor, world, stage in GRID:
+        folder = str(tmp_path / f"{tensor}-{world}-{stage}")
+        folders[folder] = run_ranks(_save, world, name, (tensor, stage), folder)[0]
+    for folder, saved in folders.items():
+        for tensor, world, stage in GRID:
+            assert _equal(run_ranks(_load, world, name, (tensor, stage), folder)[0], saved), (folder, tensor, world)
+
+
+def _features(tmp: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    engine, model, optimizer, loader = prepared("awkward", 2, 1)
+    batch = next(iter(loader))
+    engine.backward(loss_of("awkward", model, batch))
+    with engine.gradients(model) as gradients:
+        found["gradients"] = {name: grad.clone() for name, grad in gradients.items()}
+        gradients["blocks.0.qkv.weight"].mul_(2.0)
+        gradients["norm.bias"] = torch.zeros_like(gradients["norm.bias"])
+    with engine.gradients(model) as gradients:
+        changed = gradients["blocks.0.qkv.weight"] / found["gradients"]["blocks.0.qkv.weight"]
+        found["changed"] = (float(changed.nanmean()), float(gradients["norm.bias"].abs().max()))
+    optimizer.step()
+    optimizer.zero_grad()
+    found["class"] = type(model).__name__, isinstance(model.blocks[0].qkv, nn.Linear)
+    found["mesh"] = engine.mesh.mesh_dim_names, tuple(engine.mesh.mesh.shape)
+    found["gathered"] = engine.gather(torch.tensor([engine.process_index])).tolist()
+    found["data"] = engine.num_data_ranks, engine.data_index, batch.tolist()
+    for what, act in {
+        "state_dict": model.state_dict,
+        "part": model.blocks[0].state_dict,
+        "load": lambda: model.load_state_dict({}),
+        "full": lambda: engine.full_parameters(model).__enter__(),
+        "states": lambda: optimizer.state[model.norm.weight],
+        "shape": lambda: engine.load_state_dict(model, {"head.weight": torch.zeros(3, 3)}, strict=False),
+    }.items():
+        try:
+            act()
+            found[what] = "nothing was said"
+        except UserError as error:
+            found[what] = error.what
+    engine.save_model(model, tmp)
+    before = engine.get_state_dict(model)
+    engine.load_weights(model, tmp)
+    after = engine.get_state_dict(model)
+    found["weights"] = all(torch.equal(before[name], after[name]) for name in before)
+    engine.free_memory()
+    engine, model, *_ = prepared("awkward", 2, 3)
+    engine.load_weights(model, tmp)
+    at_three = engine.get_state_dict(model)
+    found["weights at stage 3"] = all(torch.equal(before[name], at_three[name]) for name in before)
+    engine.free_memory()
+    return found
+
+
+def test_whole_gradients_weights_and_refusals(run_ranks: Callable[..., Any], tmp_path: Path) -> None:
+    found = run_ranks(_features, 4, str(tmp_path / "weights"))
+    engine, model, *_ = prepared("awkward", 1, 0)
+    engine.backward(loss_of("awkward", model, torch.stack(samples()[:4])))
+    with engine.gradients(model) as gradients:
+        for name, grad in gradients.items():
+            for of_rank in found:
+                torch.testing.assert_close(of_rank["gradients"][name], grad, rtol=1e-4, atol=2e-6)
+    engine.free_memory()
+    for rank, of_rank in enumerate(found):
+        assert of_rank["changed"][0] == pytest.approx(2.0) and of_rank["changed"][1] == 0.0
+        assert of_rank["class"] == ("Awkward", True)
+        assert of_rank["mesh"] == (("pp", "dp", "cp", "tp"), (1, 2, 1, 2))
+        assert of_rank["gathered"] == [rank % 2, 2 + rank % 2]
+        assert of_rank["data"] == (2, rank // 2, torch.stack(samples()[2 * (rank // 2) :][:2]).tolist())
+        for what in ("state_dict", "part", "load"):
+            assert "cut over 2 tensor-parallel ranks" in of_rank[what]
+        assert "full_parameters of a model that is cut" in of_rank["full"]
+        assert "optimizer.state[norm.weight] cannot be had" in of_rank["states"]
+        assert of_rank["shape"] == "head.weight is [3, 3] in the state and [37, 18] in the model"
+        assert of_rank["weights"] and of_rank["weights at stage 3"]
+
+
+def _kept(kind: str, stage: int, sections: dict[str, Any]) -> dict[str, Any]:
+    """Train with what else the engine offers; return the losses, and whether whole parameters are alike over ranks."""
+    engine, model, optimizer, loader = prepared("llama", 2, stage, **sections)
+    found = steps("llama", engine, model, optimizer, loader)
+    norms = torch.cat([param.detach().flatten().double() for name, param in model.named_parameters() if "norm" in name])
+    if stage < 3:
+        parts = [torch.zeros_like(norms) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, norms)
+        found["alike"] = all(torch.equal(parts[0], part) for part in parts)
+    engine.free_memory()
+    return found
