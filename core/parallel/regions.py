@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from distui.core.axes.cut import part_of
 from distui.core.ranks import ops
+from distui.core.sharding.hooks import Hook
 
 
 def _sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -108,19 +109,16 @@ class Region:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.index = group, dist.get_rank(group)
         self._name: str | None = None
-        self._inside: set[int] = set()
         self._given: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._before: list[torch.Tensor] = []
         self._device: torch.device | None = None
+        self._watched: set[int] = set()
 
-    def begin(self, name: str, module: torch.nn.Module, *tensors: Any) -> list[Any]:
-        """Return `f` of the tensors, once for all modules given the same; opens the region `name` where it is not.
-
-        A recomputation that ended early leaves a region open: whoever comes to it anew begins it anew.
-        """
-        if self._name != name or id(module) in self._inside:
+    def begin(self, name: str, *tensors: Any) -> list[Any]:
+        """Return `f` of the tensors, once for all modules given the same; opens the region `name` where it is not."""
+        if self._name != name:
+            self.end()
             self._open(name, tensors[0].device)
-        self._inside.add(id(module))
         return [self._handed(value) for value in tensors]
 
     def _handed(self, x: Any) -> Any:
@@ -141,13 +139,21 @@ class Region:
         if len(self._before) > 1:
             torch.get_device_module(self._device).set_rng_state(self._before[1])
         self._name = None
-        self._inside.clear()
         self._given.clear()
         self._before.clear()
 
+    def ends_with(self, module: torch.nn.Module) -> None:
+        """Close the region where the forward of `module` ends by an exception: a recomputation is stopped by one."""
+
+        def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if output is None:
+                self.end()
+
+        if id(module) not in self._watched:
+            self._watched.add(id(module))
+            module.register_forward_hook(Hook(after), always_call=True)
+
     def _open(self, name: str, device: torch.device) -> None:
-        self._inside.clear()
-        self._given.clear()
         seed = int(torch.randint(2**62, ()).item()) ^ (self.index * 0x9E3779B97F4A7C15 & (2**62 - 1))
         self._name, self._device = name, device
         self._before = [torch.get_rng_state()]

@@ -1,8 +1,9 @@
-"""States under tensor parallelism: what one layout saves another loads, bit for bit; whole weights, gradients, files."""
+"""States under tensor parallelism: what one layout saves another loads, bit for bit; whole gradients, files."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import distui
 from distui.core.checkpoint.weights import read_weights
 from distui.core.errors import UserError
 from tests.dist.parallel.trainings import loss_of, prepared, samples, steps
@@ -194,3 +198,135 @@ def _kept(kind: str, stage: int, sections: dict[str, Any]) -> dict[str, Any]:
         found["alike"] = all(torch.equal(parts[0], part) for part in parts)
     engine.free_memory()
     return found
+
+
+KINDS: list[tuple[str, int, dict[str, Any], float]] = [
+    ("bf16", 2, {"precision": {"dtype": "bf16"}}, 3e-2),
+    ("recomputed", 3, {"activation_checkpointing": {"mode": "full"}}, 1e-5),
+    ("offloaded", 2, {"offload": {"optimizer": "cpu"}}, 1e-5),
+]
+
+
+@pytest.mark.parametrize(("kind", "stage", "sections", "tolerance"), KINDS)
+def test_formats_recomputation_and_homes_go_with_it(
+    run_ranks: Callable[..., Any], kind: str, stage: int, sections: dict[str, Any], tolerance: float
+) -> None:
+    alone = _exact()
+    for found in run_ranks(_kept, 4, kind, stage, sections):
+        assert found["losses"] == pytest.approx(alone["losses"], abs=tolerance)
+        assert found["norms"] == pytest.approx(alone["norms"], rel=max(tolerance, 2e-5))
+        assert found.get("alike", True)
+
+
+@functools.cache
+def _exact() -> dict[str, Any]:
+    engine, model, optimizer, loader = prepared("llama", 1, 0)
+    found = steps("llama", engine, model, optimizer, loader)
+    engine.free_memory()
+    return found
+
+
+def _overflow() -> dict[str, Any]:
+    """Let one rank's piece overflow in fp16: all ranks skip the step."""
+    engine, model, optimizer, loader = prepared("llama", 2, 1, precision={"dtype": "fp16"})
+    before = engine.get_state_dict(model)
+    skipped = []
+    for ids_BT in loader:
+        engine.backward(loss_of("llama", model, ids_BT))
+        with engine.gradients(model) as gradients:
+            if not skipped:
+                gradients["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")  # of the first rank's piece
+        optimizer.step()
+        optimizer.zero_grad()
+        skipped.append(engine.optimizer_step_was_skipped)
+    after = engine.get_state_dict(model)
+    engine.free_memory()
+    moved = float((after["lm_head.weight"] - before["lm_head.weight"]).abs().max())
+    return {"skipped": skipped, "scale": engine.scaler.scale if engine.scaler else 0.0, "moved": moved}
+
+
+def test_an_overflow_of_one_piece_is_everybodys(run_ranks: Callable[..., Any]) -> None:
+    found = run_ranks(_overflow, 2)
+    assert found[0] == found[1] and found[0]["skipped"] == [True, False, False, False, False]
+    assert found[0]["scale"] == 32768.0 and found[0]["moved"] > 0.0
+
+
+class Dropping(nn.Module):
+    """Dropout inside a cut region and outside of it, kept for the test to look at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.masks: list[tuple[str, torch.Tensor]] = []
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        inside = F.dropout(torch.ones_like(self.up(x_BD)), 0.5, self.training)
+        self.masks.append(("inside", inside))
+        x_BD = self.down(self.up(x_BD) * inside)
+        outside = F.dropout(torch.ones_like(x_BD), 0.5, self.training)
+        self.masks.append(("outside", outside))
+        return sum((block(x_BD * outside) for block in self.blocks), x_BD)
+
+
+def _dropped() -> dict[str, Any]:
+    engine = distui.Engine(strategy={"tensor_parallel": 2})
+    torch.manual_seed(engine.process_index)  # as a script that seeds each rank by its number
+    model = Dropping()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = engine.prepare(model, optimizer, plan={"up": "colwise", "down": "rowwise"})
+    x_BD = torch.linspace(-1, 1, 32).view(4, 8)
+    for _ in range(2):
+        engine.backward(checkpoint(model, x_BD, use_reentrant=False).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {kind: [mask.tolist() for name, mask in model.masks if name == kind] for kind in ("inside", "outside")}
+    whole = model.blocks[0].weight.tolist()
+    draw = float(torch.rand(()))
+    engine.free_memory()
+    return found | {"whole": whole, "draw": draw}
+
+
+def test_dropout_is_one_for_all_outside_and_another_on_each_rank_inside(run_ranks: Callable[..., Any]) -> None:
+    first, second = run_ranks(_dropped, 2)
+    assert first["outside"] == second["outside"] and first["whole"] == second["whole"]
+    assert first["inside"][0] != second["inside"][0]
+    for found in (first, second):  # forward, its recomputation, the next forward, its recomputation
+        for kind in ("inside", "outside"):
+            masks = found[kind]
+            assert len(masks) == 4 and masks[0] == masks[1] and masks[2] == masks[3] and masks[0] != masks[2]
+    assert first["draw"] == second["draw"]
+
+
+def _wrong(what: str) -> str:
+    try:
+        if what == "muon":
+            engine = distui.Engine(strategy={"tensor_parallel": 2})
+            model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+            plan = {"0": "colwise", "1": "rowwise"}
+            engine.prepare(model, torch.optim.Muon(model.parameters(), lr=0.1), plan=plan)
+        elif what == "batches":
+            engine, model, *_ = prepared("encoder", 2, 0)
+            model(torch.full((2, 3), 1 + engine.process_index))
+        else:
+            engine = distui.Engine(strategy={"tensor_parallel": 2, "tensor_plan": what})
+            engine.prepare(Dropping() if what != "mha" else nn.MultiheadAttention(9, 3))
+    except UserError as error:
+        return f"{error.what}: {error.why}: {error.fix}"
+    return "nothing was said"
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("muon", "the optimizer Muon with strategy.tensor_parallel=2"),
+        ("batches", "tensor-parallel ranks were given different batches"),
+        ("", "no tensor-parallel plan is known for Dropping: 4 matrices are covered by none: up (16, 8), down (8, 16)"),
+        ("ups=colwise", "the rule ups=colwise of the tensor plan matches nothing: nothing in Dropping has such a name"),
+        ("up=columns", "the style columns of up is unknown: known: colwise, packed_colwise"),
+        ("up", "strategy.tensor_plan has 'up': a rule is name=style"),
+    ],
+)
+def test_what_cannot_be_is_said_on_every_rank(run_ranks: Callable[..., Any], what: str, said: str) -> None:
+    for found in run_ranks(_wrong, 2, what):
+        assert found.startswith(said), found
