@@ -41,6 +41,7 @@ class States(Tracking):
     config: Config
     device: torch.device
     num_processes: int
+    data_index: int
     num_data_ranks: int
     data_group: torch.distributed.ProcessGroup | None
     active_loaders: list[Any]
@@ -149,6 +150,12 @@ class States(Tracking):
         """
         from distui.core.model.kernel_swap import KINDS, KernelReport, apply_kernels, undo_kernels
 
+        if self.backend.axes is not None:
+            raise UserError(
+                "use_kernels with axes that cut the model",
+                "a kernel takes a module's parameters for the whole, and each rank has pieces of them",
+                "leave the kernels out, or set strategy.tensor_parallel to 1",
+            )
         if undo:
             undo_kernels(model)
             return KernelReport(model)

@@ -85,18 +85,21 @@ def _gathered(x: torch.Tensor, total: int, group: dist.ProcessGroup) -> torch.Te
     return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1).to(x.device)
 
 
+@torch.compiler.disable
 def sum_of_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Return `g` of x: the sum over the ranks. Collective."""
     found: torch.Tensor = _SumForward.apply(x, group)
     return found
 
 
+@torch.compiler.disable
 def gather_last(x: torch.Tensor, total: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Return the ranks' pieces joined along the last dimension, `total` long. Collective."""
     found: torch.Tensor = _Gather.apply(x, total, group)
     return found
 
 
+@torch.compiler.disable
 def split_last(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Return this rank's piece of the last dimension. Collective in backward."""
     found: torch.Tensor = _Split.apply(x, group)
@@ -114,6 +117,7 @@ class Region:
         self._device: torch.device | None = None
         self._watched: set[int] = set()
 
+    @torch.compiler.disable
     def begin(self, name: str, *tensors: Any) -> list[Any]:
         """Return `f` of the tensors, once for all modules given the same; opens the region `name` where it is not."""
         if self._name != name:
@@ -131,6 +135,7 @@ class Region:
         self._given.append((x, handed))
         return handed
 
+    @torch.compiler.disable
     def end(self) -> None:
         """Close the region: random numbers go on as if nobody had drawn any inside but its seed."""
         if self._name is None:

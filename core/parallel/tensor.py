@@ -19,7 +19,7 @@ from distui.core.parallel.plans import plan_of
 from distui.core.parallel.regions import Region
 from distui.core.parallel.styles import STYLES, Cutting, Rule, divide, divisors, parameter
 from distui.core.ranks import ops
-from distui.core.sharding.cuts import Cuts
+from distui.core.sharding.cuts import MARK, Cuts
 from distui.core.sharding.hooks import Hook
 from distui.core.sharding.start.start import Start
 from distui.core.sharding.transport.alike import check_alike
@@ -71,6 +71,8 @@ def cut_model(model: nn.Module, axes: Axes, start: Start, text: str, given: Mapp
     start.cut([param for _, param, _ in cutting.cuts.values()], cuts)
     whole = [param for param in model.parameters() if id(param) not in cuts.of]
     start.share([*whole, *model.buffers()], cuts)
+    for _, param, _ in cutting.cuts.values():
+        vars(param)[MARK] = True
     for _, param, cut in cutting.partial:
         _sum_gradient(param, cut, group)
     _watch(model, region)

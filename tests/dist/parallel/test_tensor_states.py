@@ -12,14 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import distui
 from distui.core.checkpoint.weights import read_weights
 from distui.core.errors import UserError
-from tests.dist.parallel.trainings import loss_of, prepared, samples, steps
+from tests.dist.parallel.trainings import build, loss_of, prepared, samples, steps
 
 Layout = tuple[int, int]
 """Tensor-parallel ranks, and the ZeRO stage."""
@@ -230,7 +230,7 @@ def _overflow() -> dict[str, Any]:
     """Let one rank's piece overflow in fp16: all ranks skip the step."""
     engine, model, optimizer, loader = prepared("llama", 2, 1, precision={"dtype": "fp16"})
     before = engine.get_state_dict(model)
-    skipped = []
+    skipped: list[bool] = []
     for ids_BT in loader:
         engine.backward(loss_of("llama", model, ids_BT))
         with engine.gradients(model) as gradients:
@@ -305,6 +305,21 @@ def _wrong(what: str) -> str:
             model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
             plan = {"0": "colwise", "1": "rowwise"}
             engine.prepare(model, torch.optim.Muon(model.parameters(), lr=0.1), plan=plan)
+        elif what == "partial":
+            engine = distui.Engine(strategy={"tensor_parallel": 2})
+            model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(8), nn.Linear(16, 8))
+            model, optimizer = engine.prepare(
+                model, torch.optim.SGD(model.parameters(), lr=0.1), plan={"0": "colwise", "2": "rowwise"}
+            )
+            engine.backward(model(torch.linspace(-1, 1, 32).view(4, 8)).square().sum())
+            optimizer.step()
+        elif what == "again":
+            engine, model, *_ = prepared("encoder", 2, 0)
+            engine.free_memory()
+            distui.Engine().prepare(model)
+        elif what == "kernels":
+            engine, model, *_ = prepared("encoder", 2, 0)
+            engine.use_kernels(model)
         elif what == "batches":
             engine, model, *_ = prepared("encoder", 2, 0)
             model(torch.full((2, 3), 1 + engine.process_index))
@@ -320,6 +335,9 @@ def _wrong(what: str) -> str:
     ("what", "said"),
     [
         ("muon", "the optimizer Muon with strategy.tensor_parallel=2"),
+        ("partial", "the gradient of 1.weight is another on each tensor-parallel rank"),
+        ("again", "encoder.layers.0.self_attn.in_proj_weight is a piece of (24, 16): the model was cut"),
+        ("kernels", "use_kernels with axes that cut the model"),
         ("batches", "tensor-parallel ranks were given different batches"),
         ("", "no tensor-parallel plan is known for Dropping: 4 matrices are covered by none: up (16, 8), down (8, 16)"),
         ("ups=colwise", "the rule ups=colwise of the tensor plan matches nothing: nothing in Dropping has such a name"),
@@ -330,3 +348,27 @@ def _wrong(what: str) -> str:
 def test_what_cannot_be_is_said_on_every_rank(run_ranks: Callable[..., Any], what: str, said: str) -> None:
     for found in run_ranks(_wrong, 2, what):
         assert found.startswith(said), found
+
+
+def _from_meta(tensor: int, stage: int, folder: str) -> dict[str, Any]:
+    """Start from nothing on meta: by seeds, and out of files."""
+    found = {}
+    for kind, weights in (("seeds", None), ("files", folder)):
+        engine = distui.Engine(strategy={"tensor_parallel": tensor, "zero_stage": stage})
+        with distui.init_empty_weights():
+            model = build("llama")
+        model = engine.prepare(model, weights=weights)
+        found[kind] = engine.get_state_dict(model)
+        engine.free_memory()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_models_on_meta_begin_as_one_process_begins_them(
+    run_ranks: Callable[..., Any], tmp_path: Path, stage: int
+) -> None:
+    saved = build("llama", 7).state_dict()
+    save_file({name: value.clone() for name, value in saved.items()}, tmp_path / "model.safetensors")
+    (alone,) = run_ranks(_from_meta, 1, 1, 0, str(tmp_path))
+    for found in run_ranks(_from_meta, 4, 2, stage, str(tmp_path)):
+        assert _equal(found["seeds"], alone["seeds"]) and _equal(found["files"], saved)
