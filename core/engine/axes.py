@@ -33,7 +33,7 @@ def join_axes(process: ProcessState, config: Config) -> Axes | None:
     if sizes not in of_world:
         of_world[sizes] = Axes(sizes)
     axes = of_world[sizes]
-    process.data_index, process.num_data_ranks = axes.index("data"), axes.size("data")
+    process.data_place = axes.index("data"), axes.size("data")
     process.data_group = axes["data"] or axes.alone
     return axes
 

@@ -41,8 +41,6 @@ class States(Tracking):
     config: Config
     device: torch.device
     num_processes: int
-    data_index: int
-    num_data_ranks: int
     data_group: torch.distributed.ProcessGroup | None
     active_loaders: list[Any]
     gradient_accumulation_steps: int
@@ -52,6 +50,12 @@ class States(Tracking):
     _optimizers: list[PreparedOptimizer]
     _schedulers: list[PreparedScheduler]
     _loaders: list[PreparedLoader]
+    if TYPE_CHECKING:  # of `ProcessState`, beside which an engine has this
+
+        @property
+        def data_index(self) -> int: ...
+        @property
+        def num_data_ranks(self) -> int: ...
 
     def __init__(self) -> None:
         super().__init__()
