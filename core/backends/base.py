@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distui.core.axes.cut import Cut
+from distui.core.axes.groups import Axes
 from distui.core.backends.beside import Beside
 from distui.core.config.schema import Config
 from distui.core.errors import Problem
@@ -35,6 +37,11 @@ class Backend(Beside, ABC):
     """Where the numbers of the model that is being prepared come from, and which device they go to."""
     optimizer_of: Mapping[int, int] = MappingProxyType({})
     """Which of the optimizers that are prepared together with a model steps a parameter, by its identity."""
+
+    axes: Axes | None = None
+    """Where several ranks share a batch: the groups of all axes; `group` is then the one that shards states."""
+    plan: Mapping[str, str] = MappingProxyType({})
+    """How the script has the model that is being prepared cut over tensor-parallel ranks; empty leaves it to others."""
 
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
         """`group` is the data-parallel group; None where the script runs as one process."""
@@ -124,6 +131,10 @@ class Backend(Beside, ABC):
     def param_shapes(self, model: nn.Module) -> dict[str, list[int]]:
         """Return the whole shape of every parameter by name, each once."""
         return {name: list(param.shape) for name, param in nn.Module.named_parameters(model)}
+
+    def cuts_of(self, model: nn.Module) -> Mapping[int, Cut]:
+        """Return which parameters are pieces of whole ones, by identity."""
+        return MappingProxyType({})
 
     # ---- accounting ----------------------------------------------------------------------------------------------
 

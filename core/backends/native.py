@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distui.core.axes.cut import Cut
 from distui.core.backends.base import Backend, Part
 from distui.core.backends.native_beside import NativeBeside
-from distui.core.config.check import offload_problems, unavailable
+from distui.core.config.check import offload_problems, tensor_problems, unavailable
 from distui.core.config.schema import Config
 from distui.core.errors import ConfigError, UserError
 from distui.core.ranks.precision import DTYPES, apply_border_casts
+from distui.core.sharding.cuts import refuse_cut
 from distui.core.sharding.homes.homes import Offload
 from distui.core.sharding.optim.growth import can_grow
 from distui.core.sharding.optim.optim import ShardedOptimizer
@@ -41,8 +43,16 @@ class NativeBackend(NativeBeside, Backend):
         start, self.start = self.start, None
         if id(model) not in self._models:
             # A script that runs without `distui launch` has not been checked.
-            if problems := [*unavailable(self.config), *offload_problems(self.config)]:
+            problems = [*unavailable(self.config), *offload_problems(self.config), *tensor_problems(self.config)]
+            if problems:
                 raise ConfigError(problems)
+            cuts = None
+            refuse_cut(model)
+            if self.axes is not None:
+                from distui.core.parallel.tensor import cut_model
+
+                assert start is not None
+                cuts = cut_model(model, self.axes, start, self.config.strategy.tensor_plan, self.plan)
             precision, home = self.config.precision, self.config.offload
             self._models[id(model)] = ShardedModel(
                 model,
@@ -55,6 +65,7 @@ class NativeBackend(NativeBeside, Backend):
                 zero_missing=self.config.optimizer.zero_missing_gradients,
                 start=start,
                 optimizer_of=self.optimizer_of,
+                cuts=cuts,
             )
             if precision.dtype != "fp32":
                 self._casts += apply_border_casts(model, DTYPES[precision.dtype])
@@ -162,7 +173,13 @@ class NativeBackend(NativeBeside, Backend):
             yield found
 
     def full_parameters(self, model: nn.Module, writeback: bool) -> AbstractContextManager[nn.Module]:
-        """Give the model with whole, current parameters. Collective."""
+        """Give the model with whole, current parameters. Collective. Raises: UserError where axes cut them."""
+        if (cuts := self.sharded(model).cuts) is not None:
+            raise UserError(
+                "full_parameters of a model that is cut over tensor-parallel ranks",
+                f"its modules compute with pieces of their parameters, of which each of {cuts.num_ranks} ranks has one",
+                "use engine.get_state_dict(model) and engine.load_state_dict(model, state), on all ranks",
+            )
         return self.sharded(model).full_parameters(writeback)
 
     def full_state_dict(self, model: nn.Module, only_rank_0: bool) -> dict[str, Any]:
@@ -188,6 +205,18 @@ class NativeBackend(NativeBeside, Backend):
 
         assert isinstance(optimizer, ShardedOptimizer)
         return native_items.optimizer_items(optimizer, part)
+
+    def param_shapes(self, model: nn.Module) -> dict[str, list[int]]:
+        """Return the whole shape of every parameter by name, each once."""
+        cuts = self.sharded(model).cuts
+        if cuts is None:
+            return super().param_shapes(model)
+        return {name: list(cuts.shape(param)) for name, param in nn.Module.named_parameters(model)}
+
+    def cuts_of(self, model: nn.Module) -> Mapping[int, Cut]:
+        """Return which parameters are pieces of whole ones, by identity."""
+        cuts = self.sharded(model).cuts
+        return super().cuts_of(model) if cuts is None else cuts.of
 
     def allocate_states(self, optimizer: PreparedOptimizer, saved: Mapping[str, Any]) -> None:
         """Let the optimizer have exactly the states that the checkpoint has."""

@@ -11,6 +11,7 @@ from torch import nn
 from distui.core.backends.base import Part
 from distui.core.backends.plain_items import forget_others, states_by_name
 from distui.core.checkpoint.flat import CellShard, FlatShard
+from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.homes.home import CellSlice
 from distui.core.sharding.optim.optim import ShardedOptimizer
 from distui.core.sharding.optim.runs import FlatRun
@@ -29,23 +30,39 @@ def _held(unit: Unit, index: int, base: int, end: int, part: Part | None) -> tup
     return low, min(max(end - span.offset, low), span.numel)
 
 
-def _replicated(tensor: torch.Tensor, part: Part | None) -> FlatShard:
+def _replicated(tensor: torch.Tensor, part: Part | None, cuts: Cuts | None) -> FlatShard:
     """Return a tensor that every rank holds; rank 0 writes it, so that what belongs together is of one rank."""
     flat = tensor.detach().reshape(-1)
-    return FlatShard(flat[:0] if part is not None and part[0] else flat, 0, tensor.numel())
+    cut = None if cuts is None else cuts.get(tensor)
+    writes = part is None or (part[0] == 0 and (cuts is None or cuts.counts(tensor)))
+    return FlatShard(flat if writes else flat[:0], 0, tensor.numel() if cut is None else cut.numel, cut)
 
 
-def _range(source: torch.Tensor | CellSlice, at: int, length: int, start: int, numel: int) -> FlatShard:
-    """Return the elements [at, at + length) of `source` as the range from `start` on of a parameter of `numel`."""
-    at = at if length else 0
+def _range(
+    source: torch.Tensor | CellSlice, at: int, low: int, high: int, place: tuple[Unit, int], part: Part | None
+) -> FlatShard:
+    """Return the elements [low, high) of a parameter, which lie in `source` from `at` on, if this rank gives them."""
+    unit, index = place
+    if part is not None and unit.counted is not None and index not in unit.counted:
+        high = low
+    at = at if high > low else 0
+    cut = unit.cut_of(index)
+    numel = unit.layout.spans[index].numel if cut is None else cut.numel
     if isinstance(source, CellSlice):
-        return CellShard(source.part(at, at + length), start, numel)
-    return FlatShard(source[at : at + length], start, numel)
+        return CellShard(source.part(at, at + high - low), low, numel, cut)
+    return FlatShard(source[at : at + high - low], low, numel, cut)
+
+
+def _own_part(sharded_rank: int, part: Part | None, num_ranks: int, is_cut: bool) -> Part | None:
+    """Return which part of what every rank of the shard group holds this one gives: they are not the whole world."""
+    return part if part is None or not is_cut else (sharded_rank, num_ranks)
 
 
 def model_items(sharded: ShardedModel, part: Part | None) -> dict[str, torch.Tensor]:
     """Return the tensors of a model by key: flat shards of what is in units, plain tensors of the rest."""
     sharded.schedule.take_writes()
+    cuts, placement = sharded.cuts, sharded.placement
+    part = _own_part(placement.rank, part, placement.num_ranks, cuts is not None)
     items: dict[str, torch.Tensor] = {}
     in_units: set[int] = set()
     for unit in sharded.units:
@@ -56,18 +73,21 @@ def model_items(sharded: ShardedModel, part: Part | None) -> dict[str, torch.Ten
             in_units.add(id(param))
             low, high = _held(unit, index, base, end, part)
             at = unit.layout.spans[index].offset + low - base
-            items[name] = _range(source, at, high - low, low, unit.layout.spans[index].numel)
+            items[name] = _range(source, at, low, high, (unit, index), part)
     for name, param in nn.Module.named_parameters(sharded.model):
         if id(param) not in in_units:
-            items[name] = _replicated(param, part)
+            items[name] = _replicated(param, part, cuts)
     for name, buffer in sharded.model.named_buffers():
-        items[name] = _replicated(buffer, part)
+        items[name] = _replicated(buffer, part, cuts)
     return items
 
 
 def optimizer_items(optimizer: ShardedOptimizer, part: Part | None) -> dict[str, Any]:
     """Return optimizer states by key: `<parameter>.<state>`, flat shards, whole tensors or numbers."""
     items: dict[str, Any] = {}
+    if optimizer.units:
+        placement = optimizer.units[0].placement
+        part = _own_part(placement.rank, part, placement.num_ranks, optimizer.cuts is not None)
     for runs in optimizer.runs:
         for run in runs:
             state = optimizer.state_of(run)
@@ -92,11 +112,11 @@ def _state_item(run: FlatRun, index: int, value: torch.Tensor | CellSlice, part:
         value = value.reshape(-1)
     span = run.unit.layout.spans[index]
     if run.is_owned:
-        return _range(value, 0, span.numel, 0, span.numel)
+        return _range(value, 0, 0, span.numel, (run.unit, index), part)
     base = run.unit.layout.shard(run.unit.rank)[0] + run.start
     low, high = _held(run.unit, index, base, base + run.end - run.start, part)
     at = span.offset + low - base
-    return _range(value, at, high - low, low, span.numel)
+    return _range(value, at, low, high, (run.unit, index), part)
 
 
 def allocate_states(optimizer: ShardedOptimizer, saved: Mapping[str, Any]) -> None:
@@ -123,7 +143,8 @@ def allocate_states(optimizer: ShardedOptimizer, saved: Mapping[str, Any]) -> No
                 if meta.number is not None:
                     optimizer.inner.state[run.param][key] = meta.number
                     continue
-                flattened = torch.Size([run.unit.layout.spans[index].numel])
+                cut = run.unit.cut_of(index)
+                flattened = torch.Size([run.unit.layout.spans[index].numel if cut is None else cut.numel])
                 shape = torch.Size(run.shape) if meta.size == flattened else meta.size
                 optimizer.make_state(run, key, shape, meta.dtype)
 

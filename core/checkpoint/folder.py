@@ -28,7 +28,8 @@ from distui.core.errors import UserError
 MANIFEST = "manifest.json"
 PREFIX = "step_"
 """How the folders of automatic checkpoints begin; the step follows, with zeros that make names sort."""
-FORMAT = 2
+FORMAT, CUT_FORMAT = 2, 3
+"""What is written, and what of tensors that parallelism has cut, which earlier versions do not read."""
 _DATA = re.compile(r"distui-[0-9]{8,}-([0-9a-f]{8})-[0-9a-f]{8}")
 _OWN = re.compile(r"rank[0-9]+\.(bin|json)|(index|common|manifest)\.json")
 _OWN_1 = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata|state\.pt|rank[0-9]+\.pt|manifest\.json")
@@ -65,10 +66,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise _foreign(path, f"{type(error).__name__}: {error}") from error
     if not ours:
         raise _foreign(path, "it has not the keys that distui writes, or names of files that lead elsewhere")
-    if found["format"] not in (1, FORMAT):
+    if found["format"] not in (1, FORMAT, CUT_FORMAT):
         raise UserError(
             f"{folder} is of a newer distui",
-            f"its format is {found['format']}, this one reads 1 and {FORMAT}",
+            f"its format is {found['format']}, this one reads 1 to {CUT_FORMAT}",
             "upgrade distui",
         )
     return dict(found)

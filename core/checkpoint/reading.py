@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distui.core.axes.cut import Box, Cut
 from distui.core.checkpoint import folder as folders
 from distui.core.checkpoint.files import Piece, damaged, read_file, read_pieces
 from distui.core.checkpoint.flat import FlatShard
@@ -19,6 +21,8 @@ from distui.core.checkpoint.plain import read_plain
 from distui.core.errors import UserError
 
 _NONSENSE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError)
+PutBox = Callable[[Box, torch.Tensor], None]
+"""Takes elements, and the box, or the part of one, that they are."""
 Put = Callable[[int, torch.Tensor], None]
 """Takes elements, and where they begin in what was asked for; they are only valid in the call."""
 
@@ -32,10 +36,16 @@ class Want:
     numel: int
     put: Put | None
     """None where it is only checked."""
+    shape: tuple[int, ...] | None = None
+    """The whole shape, where what is wanted is boxes of it; `start` and `numel` are then of a piece."""
+    boxes: tuple[Box, ...] = ()
+    put_box: PutBox | None = None
 
 
 def want(key: str, item: torch.Tensor) -> Want:
     """Return what fills a `FlatShard` or a whole tensor."""
+    if isinstance(item, FlatShard) and item.cut is not None:
+        return Want(key, item.start, item.length, item.write, item.cut.shape, tuple(item.boxes), item.write_box)
     if isinstance(item, FlatShard):
         return Want(key, item.start, item.length, item.write)
     whole = item.detach()
@@ -130,6 +140,12 @@ class Checkpoint:
     def _path(self, file: str) -> tuple[Path, dict[str, Any]]:
         return self._data / file, self._facts(file)
 
+    @property
+    def ranks_of_a_batch(self) -> int:
+        """How many ranks shared a batch where it was saved; in earlier versions each had its own."""
+        world = int(self.manifest["world_size"])
+        return world // max(1, int(self.manifest.get("data_ranks", world)))
+
     # ---- tensors -------------------------------------------------------------------------------------------------
 
     def read(self, wants: Iterable[Want]) -> None:
@@ -141,6 +157,12 @@ class Checkpoint:
         for key, of_key in by_key.items():
             entry = self.entries[key]
             for chunk in entry.chunks:
+                if chunk.box is not None or any(wanted.boxes for wanted in of_key):
+                    for part, inner in _in_boxes(chunk, entry, of_key):
+                        pieces = self._pieces(part, entry, [inner])
+                        cut = [Piece(piece.offset, piece.length) for piece in pieces]
+                        by_file[chunk.file] += pieces if inner.put is not None else cut
+                    continue
                 needed = [wanted for wanted in of_key if overlap(chunk, wanted)[0] < overlap(chunk, wanted)[1]]
                 if taken := [wanted for wanted in needed if wanted.put is not None]:
                     by_file[chunk.file] += self._pieces(chunk, entry, taken)
@@ -156,6 +178,73 @@ class Checkpoint:
         found = torch.empty(entry.size, dtype=entry.dtype)
         self.read([want(key, found)])
         return found
+
+
+def _in_boxes(chunk: Chunk, entry: Entry, wants: list[Want]) -> Iterator[tuple[Chunk, Want]]:
+    """Give what of a chunk is wanted, where one of them is no range of the whole: a range of the chunk at a time."""
+    for wanted in wants:
+        shape = wanted.shape or entry.shape
+        assert shape is not None
+        sources = [chunk.box] if chunk.box is not None else _range_boxes(shape, chunk.start, chunk.numel)
+        targets = wanted.boxes or _range_boxes(shape, wanted.start, wanted.numel)
+        for source, target in itertools.product(sources, targets):
+            both = _common(source, target)
+            if both is None:
+                continue
+            from_box, to_box = both
+            span = 1 + sum((size - 1) * stride for size, stride in zip(from_box.size, from_box.strides, strict=True))
+            yield chunk, Want(wanted.key, chunk.start + from_box.at, span, _gathering(wanted, from_box, to_box, span))
+
+
+def _range_boxes(shape: tuple[int, ...], start: int, numel: int) -> list[Box]:
+    """Return the boxes of a range of the flattened whole; their `at` counts from its beginning."""
+    return list(Cut.whole(shape).boxes(start, start + numel))
+
+
+def _common(source: Box, target: Box) -> tuple[Box, Box] | None:
+    """Return what two boxes have in common, as a part of the one and of the other."""
+    low = tuple(map(max, source.start, target.start))
+    ends = (map(sum, zip(box.start, box.size, strict=True)) for box in (source, target))
+    size = tuple(high - begin for high, begin in zip(map(min, *ends), low, strict=True))
+    if any(length <= 0 for length in size):
+        return None
+
+    def part(box: Box) -> Box:
+        steps = zip(low, box.start, box.strides, strict=True)
+        return Box(low, size, box.at + sum((a - b) * stride for a, b, stride in steps), box.strides)
+
+    return part(source), part(target)
+
+
+def _gathering(wanted: Want, from_box: Box, to_box: Box, span: int) -> Put | None:
+    """Return what collects `span` elements of a chunk and then writes those of a box; None where it is only checked."""
+    if wanted.put is None:
+        return None
+    held: list[torch.Tensor] = []
+    filled = 0
+
+    def put(at: int, values: torch.Tensor) -> None:
+        nonlocal filled
+        if not held:
+            held.append(torch.empty(span, dtype=values.dtype))
+        held[0][at : at + values.numel()].copy_(values)
+        filled += values.numel()
+        if filled < span:
+            return
+        found = held.pop().as_strided(from_box.size, from_box.strides)
+        if wanted.put_box is not None:
+            wanted.put_box(to_box, found.contiguous())
+            return
+        for row, place in _rows(to_box):
+            wanted.put(place, found[row])  # type: ignore[misc]
+
+    return put
+
+
+def _rows(box: Box) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Give each row of a box along the last dimension, and where it begins in a flat tensor of the box's strides."""
+    for row in itertools.product(*(range(length) for length in box.size[:-1])):
+        yield row, box.at + sum(index * stride for index, stride in zip(row, box.strides, strict=False))
 
 
 def overlap(chunk: Chunk, wanted: Want) -> tuple[int, int]:

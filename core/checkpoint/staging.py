@@ -84,7 +84,7 @@ def _source(item: torch.Tensor) -> torch.Tensor:
 
 
 def _like(item: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
-    return FlatShard(host, item.start, item.numel()) if isinstance(item, FlatShard) else host
+    return FlatShard(host, item.start, item.numel(), item.cut) if isinstance(item, FlatShard) else host
 
 
 def _storage(tensor: torch.Tensor) -> tuple[torch.device, int]:

@@ -79,7 +79,9 @@ def write(snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
 
     def commit() -> None:
         if main:
-            folders.commit(target, data, write_index(target / data, parts), snapshot.facts)
+            is_cut = any(len(chunk) > 6 for part in parts for chunk in part["chunks"])
+            form = {"format": folders.CUT_FORMAT} if is_cut else {}
+            folders.commit(target, data, write_index(target / data, parts), snapshot.facts | form)
             if snapshot.keep is not None:
                 rotation.keep_newest(target.parent, snapshot.keep, lineage)
 

@@ -77,3 +77,10 @@ def solve_batch(batch: BatchSection, data_parallel: int) -> BatchPlan:
             ]
         )
     return BatchPlan(whole, micro, solved)
+
+
+def micro_size_of(plan: BatchPlan, data_parallel: int) -> int | None:
+    """Return the samples of one forward on one rank; None where nothing says how many."""
+    if plan.micro_size is None and plan.global_size is not None:
+        return plan.global_size // (data_parallel * (plan.accumulation or 1))
+    return plan.micro_size

@@ -35,10 +35,11 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
         world_size = config.cluster.world_size()
     problems = [*unavailable(config), *check_backend(config), *_cluster(config), *_folders(config)]
     problems += [*offload_problems(config), *_states(config), *_compression(config), *_notify(config)]
+    problems += tensor_problems(config)
     if hardware is not None:
         problems += _devices(config, hardware)
     if world_size is not None:
-        problems += _ranks(config, world_size)
+        problems += rank_problems(config, world_size)
     return problems
 
 
@@ -53,9 +54,13 @@ def _not_available(path: str, value: object, now: str) -> Problem:
 
 def unavailable(config: Config) -> Iterator[Problem]:
     """Yield what the schema knows and this version does not do."""
-    for axis in (*MODEL_AXES, "expert_parallel"):
+    for axis in ("pipeline_parallel", "context_parallel", "expert_parallel"):
         if (size := getattr(config.strategy, axis)) > 1:
             yield _not_available(f"strategy.{axis}", f"{axis}={size}", "1")
+    if size := config.strategy.shard_size:
+        yield _not_available(
+            "strategy.shard_size", f"shard_size={size}", "0, which shards over all data-parallel ranks"
+        )
 
 
 def _notify(config: Config) -> Iterator[Problem]:
@@ -234,7 +239,38 @@ def _writable(key: str, name: str, *, created: bool = False) -> Iterator[Problem
         )
 
 
-def _ranks(config: Config, world_size: int) -> Iterator[Problem]:
+def tensor_problems(config: Config) -> Iterator[Problem]:
+    """Yield what does not go with tensor parallelism."""
+    size = config.strategy.tensor_parallel
+    if size == 1 and config.strategy.tensor_plan:
+        yield Problem(
+            "strategy.tensor_plan",
+            "is set, and tensor_parallel=1",
+            "a plan says how parameters are cut over tensor-parallel ranks, and there is one",
+            "set strategy.tensor_parallel to 2 or more, or leave strategy.tensor_plan empty",
+        )
+    if size == 1 or config.strategy.backend != "native":  # refused with the backend
+        return
+    for key in ("gradients", "weights"):
+        if (value := getattr(config.compression, key)) != "none":
+            yield Problem(
+                f"compression.{key}",
+                f"{key}={value} with tensor_parallel={size}",
+                "blocks that share a scale would hold cut parameters beside whole ones, and what the ranks have whole "
+                "would come out otherwise on each of them",
+                f"set compression.{key} to none, or strategy.tensor_parallel to 1",
+            )
+    if config.optimizer.state_bits != 32:
+        yield Problem(
+            "optimizer.state_bits",
+            f"state_bits={config.optimizer.state_bits} with tensor_parallel={size}",
+            "blocks that share a scale would hold states of cut parameters beside those of whole ones",
+            "set optimizer.state_bits to 32, or strategy.tensor_parallel to 1",
+        )
+
+
+def rank_problems(config: Config, world_size: int) -> Iterator[Problem]:
+    """Yield what does not fit the number of ranks."""
     model_ranks = 1
     for axis in MODEL_AXES:
         model_ranks *= getattr(config.strategy, axis)

@@ -93,6 +93,14 @@ class StrategySection(Section):
         False, "ddp: look in each forward for parameters that take no part in it; the other backends need no word"
     )
     tensor_parallel: PositiveInt = _field(1, "ranks that share each matrix multiplication")
+    tensor_plan: str = _field(
+        "",
+        "how modules are cut, as name=style,... with * for one part of a name; empty takes the model's own plan, or "
+        "that of a family that is known",
+    )
+    shard_size: NonNegativeInt = _field(
+        0, "data-parallel ranks that hold one copy of what is sharded, the rest being replicas; 0 is all of them"
+    )
     pipeline_parallel: PositiveInt = _field(1, "stages that the layers are cut into")
     context_parallel: PositiveInt = _field(1, "ranks that share each sequence")
     expert_parallel: PositiveInt = _field(1, "ranks that share the experts of a mixture-of-experts model")

@@ -83,7 +83,7 @@ class PreparedLoader:
         self._inner: DataLoader[Any] = self._make_inner()
 
     def _check(self, source: DataLoader[Any], micro_size: int | None) -> None:
-        num_ranks = self._process.num_processes
+        num_ranks = self._process.num_data_ranks
         sampler = getattr(source.batch_sampler, "sampler", source.sampler)
         if num_ranks > 1 and isinstance(sampler, DistributedSampler):
             raise UserError(
@@ -115,8 +115,8 @@ class PreparedLoader:
         }
         if self._is_stream:
             whole = source.batch_sampler is None
-            size = process.num_processes * (1 if whole else self.batch_size or 1)
-            collate = CollateSlice(source.collate_fn, size, process.num_processes, process.process_index, whole)
+            size = process.num_data_ranks * (1 if whole else self.batch_size or 1)
+            collate = CollateSlice(source.collate_fn, size, process.num_data_ranks, process.data_index, whole)
             return DataLoader(
                 source.dataset, batch_size=size, drop_last=source.drop_last, collate_fn=collate, **options
             )
@@ -146,12 +146,12 @@ class PreparedLoader:
     @property
     def total_batch_size(self) -> int | None:
         """Samples of a global micro-batch, over all ranks."""
-        return self.batch_size and self.batch_size * self._process.num_processes
+        return self.batch_size and self.batch_size * self._process.num_data_ranks
 
     def __len__(self) -> int:
         num_items = len(self._source.dataset) if self._is_stream else len(self._order)  # type: ignore[arg-type]
         size = self.batch_size or 1
-        return max(0, num_slices(num_items, size, self._process.num_processes, self._drop_last) - self._num_skipped)
+        return max(0, num_slices(num_items, size, self._process.num_data_ranks, self._drop_last) - self._num_skipped)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -235,12 +235,12 @@ class PreparedLoader:
             self._worker_generator.manual_seed(epoch_seed(self._order.seed, progress.epoch))
             return mark_last(islice(begin_reading(self._inner), skip, None))
         order, worker_seed = self._order.draw(progress.epoch)
-        self._worker_generator.manual_seed((worker_seed + self._process.process_index) % 2**63)
+        self._worker_generator.manual_seed((worker_seed + self._process.data_index) % 2**63)
         slices = rank_slices(
             order,
             self.batch_size or 1,
-            self._process.num_processes,
-            self._process.process_index,
+            self._process.num_data_ranks,
+            self._process.data_index,
             self._drop_last,
             *([len] if self._items_are_batches and self._source.batch_sampler is not None else []),
         )
@@ -330,7 +330,7 @@ class PreparedLoader:
             raise UserError(
                 f"the saved position, {state['num_items']} samples into epoch {state['epoch']}, is inside a batch",
                 f"{state['num_items']} = {num_batches} x {size} + {rest}, with {self.batch_size or 1} x "
-                f"{self._process.num_processes} ranks = {size} samples in a global micro-batch",
+                f"{self._process.num_data_ranks} ranks = {size} samples in a global micro-batch",
                 "keep batch.global_size when the number of ranks changes",
             )
         self._order.load_state_dict(state)
@@ -349,7 +349,7 @@ class PreparedLoader:
 
     @property
     def _items_per_batch(self) -> int:
-        return (self.batch_size or 1) * self._process.num_processes
+        return (self.batch_size or 1) * self._process.num_data_ranks
 
     def skipping(self, num_batches: int) -> PreparedLoader:
         """Return a view of this loader that leaves out the first `num_batches` of each iteration."""

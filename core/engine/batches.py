@@ -21,7 +21,7 @@ def tell_changed_batch(engine: States, own: int | None, cut: int | None) -> None
     if own is None or cut is None or own in (cut, batch.global_size) or engine.process_index != 0:
         return
     given = [f"batch.{name} = {value}" for name in type(batch).model_fields if (value := getattr(batch, name))]
-    ranks, times = engine.num_processes, engine.gradient_accumulation_steps
+    ranks, times = engine.num_data_ranks, engine.gradient_accumulation_steps
     message = (
         f"the loader's batches of {own} a rank are {cut} by {', '.join(given)}: a step takes {cut} x {times} x {ranks} "
         f"rank{'s' if ranks > 1 else ''} = {cut * times * ranks} samples, not {own * times * ranks}; "

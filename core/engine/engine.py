@@ -16,7 +16,6 @@ Names and semantics follow Accelerate's `Accelerator` wherever it has a name for
 from __future__ import annotations
 
 import functools
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,22 +27,24 @@ from torch import nn
 
 from distui.core.backends.base import Backend
 from distui.core.backends.registry import load_backend
-from distui.core.config.batch import solve_batch
+from distui.core.config.batch import micro_size_of, solve_batch
 from distui.core.config.schema import Config
 from distui.core.data.loader import PreparedLoader, prepare_loader, skip_first_batches
+from distui.core.engine.axes import join_axes, share_of_batch
 from distui.core.engine.batches import note_loader
 from distui.core.engine.clipping import route_clipping
 from distui.core.engine.control import StepControl
-from distui.core.engine.job import job_config, job_telemetry, say_own_choice
+from distui.core.engine.job import job_config, job_telemetry
 from distui.core.engine.left_out import watch_steps
 from distui.core.engine.scheduler import PreparedScheduler
+from distui.core.engine.started import say_started
 from distui.core.engine.states import States
 from distui.core.engine.step_clock import StepClock
 from distui.core.errors import UserError
 from distui.core.model.activation_checkpointing import apply_activation_checkpointing, remove_activation_checkpointing
-from distui.core.model.flops import FlopMeter, device_peak_flops
+from distui.core.model.flops import FlopMeter
 from distui.core.paths import current_run
-from distui.core.ranks import ops, streams
+from distui.core.ranks import streams
 from distui.core.ranks.precision import DTYPES, LossScaler
 from distui.core.ranks.process import ProcessState
 from distui.core.sharding.optim.prepared import PreparedOptimizer, optimizers_of_parameters, unscale
@@ -63,23 +64,23 @@ class Engine(States, ProcessState):
         self.config: Config = job_config(sections)
         ProcessState.__init__(self)
         States.__init__(self)
-        batch = solve_batch(self.config.batch, self.num_processes)
+        axes = join_axes(self, self.config)
+        batch = solve_batch(self.config.batch, self.num_data_ranks)
         self.gradient_accumulation_steps: int = batch.accumulation or 1
-        self._micro_size = batch.micro_size
-        if self._micro_size is None and batch.global_size is not None:
-            self._micro_size = batch.global_size // (self.num_processes * self.gradient_accumulation_steps)
+        self._micro_size = micro_size_of(batch, self.num_data_ranks)
         group = torch.distributed.group.WORLD if self.num_processes > 1 else None
         self.telemetry = job_telemetry(self.process_index, self.local_process_index, self.num_processes)
         self.telemetry.total_steps, self._num_epochs = total_steps, num_epochs
-        self.backend: Backend = load_backend(self.config, group)
+        self.backend: Backend = load_backend(self.config, group if axes is None else axes["shard"])
+        self.backend.axes = axes
         flops = FlopMeter(
             self.telemetry,
             dtype=self.config.precision.dtype,
-            on_dtype=self._say_started,
+            on_dtype=functools.partial(say_started, self),
             profile=self.config.telemetry.profile_flops,
             writes=self.is_main_process,
         )
-        self.clock = StepClock(self.telemetry, self.backend.take_exposed_s, flops)
+        self.clock = StepClock(self.telemetry, self.backend.take_exposed_s, flops, share_of_batch(axes))
         self.clock.before_training = self.step_end.working
         precision = self.config.precision
         self.scaler = (
@@ -100,10 +101,16 @@ class Engine(States, ProcessState):
 
     # ---- prepare -------------------------------------------------------------------------------------------------
 
-    def prepare(self, *objects: Any, init: Init | None = None, weights: str | Path | None = None) -> Any:
+    def prepare(
+        self,
+        *objects: Any,
+        init: Init | None = None,
+        weights: str | Path | None = None,
+        plan: Mapping[str, str] | None = None,
+    ) -> Any:
         """Make models, optimizers, loaders and schedulers work on all ranks, and return them in the same order.
 
-        Other objects come back as they are. `init` and `weights` are for the model, see `prepare_model`.
+        Other objects come back as they are. `init`, `weights` and `plan` are for the model, see `prepare_model`.
         Collective: all ranks, with the same kinds in the same order.
 
         Raises: UserError for weights without a model, or for several.
@@ -114,7 +121,7 @@ class Engine(States, ProcessState):
             raise UserError(what, why, "prepare each with engine.prepare_model(model, weights=...)")
         prepared: dict[int, Any] = {}
         kinds: list[tuple[type, Callable[[Any], Any]]] = [
-            (nn.Module, functools.partial(self.prepare_model, init=init, weights=weights)),
+            (nn.Module, functools.partial(self.prepare_model, init=init, weights=weights, plan=plan)),
             (torch.optim.Optimizer, self.prepare_optimizer),
             (torch.utils.data.DataLoader, self.prepare_data_loader),
             (torch.optim.lr_scheduler.LRScheduler, self.prepare_scheduler),
@@ -130,7 +137,13 @@ class Engine(States, ProcessState):
         return results[0] if len(results) == 1 else results
 
     def prepare_model(
-        self, model: nn.Module, *, init: Init | None = None, weights: str | Path | None = None, strict: bool = True
+        self,
+        model: nn.Module,
+        *,
+        init: Init | None = None,
+        weights: str | Path | None = None,
+        strict: bool = True,
+        plan: Mapping[str, str] | None = None,
     ) -> nn.Module:
         """Move `model` to the device and shard it by the configured stage, a unit at a time. Collective.
 
@@ -138,13 +151,14 @@ class Engine(States, ProcessState):
         there, and at stage 3 each rank reads only its part; with `strict=False` the files may lack some, or have more.
         What is on the meta device (`distui.init_empty_weights`) and in no file is initialised by its module's own
         `reset_parameters`, by the model's `_init_weights(module)`, then by `init(module)`: the same on any number of
-        ranks, by `run.seed`.
+        ranks, by `run.seed`. `plan` says how tensor-parallel ranks cut it, as `strategy.tensor_plan` does.
 
-        Raises: UserError where files do not fit, or nothing initialises a tensor on meta.
+        Raises: UserError where files do not fit, nothing initialises a tensor on meta, or no plan is known.
         """
         if any(model is known for known in self._models):
             return model
         seed, group = self.config.run.seed, self.backend.group
+        self.backend.plan = plan or {}
         start = Start(model, group, device=self.device, seed=seed, init=init, weights=weights, strict=strict)
         apply_activation_checkpointing(model, self.config.activation_checkpointing.mode)
         self.backend.start = start
@@ -155,7 +169,7 @@ class Engine(States, ProcessState):
         self._models.append(prepared)
         route_clipping(self)
         watch_steps(self)
-        self._say_started(self.config.precision.dtype)
+        say_started(self, self.config.precision.dtype)
         return prepared
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> PreparedOptimizer:
@@ -362,13 +376,6 @@ class Engine(States, ProcessState):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[dtype])
 
-    # ---- across ranks --------------------------------------------------------------------------------------------
-
-    def gather_for_metrics(self, data: Any, use_gather_object: bool = False) -> Any:
-        """Gather, without the samples that were repeated to even out the last batch. Collective."""
-        num_real = self.active_loaders[-1].remainder if self.active_loaders else -1
-        return ops.gather_for_metrics(data, num_real, use_gather_object)
-
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget everything that was prepared; returns a None for each object, to rebind the names. Collective.
 
@@ -383,18 +390,11 @@ class Engine(States, ProcessState):
         for held in (self._models, self._optimizers, self._schedulers, self._loaders):
             held.clear()
         self.backend.free()
-        self.backend = load_backend(self.config, self.backend.group)
+        before, self.backend = self.backend, load_backend(self.config, self.backend.group)
+        self.backend.axes = before.axes
         return [None for _ in objects]
 
     def forget_step(self) -> None:
         """Drop what is left of a step that began before a state was loaded."""
         super().forget_step()
         self._micro_step, self._stepped, self._norm_of_step = 0, [], None
-
-    def _say_started(self, dtype: str) -> None:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
-        num_parameters = sum(param.numel() for model in self._models for param in model.parameters())
-        peak, strategy = device_peak_flops(self.device, dtype), self.config.summary()
-        self.telemetry.rank_started(str(self.device), name, num_parameters, peak, strategy=strategy)
-        if self.is_main_process and len(self._models) == 1:
-            say_own_choice(strategy)

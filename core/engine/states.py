@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from distui.core.axes.groups import Axes
+from distui.core.axes.sizes import AxisSizes
 from distui.core.backends.base import Backend
 from distui.core.config.schema import Config
 from distui.core.data.loader import PreparedLoader
@@ -18,6 +20,7 @@ from distui.core.engine.scheduler import PreparedScheduler
 from distui.core.engine.step_end import StepEnd
 from distui.core.engine.tracking import Tracking
 from distui.core.errors import UserError
+from distui.core.ranks import ops
 from distui.core.ranks.precision import LossScaler
 from distui.core.ranks.random_states import RandomStates
 from distui.core.sharding.homes.homes import agreed
@@ -26,6 +29,8 @@ from distui.core.sharding.start.weight_files import WeightFiles
 
 # What reads and writes checkpoints, and what swaps kernels, costs a second to import: it is when it is first used.
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from distui.core.checkpoint import Saver
     from distui.core.model.kernel_swap import KernelReport
 
@@ -37,6 +42,8 @@ class States(Tracking):
     config: Config
     device: torch.device
     num_processes: int
+    data_group: torch.distributed.ProcessGroup | None
+    active_loaders: list[Any]
     gradient_accumulation_steps: int
     wait_for_everyone: Callable[[], None]
     scaler: LossScaler | None
@@ -44,6 +51,12 @@ class States(Tracking):
     _optimizers: list[PreparedOptimizer]
     _schedulers: list[PreparedScheduler]
     _loaders: list[PreparedLoader]
+    if TYPE_CHECKING:  # of `ProcessState`, beside which an engine has this
+
+        @property
+        def data_index(self) -> int: ...
+        @property
+        def num_data_ranks(self) -> int: ...
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,6 +64,8 @@ class States(Tracking):
         self._faces: dict[str, Any] = {}
         """What the faces of other trainers keep, by their names; a checkpoint without it is loaded all the same."""
         self._saver: Saver | None = None
+        self._axes: Axes | None = None
+        """Those of a job without axes, made where somebody asks for the mesh."""
         self._unstepped = False
         """Whether a backward has run whose gradients no optimizer has stepped or forgotten."""
         self._half: str = ""
@@ -64,6 +79,19 @@ class States(Tracking):
         """What is saved when the step that asked for it is over."""
         self.resuming = Resuming(self)
         self.step_end.before_batch, self.step_end.before_work = self.resuming.before_batch, self.resuming.before_work
+
+    def gather_for_metrics(self, data: Any, use_gather_object: bool = False) -> Any:
+        """Gather, without the samples that were repeated to even out the last batch. Collective."""
+        num_real = self.active_loaders[-1].remainder if self.active_loaders else -1
+        return ops.gather_for_metrics(data, num_real, use_gather_object, self.data_group)
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The ranks by axis (pp, dp, cp, tp) as torch's DeviceMesh. Collective the first time: all ranks."""
+        axes = self.backend.axes
+        if axes is None:
+            axes = self._axes = self._axes or Axes(AxisSizes(dp=self.num_processes))
+        return axes.mesh(self.device.type)
 
     @property
     def saver(self) -> Saver:
@@ -105,7 +133,8 @@ class States(Tracking):
 
         Raises: UserError that lists what does not fit.
         """
-        files = agreed(lambda: WeightFiles(folder, model, strict), self.backend.group)
+        cuts = self.backend.cuts_of(model)
+        files = agreed(lambda: WeightFiles(folder, model, strict, cuts), self.backend.group)
         self.backend.load_full_state_dict(model, files, strict=False)
 
     def full_parameters(self, model: nn.Module, writeback: bool = False) -> AbstractContextManager[nn.Module]:
@@ -128,6 +157,12 @@ class States(Tracking):
         """
         from distui.core.model.kernel_swap import KINDS, KernelReport, apply_kernels, undo_kernels
 
+        if self.backend.axes is not None:
+            raise UserError(
+                "use_kernels with axes that cut the model",
+                "a kernel takes a module's parameters for the whole, and each rank has pieces of them",
+                "leave the kernels out, or set strategy.tensor_parallel to 1",
+            )
         if undo:
             undo_kernels(model)
             return KernelReport(model)

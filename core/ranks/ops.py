@@ -3,6 +3,7 @@
 Names and semantics follow `accelerate.utils.operations`, except where noted. Everything works in one process without
 a process group. Structures that differ over ranks are an error on every rank that says which rank has what, instead
 of a hang: each operation first compares a 64-bit digest of what it was given (one element from each rank).
+`group` is who takes part; None is the world.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from distui.core.errors import UserError
 REDUCTIONS = ("sum", "mean", "max")
 
 
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+Group = dist.ProcessGroup | None
+
+
+def _world(group: Group = None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def device_over(device: torch.device, group: dist.ProcessGroup | None = None) -> torch.device:
@@ -37,9 +41,9 @@ def device_over(device: torch.device, group: dist.ProcessGroup | None = None) ->
     return device if "cpu" in kinds or "cuda" not in kinds else torch.device("cuda", torch.cuda.current_device())
 
 
-def object_device() -> torch.device:
+def object_device(group: Group = None) -> torch.device:
     """Return where small tensors that describe something travel: the host, unless the group has NCCL only."""
-    return device_over(torch.device("cpu"))
+    return device_over(torch.device("cpu"), group)
 
 
 # ---- structures ------------------------------------------------------------------------------------------------
@@ -192,20 +196,22 @@ def _ndim_and_dtype(tensor: torch.Tensor) -> str:
     return f"{tensor.ndim} dimensions, {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def check_same(operation: str, data: Any, same: Callable[[torch.Tensor], Any] = _shape_and_dtype) -> None:
+def check_same(
+    operation: str, data: Any, same: Callable[[torch.Tensor], Any] = _shape_and_dtype, group: Group = None
+) -> None:
     """Raise on every rank where ranks gave `operation` different structures, shapes or dtypes. Collective.
 
     Raises: UserError with what each rank has.
     """
     mine = _describe(data, same)
     digest = int.from_bytes(hashlib.blake2b("\n".join(mine).encode(), digest_size=8).digest(), "big", signed=True)
-    own = torch.tensor([digest], device=object_device())
-    digests = [torch.empty_like(own) for _ in range(_world())]
-    dist.all_gather(digests, own)
+    own = torch.tensor([digest], device=object_device(group))
+    digests = [torch.empty_like(own) for _ in range(_world(group))]
+    dist.all_gather(digests, own, group=group)
     if len({int(value) for value in digests}) == 1:
         return
-    described: list[Any] = [None] * _world()
-    dist.all_gather_object(described, mine)
+    described: list[Any] = [None] * _world(group)
+    dist.all_gather_object(described, mine, group=group)
     lines = [f"rank {rank}: {'; '.join(given) or 'no tensors'}" for rank, given in enumerate(described)]
     raise UserError(
         f"ranks gave {operation} different tensors",
@@ -217,41 +223,41 @@ def check_same(operation: str, data: Any, same: Callable[[torch.Tensor], Any] = 
 # ---- collectives -----------------------------------------------------------------------------------------------
 
 
-def _gather_one(tensor: torch.Tensor) -> torch.Tensor:
-    own = (tensor[None] if tensor.ndim == 0 else tensor).detach().to(device_over(tensor.device)).contiguous()
+def _gather_one(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    own = (tensor[None] if tensor.ndim == 0 else tensor).detach().to(device_over(tensor.device, group)).contiguous()
     if own.device.type == "cuda":
-        whole = own.new_empty(_world() * own.shape[0], *own.shape[1:])
-        dist.all_gather_into_tensor(whole, own)
+        whole = own.new_empty(_world(group) * own.shape[0], *own.shape[1:])
+        dist.all_gather_into_tensor(whole, own, group=group)
         return whole.to(tensor.device)
-    parts = [torch.empty_like(own) for _ in range(_world())]
-    dist.all_gather(parts, own)
+    parts = [torch.empty_like(own) for _ in range(_world(group))]
+    dist.all_gather(parts, own, group=group)
     return torch.cat(parts)
 
 
-def gather(data: Any) -> Any:
+def gather(data: Any, group: Group = None) -> Any:
     """Concatenate every rank's tensors along dimension 0, in the order of ranks. Collective.
 
     Shapes: `[B, ...]` gives `[world * B, ...]`; `[]` gives `[world]`, also in one process (Accelerate: `[]` there).
 
     Raises: TypeError for anything but tensors; UserError for shapes or dtypes that differ over ranks.
     """
-    if _world() == 1:
+    if _world(group) == 1:
         return map_structure(lambda tensor: tensor[None] if tensor.ndim == 0 else tensor, data, strict=True)
     map_structure(lambda tensor: tensor, data, strict=True)
-    check_same("gather", data)
-    return map_structure(_gather_one, data, strict=True)
+    check_same("gather", data, group=group)
+    return map_structure(lambda tensor: _gather_one(tensor, group), data, strict=True)
 
 
-def gather_object(data: Any) -> list[Any]:
+def gather_object(data: Any, group: Group = None) -> list[Any]:
     """Return every rank's list of objects as one list, in the order of ranks. Collective."""
-    if _world() == 1:
+    if _world(group) == 1:
         return data
-    gathered: list[Any] = [None] * _world()
-    dist.all_gather_object(gathered, data)
+    gathered: list[Any] = [None] * _world(group)
+    dist.all_gather_object(gathered, data, group=group)
     return [entry for entries in gathered for entry in entries]
 
 
-def gather_for_metrics(data: Any, num_real: int, use_gather_object: bool = False) -> Any:
+def gather_for_metrics(data: Any, num_real: int, use_gather_object: bool = False, group: Group = None) -> Any:
     """Gather, and keep the first `num_real` samples (all where it is not positive). Collective.
 
     Tensors without a batch dimension, such as a loss, keep every rank's value. What holds anything but tensors is
@@ -263,16 +269,16 @@ def gather_for_metrics(data: Any, num_real: int, use_gather_object: bool = False
         except TypeError:
             use_gather_object = True
     if use_gather_object:
-        objects = gather_object(data)
+        objects = gather_object(data, group)
         return objects[:num_real] if num_real > 0 else objects
-    gathered = gather(data)
+    gathered = gather(data, group)
     if num_real <= 0:
         return gathered
     scalars = iter([tensor.ndim == 0 for _, tensor in iter_tensors(data)])
     return map_structure(lambda tensor: tensor if next(scalars) else tensor[:num_real], gathered)
 
 
-def reduce(data: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
+def reduce(data: Any, reduction: str = "mean", scale: float = 1.0, group: Group = None) -> Any:
     """Combine every rank's tensors by "sum", "mean" or "max", times `scale`; `data` stays as it is. Collective.
 
     The mean of whole numbers is a float.
@@ -281,18 +287,18 @@ def reduce(data: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
     """
     if reduction not in REDUCTIONS:
         raise UserError(f"reduction={reduction!r} is unknown", f"known: {', '.join(REDUCTIONS)}", "use one of them")
-    if _world() > 1:
-        check_same("reduce", data)
+    if _world(group) > 1:
+        check_same("reduce", data, group=group)
     op = dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM
 
     def reduce_one(tensor: torch.Tensor) -> torch.Tensor:
         result = tensor.detach().clone(memory_format=torch.contiguous_format)
-        if _world() > 1:
-            travelling = result.to(device_over(result.device))
-            dist.all_reduce(travelling, op=op)
+        if _world(group) > 1:
+            travelling = result.to(device_over(result.device, group))
+            dist.all_reduce(travelling, op=op, group=group)
             result = travelling.to(result.device)
         if reduction == "mean":
-            result = result / _world()
+            result = result / _world(group)
         return result * scale if scale != 1.0 else result
 
     return map_structure(reduce_one, data, strict=True)
@@ -302,18 +308,20 @@ def _size(tensor: torch.Tensor, dim: int) -> int:
     return tensor.shape[dim] if -tensor.ndim <= dim < tensor.ndim else 0
 
 
-def pad_across_processes(data: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
+def pad_across_processes(
+    data: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False, group: Group = None
+) -> Any:
     """Pad every tensor along `dim` with `pad_index` to the largest size over ranks, so that it can be gathered.
 
     `pad_first` pads at the beginning. Tensors that have no dimension `dim` stay as they are. Collective.
     """
     map_structure(lambda tensor: tensor, data, strict=True)
-    if _world() == 1:
+    if _world(group) == 1:
         return data
-    check_same("pad_across_processes", data, _ndim_and_dtype)
+    check_same("pad_across_processes", data, _ndim_and_dtype, group)
     sizes = [_size(tensor, dim) for _, tensor in iter_tensors(data)]
-    largest = torch.tensor(sizes, dtype=torch.int64, device=object_device())
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    largest = torch.tensor(sizes, dtype=torch.int64, device=object_device(group))
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     targets = iter(largest.tolist())
 
     def pad_one(tensor: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,10 @@ class ProcessState:
             torch.cuda.set_device(self.device)
         if self.num_processes > 1 and not dist.is_initialized():
             self._join()
+        self.data_place: tuple[int, int] | None = None
+        """Which of how many batches of a moment this rank has; None where each rank has its own."""
+        self.data_group: dist.ProcessGroup | None = None
+        """Those that have different batches, and beside this one nobody who shares its own; None is the world."""
         self._triggered = False
         self.active_loaders: list[Any] = []
         """What is being iterated, the innermost last; prepared loaders keep it."""
@@ -128,19 +132,29 @@ class ProcessState:
         """Whether this is the highest rank."""
         return self.process_index == self.num_processes - 1
 
+    @property
+    def data_index(self) -> int:
+        """Which of the ranks that have different batches this is; those that compute one together share it."""
+        return self.process_index if self.data_place is None else self.data_place[0]
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks that have different batches, counting those that share one once."""
+        return self.num_processes if self.data_place is None else self.data_place[1]
+
     # ---- across ranks ------------------------------------------------------------------------------------------
 
     def gather(self, tensors: Any) -> Any:
-        """Concatenate every rank's tensors along dimension 0. Collective."""
-        return ops.gather(tensors)
+        """Concatenate every data rank's tensors along dimension 0. Collective."""
+        return ops.gather(tensors, self.data_group)
 
     def reduce(self, tensors: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """Sum or average every rank's tensors. Collective."""
-        return ops.reduce(tensors, reduction, scale)
+        """Sum or average every data rank's tensors. Collective."""
+        return ops.reduce(tensors, reduction, scale, self.data_group)
 
     def pad_across_processes(self, tensors: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
         """Pad to the largest size over ranks along `dim`. Collective."""
-        return ops.pad_across_processes(tensors, dim, pad_index, pad_first)
+        return ops.pad_across_processes(tensors, dim, pad_index, pad_first, self.data_group)
 
     # ---- waiting ----------------------------------------------------------------------------------------------
 
@@ -236,8 +250,8 @@ class ProcessState:
             return {key: self._part(value, apply_padding) for key, value in inputs.items()}
         if not isinstance(inputs, (list, tuple, torch.Tensor)):
             return inputs
-        each, extra = divmod(len(inputs), self.num_processes)
-        rank = self.process_index
+        each, extra = divmod(len(inputs), self.num_data_ranks)
+        rank = self.data_index
         begin = rank * each + min(rank, extra)
         part: Any = inputs[begin : begin + each + (rank < extra)]
         num_missing = each + (extra > 0) - len(part) if apply_padding and len(inputs) else 0

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distui.core.axes.groups import beside
 from distui.core.errors import UserError
+from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.homes.homes import Homes, Offload, agreed, open_homes
 from distui.core.sharding.hooks import ClearingGradients, Hook
 from distui.core.sharding.optim.optim import ShardedOptimizer
@@ -45,11 +47,13 @@ class ShardedModel(WholeStates):
         zero_missing: bool = False,
         start: Start | None = None,
         optimizer_of: Mapping[int, int] = MappingProxyType({}),
+        cuts: Cuts | None = None,
     ) -> None:
         """Prepare `model` in place, a unit at a time. Collective: all ranks of `group` (None: one rank).
 
         `start` says where its numbers come from, and which device they go to; without it rank 0's own, where they are.
-        `optimizer_of` says which of several optimizers steps a parameter, by its identity.
+        `optimizer_of` says which of several optimizers steps a parameter, by its identity; `cuts` which parameters are
+        pieces of whole ones that ranks outside of `group` have the rest of.
 
         Raises: UserError, on all ranks, where a home has no room or cannot be written.
         """
@@ -57,7 +61,7 @@ class ShardedModel(WholeStates):
         num_ranks = dist.get_world_size(group) if group is not None else 1
         refuse_parameters(model, num_ranks, stage)
         rank = dist.get_rank(group) if group is not None else 0
-        self.model = model
+        self.model, self.cuts = model, cuts
         self.compression = compression
         self.pool = BufferPool(aligned=offload is not None and offload.active)
         self.transport: Transport | None = None
@@ -84,8 +88,7 @@ class ShardedModel(WholeStates):
             if self.placement.shards_parameters:
                 # Reductions and gathers have an order each; on one communicator they would need a common one.
                 refuse_one_queue(start.device_for(model.parameters()))
-                second = dist.new_group(dist.get_process_group_ranks(group))
-                assert second is not None
+                second = beside(group)
                 self.gathers = make_transport(second, "data_parallel_gather", self.pool, compression, gradients=False)
         self.frozen: list[tuple[str, nn.Parameter]] = []
         """Stages 0 to 2: parameters that are in no unit, because they were frozen when the model was prepared."""
@@ -140,7 +143,9 @@ class ShardedModel(WholeStates):
         self, name: str, params: list[tuple[str, nn.Parameter]], modules: list[nn.Module], is_root: bool, start: Start
     ) -> Unit:
         placement, pool, transport, gathers = self.placement, self.pool, self.transport, self.gathers
-        return Unit(name, params, modules, is_root, placement, pool, transport, gathers, self.homes, start)
+        unit = Unit(name, params, modules, is_root, placement, pool, transport, gathers, self.homes, start)
+        unit.cuts = self.cuts
+        return unit
 
     def follow_requires_grad(self, also: Callable[[str, nn.Parameter], bool] = lambda name, param: False) -> None:
         """Make trainable what the script has unfrozen since, and what `also` says of. All ranks, alike."""
@@ -174,7 +179,7 @@ class ShardedModel(WholeStates):
     def _guard_reads(self) -> None:
         follow = Hook(lambda module, args: self.follow_requires_grad())
         self._guards.append(self.model.register_forward_pre_hook(follow, prepend=True))
-        if self.placement.shards_parameters:
+        if self.placement.shards_parameters or self.cuts is not None:
             # Both would need every parameter whole at once, on every rank.
             for module in self.model.modules():
                 reads = Hook(self._need_whole("state_dict"), self._need_whole("deepcopy"))
@@ -187,10 +192,16 @@ class ShardedModel(WholeStates):
     @property
     def _whole(self) -> bool:
         residence = self.schedule.residence
-        return self._replacing or residence is None or residence.all_whole
+        return self._replacing or (self.cuts is None and (residence is None or residence.all_whole))
 
     def _need_whole(self, what: str) -> Callable[..., None]:
         def check(*_: Any) -> None:
+            if self.cuts is not None and not self._whole:
+                raise UserError(
+                    f"{what} of a model that is cut over {self.cuts.num_ranks} tensor-parallel ranks",
+                    "each rank holds pieces of its parameters",
+                    "use engine.get_state_dict(model) or engine.load_state_dict(model, state), on all ranks",
+                )
             if not self._whole:
                 raise UserError(
                     f"{what} of a model whose parameters are sharded",
@@ -220,7 +231,7 @@ class ShardedModel(WholeStates):
 
         def rebind() -> ShardedOptimizer:
             return ShardedOptimizer(
-                optimizer, self.schedule, self.units, self.transport, siblings, state_bits, self.homes
+                optimizer, self.schedule, self.units, self.transport, siblings, state_bits, self.homes, self.cuts
             )
 
         with ExitStack() as ours:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from distui.core.errors import UserError
+from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.schedule import Schedule
 from distui.core.sharding.start.weight_files import WeightFiles
 from distui.core.sharding.transport.agreement import Place
@@ -23,6 +24,7 @@ class WholeStates:
     model: nn.Module
     schedule: Schedule
     placement: Placement
+    cuts: Cuts | None
     _replacing: bool
 
     @property
@@ -74,6 +76,7 @@ class WholeStates:
             self.schedule.residence.serve(Place.MET)
         found: dict[str, torch.Tensor] = {}
         wholes: list[tuple[Unit, torch.Tensor]] = []
+        pieces: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for unit in self.schedule.order:
             if not unit.has_gradient:
                 continue
@@ -81,9 +84,12 @@ class WholeStates:
                 whole = torch.zeros(unit.layout.padded_numel, dtype=shard.dtype, device=shard.device)
                 unit.gather_into(whole, shard)
             wholes.append((unit, whole))
-            for name, span, present in zip(unit.param_names, unit.layout.spans, unit.present, strict=True):
-                if present:
+            for index, (name, span) in enumerate(zip(unit.param_names, unit.layout.spans, strict=True)):
+                if unit.present[index]:
                     found[name] = whole[span.offset : span.end].view(span.shape)
+                    if self.cuts is not None and self.cuts.get(unit.params[index]) is not None:
+                        pieces[name] = unit.params[index], found[name]
+                        found[name] = self.cuts.assemble(*pieces[name])
         kept = dict(found)
         yield found
         for name, grad in found.items():
@@ -95,6 +101,9 @@ class WholeStates:
                 )
             if grad is not kept[name]:
                 kept[name].copy_(grad)
+        for name, (param, piece) in pieces.items():
+            assert self.cuts is not None
+            piece.copy_(self.cuts.take(param, kept[name]))
         for unit, whole in wholes:
             start, end = unit.layout.shard(unit.rank)
             with unit.gradient(writes=True) as shard:
@@ -122,17 +131,24 @@ class WholeStates:
             else:
                 flat = torch.zeros(unit.layout.padded_numel, dtype=source.dtype, device=source.device)
                 unit.gathers.all_gather(flat, source).wait()
-            if keep:
-                for param, span in zip(unit.params, unit.layout.spans, strict=True):
-                    piece = flat[span.offset : span.end].view(span.shape)
+            for param, span in zip(unit.params, unit.layout.spans, strict=True):
+                piece = flat[span.offset : span.end].view(span.shape)
+                if self.cuts is not None:
+                    piece = self.cuts.assemble(param, piece)
+                if keep:
                     whole[id(param)] = piece.cpu().clone() if to_cpu else piece.clone()
+        if self.cuts is not None:
+            for param in nn.Module.parameters(self.model):
+                if id(param) not in place and self.cuts.get(param) is not None:  # frozen, in no unit
+                    piece = self.cuts.assemble(param, param.detach())
+                    whole[id(param)] = piece.cpu() if to_cpu else piece
         if not keep:
             return {}
         params = dict(self.model.named_parameters(remove_duplicate=False))
         with self._placeholders():
             state = self.model.state_dict(keep_vars=True)
         for name, value in state.items():
-            if name in params and id(params[name]) in place:
+            if name in params and id(params[name]) in whole:
                 state[name] = whole[id(params[name])]
             elif isinstance(value, torch.Tensor):
                 state[name] = value.detach().cpu().clone() if to_cpu else value.detach()
@@ -152,7 +168,9 @@ class WholeStates:
 
         Masters take the precision of `state`.
         """
-        with self.full_parameters():
+        if self.cuts is not None:
+            state = self.cuts.taken(self.model, state)
+        with self.full_parameters(), self._placeholders() if self.cuts is not None else nullcontext():
             missing_and_unexpected = self.model.load_state_dict(state, strict=strict)
             params = dict(self.model.named_parameters(remove_duplicate=False))
             named = {id(param): state[name] for name, param in params.items() if name in state}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from distui.core.errors import UserError
+from distui.core.sharding.cuts import Cuts
+from distui.core.sharding.optim.elementwise import Sight
 
 
 def refuse_changed_groups(inner: torch.optim.Optimizer, given: Sequence[Sequence[Any]]) -> None:
@@ -22,4 +24,23 @@ def refuse_changed_groups(inner: torch.optim.Optimizer, given: Sequence[Sequence
             f"the parameters in group {index} of the prepared {type(inner).__name__} are not those that it was given",
             f"there are {len(now)} in it, and {len(before)} were given; what is stepped is laid out in shards already",
             "add groups by optimizer.add_param_group, or prepare another optimizer with the groups as they are to be",
+        )
+
+
+def refuse_cut(inner: torch.optim.Optimizer, sights: Sequence[Sight], cuts: Cuts) -> None:
+    """Refuse an optimizer that would take a piece of a parameter for the whole of it. Raises: UserError."""
+    for group, sight in zip(inner.param_groups, sights, strict=True):
+        if not sight.flat:
+            cuts.refuse(
+                group["params"],
+                f"the optimizer {type(inner).__name__} with strategy.tensor_parallel={cuts.num_ranks}",
+                f"{sight.why_not_flat or 'it sees more than elements'}, so a piece would be stepped as something else",
+                "use an element-wise optimizer such as torch.optim.AdamW, or set strategy.tensor_parallel to 1",
+            )
+        stepped = [param for param in group["params"] if inner.state.get(param)]
+        cuts.refuse(
+            stepped,
+            f"the optimizer {type(inner).__name__} has states from before engine.prepare",
+            "its states have the shapes of the whole",
+            "prepare it before its first step, and load states with optimizer.load_state_dict or engine.load_state",
         )

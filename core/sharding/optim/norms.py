@@ -8,6 +8,9 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from distui.core.errors import UserError
+from distui.core.ranks import ops
+from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.optim.onebit_adam import OneBitAdam
 from distui.core.sharding.transport.transport import Transport
 from distui.core.sharding.units.unit import Unit
@@ -21,24 +24,69 @@ class Steps(Protocol):
     transport: Transport | None
     onebit: OneBitAdam | None
     grad_factor: float
+    cuts: Cuts | None
+
+
+LOOKED_AT = 2
+"""In so many steps of the beginning gradients of whole parameters are compared over the ranks that cut the others."""
+
+
+def check_whole_gradients(optimizer: Steps, num_steps: int) -> None:
+    """Refuse gradients of whole parameters that differ between the ranks over which the others are cut. Collective.
+
+    They would drift apart from step to step. Raises: UserError on all of those ranks, in the first steps.
+    """
+    cuts = optimizer.cuts
+    if cuts is None or num_steps >= LOOKED_AT:
+        return
+    names, squares = [], []
+    for unit in optimizer.units:
+        whole = [index for index in range(len(unit.params)) if unit.cut_of(index) is None]
+        if not unit.trainable or not whole or not unit.has_gradient:
+            continue
+        with unit.gradient() as grad:
+            for index in whole:
+                pieces = [grad[start:end].double() for start, end in unit.layout.runs([index], unit.rank)]
+                squares.append(sum((piece.square().sum() for piece in pieces), torch.zeros((), dtype=torch.float64)))
+                names.append(unit.param_names[index])
+    if not names:
+        return
+    total = torch.stack([square.cpu() for square in squares])
+    total = total.to(ops.device_over(total.device, cuts.group))
+    if optimizer.units[0].placement.shards_optimizer and optimizer.transport is not None:
+        optimizer.transport.all_reduce(total).wait()
+    ends = torch.stack([total, -total])
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=cuts.group)
+    most, least = ends[0].sqrt().tolist(), (-ends[1]).sqrt().tolist()
+    for name, high, low in zip(names, most, least, strict=True):
+        if high - low > 1e-3 * high + 1e-12 and math.isfinite(high):
+            raise UserError(
+                f"the gradient of {name} is another on each tensor-parallel rank",
+                f"its norm is {low:.4g} on one and {high:.4g} on another of {cuts.num_ranks} ranks that hold it whole",
+                f"it is used on what is cut: add the rule {name.rpartition('.')[0]}=replicated_with_grad_allreduce, or "
+                "have the module before it be cut rowwise",
+            )
 
 
 def gradient_norm(optimizer: Steps, place: dict[int, set[int]] | None, norm_type: float) -> torch.Tensor:
     """Return the norm of the summed gradients at `place` (None: all), times the factor of the next step.
 
-    Collective: all ranks (one number travels). Shapes: a scalar, on the shards' device.
+    What is cut over other axes is summed over them, and what ranks hold copies of counts once. Collective: all ranks
+    (one number travels). Shapes: a scalar, on the shards' device.
     """
     units = optimizer.units
     parts = []
     for unit in units:
         if not unit.trainable or not unit.has_gradient:
             continue
-        if place is None and norm_type == 2.0 and unit.stored_norm is not None:
+        if place is None and norm_type == 2.0 and unit.stored_norm is not None and unit.counted is None:
             parts.append(unit.stored_norm)
             continue
         ranges = [(0, unit.layout.shard_numel)]
-        if place is not None:
-            ranges = unit.layout.runs(place.get(id(unit), ()), unit.rank)
+        if place is not None or unit.counted is not None:
+            asked = range(len(unit.params)) if place is None else place.get(id(unit), ())
+            counted = [index for index in asked if unit.counted is None or index in unit.counted]
+            ranges = unit.layout.runs(counted, unit.rank)
         if not ranges:
             continue
         with unit.gradient() as grad:
@@ -59,6 +107,8 @@ def gradient_norm(optimizer: Steps, place: dict[int, set[int]] | None, norm_type
         total = optimizer.onebit.mean_norm(total, norm_type)
     elif units and units[0].placement.shards_optimizer and optimizer.transport is not None:
         optimizer.transport.all_reduce(total, op=op).wait()
+    if optimizer.cuts is not None:
+        dist.all_reduce(total, op=op, group=optimizer.cuts.group)
     if not math.isinf(norm_type):
         total = total.pow(1.0 / norm_type)
     return total.float() * abs(optimizer.grad_factor)

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from distui.core.errors import UserError
+from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.homes.homes import Homes
 from distui.core.sharding.homes.step import UnitStream
 from distui.core.sharding.optim.elementwise import Sight, sight_of
 from distui.core.sharding.optim.flat_adam import FlatAdam
-from distui.core.sharding.optim.groups import refuse_changed_groups
+from distui.core.sharding.optim.groups import refuse_changed_groups, refuse_cut
 from distui.core.sharding.optim.growth import add_group, late_runs
 from distui.core.sharding.optim.matrices import WholeMatrices
-from distui.core.sharding.optim.norms import gradient_norm
+from distui.core.sharding.optim.norms import check_whole_gradients, gradient_norm
 from distui.core.sharding.optim.onebit_adam import OneBitAdam
 from distui.core.sharding.optim.prepared import PreparedOptimizer, prefer_fused, unfused_momentum
 from distui.core.sharding.optim.runs import (
@@ -52,10 +53,11 @@ class ShardedOptimizer(PreparedOptimizer):
         siblings: list[PreparedOptimizer],
         state_bits: int = 32,
         homes: Homes | None = None,
+        cuts: Cuts | None = None,
     ) -> None:
         """`siblings` are the optimizers of the same model; this one joins them."""
         super().__init__(inner)
-        self._schedule, self.units, self.transport = schedule, units, transport
+        self._schedule, self.units, self.transport, self.cuts = schedule, units, transport, cuts
         self.onebit: OneBitAdam | None = None
         """Steps in the place of the inner optimizer once its variance is frozen (compression.gradients=onebit)."""
         self.runs: list[list[FlatRun]] = []
@@ -96,6 +98,7 @@ class ShardedOptimizer(PreparedOptimizer):
         """Step the shards, then start to bring the weights to all ranks. Collective: all ranks."""
         # What is still being gathered reads the shards that the step writes.
         self._schedule.take_writes()
+        check_whole_gradients(self, self._schedule.num_steps)
         self.split_runs(lambda run: run.present)  # what has no gradient is not stepped
         with self._runs_in_groups():
             self._step(factor)
@@ -196,6 +199,8 @@ class ShardedOptimizer(PreparedOptimizer):
         sights = [sight_of(self.inner, group) for group in self.inner.param_groups]
         sharded = bool(self.units) and self.units[0].placement.shards_optimizer
         self._refuse(sights, sharded)
+        if self.cuts is not None:
+            refuse_cut(self.inner, sights, self.cuts)
         states = dict(self.inner.state)
         groups_params = [list(group["params"]) for group in self.inner.param_groups]
         self.inner.state.clear()

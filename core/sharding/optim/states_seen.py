@@ -60,11 +60,15 @@ class StatesSeen(MutableMapping[Any, Any]):
         if id(param) not in optimizer.place:
             return None
         unit, index = optimizer.place[id(param)]
-        in_parts = unit.placement.shards_optimizer or optimizer.stream is not None or optimizer.flat is not None
+        is_cut = unit.counted is not None
+        in_parts = (
+            is_cut or unit.placement.shards_optimizer or optimizer.stream is not None or optimizer.flat is not None
+        )
         run = self._run_of(param)
         if run is None or in_parts:
             stage, num_ranks = unit.placement.stage, unit.placement.num_ranks
             parts = f"at zero_stage={stage} on {num_ranks} ranks the states lie in flat ranges of several parameters"
+            parts = "tensor-parallel ranks have pieces of the states" if is_cut else parts
             raise UserError(
                 f"optimizer.state[{unit.param_names[index]}] cannot be had",
                 parts if in_parts else "the optimizer does not step this parameter",

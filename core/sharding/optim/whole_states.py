@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distui.core.errors import UserError
+from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.homes.home import CellSlice
 from distui.core.sharding.optim.matrices import WholeMatrices
 from distui.core.sharding.optim.prepared import prefer_fused
@@ -29,6 +30,7 @@ class Steps(Protocol):
     units: list[Unit]
     transport: Transport | None
     matrices: WholeMatrices | None
+    cuts: Cuts | None
 
     def state_of(self, run: FlatRun) -> dict[str, Any]:
         """Return a run's states, or where they rest."""
@@ -61,6 +63,12 @@ def whole_state_dict(optimizer: Steps) -> dict[str, Any]:
         for (number, key), (shape, _, value) in held.items():
             states[number][key] = value if shape is None else value.view(shape)
     params = [param for group in optimizer.given for param in group]
+    if optimizer.cuts is not None:
+        for number, state in sorted(states.items()):
+            for key, value in sorted(state.items()):
+                cut = optimizer.cuts.get(params[number])
+                if cut is not None and isinstance(value, torch.Tensor) and tuple(value.shape) == cut.local_shape:
+                    state[key] = optimizer.cuts.assemble(params[number], value)
     others = {key: state for key, state in optimizer.inner.state.items() if not isinstance(key, torch.Tensor)}
     kept = optimizer.inner.state
     # torch's own, so that hooks and what a class adds to it are there.
@@ -143,7 +151,7 @@ def load_whole(optimizer: Steps, state_dict: dict[str, Any]) -> None:
     for group, runs in zip(optimizer.inner.param_groups, optimizer.runs, strict=True):
         group["params"] = [run.param for run in runs]
     numbered = list(enumerate(run for runs in optimizer.runs for run in runs))
-    states: dict[Any, Any] = {number: _of_run(run, given) for number, run in numbered}
+    states: dict[Any, Any] = {number: _of_run(run, given, optimizer.cuts) for number, run in numbered}
     numbers = {id(run): number for number, run in numbered}
     groups = [
         {**group, "params": [numbers[id(run)] for run in runs]}
@@ -198,7 +206,8 @@ def _refuse_other_shapes(optimizer: Steps, name: str, param: Any, state: dict[st
     held = [run for runs in optimizer.runs for run in runs if run.unit is unit and index in run.indices]
     if any(matrix.unit is unit and matrix.index == index for matrix in matrices) or not all(map(_is_flat, held)):
         return  # stepped whole, and its states may have other shapes
-    shape = torch.Size(unit.layout.spans[index].shape)
+    cut = optimizer.cuts.get(param) if optimizer.cuts is not None else None
+    shape = torch.Size(unit.layout.spans[index].shape if cut is None else cut.shape)
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and value.dim() and value.shape != shape:
             raise _refusal(f"{key} of {name} has the shape {tuple(value.shape)}, and the parameter {tuple(shape)}")
@@ -213,10 +222,12 @@ def _name(optimizer: Steps, param: Any) -> str:
     return unit.param_names[index] if unit is not None else "a frozen parameter"
 
 
-def _of_run(run: FlatRun, given: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _of_run(run: FlatRun, given: dict[int, dict[str, Any]], cuts: Cuts | None) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for index in run.indices:
         for key, value in given.get(id(run.unit.params[index]), {}).items():
+            if cuts is not None and isinstance(value, torch.Tensor):
+                value = cuts.take(run.unit.params[index], value)
             if not isinstance(value, torch.Tensor) or not value.dim() or not _is_flat(run):
                 state[key] = value.clone() if isinstance(value, torch.Tensor) else value
                 continue

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distui.core.axes.tensors import take
 from distui.core.errors import UserError
+from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.homes.homes import agreed
 from distui.core.sharding.start.initialise import Init, Initialiser, make_real
 from distui.core.sharding.start.unread import take_unread
@@ -54,6 +56,29 @@ class Start:
         self._initialiser: Initialiser | None = None
         if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
             self._initialiser = Initialiser(model, self.device_for(model.parameters()), seed, init)
+
+    def cut(self, params: Sequence[nn.Parameter], cuts: Cuts) -> None:
+        """Leave of `params` what `cuts` says that this rank holds; of others than a file's, the first rank's numbers.
+
+        Collective: the ranks of `cuts`, whose models are alike.
+        """
+        self.bring(params)
+        for param in params:
+            cut = cuts.of[id(param)]
+            if self.files is not None and self.files.has(param):
+                self.files.cuts = {**self.files.cuts, id(param): cut}
+                _set_data(param, torch.empty(cut.local_shape, dtype=param.dtype, device="meta"))
+                continue
+            whole = DATA.__get__(param)
+            broadcast_alike([whole], cuts.group)
+            _set_data(param, take(whole, cut))
+
+    def share(self, tensors: Iterable[torch.Tensor], cuts: Cuts) -> None:
+        """Give the ranks of `cuts` the numbers that the first has of what is whole. Collective.
+
+        What is on meta, in files or not, will have the same on all of them.
+        """
+        broadcast_alike([DATA.__get__(tensor) for tensor in tensors if not tensor.is_meta], cuts.group)
 
     def device_for(self, tensors: Iterable[torch.Tensor]) -> torch.device:
         """Return where these are to be: the device, or where the first of them is; the CPU for what is on meta."""

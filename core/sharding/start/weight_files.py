@@ -6,12 +6,14 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from distui.core.axes.cut import Cut
 from distui.core.errors import UserError
 
 FORMATS = {
@@ -32,7 +34,13 @@ _SHOWN = 12
 class WeightFiles(Mapping[str, torch.Tensor]):
     """The tensors of one model in a safetensors file, or in a folder of them with or without an index."""
 
-    def __init__(self, place: str | Path, model: nn.Module, strict: bool = True) -> None:
+    def __init__(
+        self,
+        place: str | Path,
+        model: nn.Module,
+        strict: bool = True,
+        cuts: Mapping[int, Cut] = MappingProxyType({}),
+    ) -> None:
         """Open the files, and find what `model` needs in them; a tied weight may have any of its names.
 
         With `strict=False` the model may have what the files lack, and the other way round.
@@ -48,6 +56,8 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.place} cannot be read", str(error), "give a folder of safetensors files") from None
         self._keys: dict[int, str] = {}
+        self.cuts: Mapping[int, Cut] = cuts
+        """Of the model's tensors, by identity, those that are pieces of what is in the files."""
         self._fit(model, strict)
 
     def _fit(self, model: nn.Module, strict: bool) -> None:
@@ -64,8 +74,9 @@ class WeightFiles(Mapping[str, torch.Tensor]):
             if name not in self._slices:
                 continue
             shape, kind = self.shape(name), self._slices[name][1].get_dtype()
-            if shape != tuple(tensor.shape):
-                problems.append(f"{name} is {list(shape)} in them and {list(tensor.shape)} in the model")
+            own = self.cuts[id(tensor)].shape if id(tensor) in self.cuts else tuple(tensor.shape)
+            if shape != own:
+                problems.append(f"{name} is {list(shape)} in them and {list(own)} in the model")
             elif kind not in FORMATS or FORMATS[kind].is_floating_point != tensor.is_floating_point():
                 problems.append(f"{name} is {kind} in them and {tensor.dtype} in the model")
             self._keys[id(tensor)] = name  # of several names the last, as with load_state_dict
@@ -120,6 +131,8 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         name = self._keys[id(tensor)]
         file, piece = self._slices[name]
         shape = self.shape(name)
+        if (cut := self.cuts.get(id(tensor))) is not None:
+            return _pieces(piece, cut).reshape(-1)[low:high]
         high = math.prod(shape) if high is None else high
         row = math.prod(shape[1:])
         found: torch.Tensor
@@ -131,6 +144,20 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         first, last = low // row, -(-high // row)
         found = piece[first:last]
         return found.reshape(-1)[low - first * row : high - first * row]
+
+
+def _pieces(source: Any, cut: Cut) -> torch.Tensor:
+    """Return what a rank holds of a tensor in a file; along one dimension no more is read."""
+    dims = [dim for dim, pieces in enumerate(cut.pieces) if pieces != ((0, cut.shape[dim]),)]
+    if not dims:
+        found: torch.Tensor = source[:]
+        return found
+    ahead = (slice(None),) * dims[0]
+    wanted = [(*ahead, slice(begin, begin + length)) for begin, length in cut.pieces[dims[0]]]
+    found = torch.cat([source[index if ahead else index[0]] for index in wanted], dims[0])
+    for dim in dims[1:]:
+        found = torch.cat([found.narrow(dim, begin, length) for begin, length in cut.pieces[dim]], dim)
+    return found
 
 
 def _files(place: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from enum import IntEnum
 import torch
 import torch.distributed as dist
 
+from distui.core.axes.groups import beside
 from distui.core.errors import DistuiError
 from distui.core.sharding.transport.transport import Pending, Transport
 from distui.core.sharding.units.pool import BufferPool
@@ -60,8 +61,7 @@ class Agreement:
 
     def __init__(self, group: dist.ProcessGroup, name: str, pool: BufferPool) -> None:
         """Collective: all ranks of `group`."""
-        own = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
-        assert own is not None
+        own = beside(group, backend="gloo")
         self.transport = Transport(own, name, pool)
         self._message = torch.empty(0, dtype=torch.int32)
         self._under_way: Pending | None = None

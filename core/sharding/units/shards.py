@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import nn
 
+from distui.core.axes.cut import Cut
+from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.homes.home import SHARD_MULTIPLE, Cell, Sequel, Transfer, Waitable, flat_buffer
 from distui.core.sharding.homes.homes import Homes
 from distui.core.sharding.start.initialise import make_real
@@ -50,6 +54,18 @@ class Shards:
         """The step wrote the parameters beside their fp32 master: publishing them needs no conversion."""
         self._arriving: tuple[Transfer, torch.Tensor] | None = None
         """The shard on its way from its home, ahead of its gather."""
+        self.cuts: Cuts | None = None
+        """Which of the parameters are pieces of whole ones; None where no axis cuts any."""
+
+    @cached_property
+    def counted(self) -> frozenset[int] | None:
+        """The parameters that this rank counts in a norm, where ranks of other axes hold copies; None for all."""
+        cuts = self.cuts
+        return None if cuts is None else frozenset(i for i, param in enumerate(self.params) if cuts.counts(param))
+
+    def cut_of(self, index: int) -> Cut | None:
+        """Return how a parameter is cut; None of a whole one."""
+        return None if self.cuts is None else self.cuts.get(self.params[index])
 
     def _begin(self, start: Start) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the parameters as script or files have them: whole where they had to come so, and this rank's part.

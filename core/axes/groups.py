@@ -1,0 +1,96 @@
+"""Every process group of a job, made once, by all ranks, in one order."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from distui.core.axes.sizes import AXES, GROUPS, AxisSizes
+
+_lists: weakref.WeakKeyDictionary[dist.ProcessGroup, Sequence[list[int]]] = weakref.WeakKeyDictionary()
+"""The ranks of all groups that were made together with one."""
+
+
+class Axes:
+    """This rank among the axes: `axes["tp"]` is its group of a kind (see `sizes.GROUPS`), None where it is alone."""
+
+    def __init__(self, sizes: AxisSizes) -> None:
+        """Make the groups. Collective: all ranks of the world, with the same sizes."""
+        self.sizes = sizes
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.place = sizes.place(self.rank)
+        """This rank's coordinate on each axis."""
+        self._groups: dict[str, dist.ProcessGroup | None] = {}
+        made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+        for kind, axes in GROUPS.items():
+            groups = sizes.groups(axes)
+            alike = tuple(map(tuple, groups))  # where an axis has one rank, kinds have the same groups
+            if alike not in made:
+                made[alike] = self._make(kind, groups)
+            self._groups[kind] = made[alike]
+
+    def _make(self, kind: str, groups: Sequence[list[int]]) -> dist.ProcessGroup | None:
+        if len(groups[0]) == 1:
+            return None
+        return dist.group.WORLD if len(groups) == 1 else make(groups, kind)
+
+    def __getitem__(self, kind: str) -> dist.ProcessGroup | None:
+        """Return this rank's group of `kind`; None where that is this rank alone."""
+        return self._groups[kind]
+
+    def size(self, kind: str) -> int:
+        """Return how many ranks a group of `kind` has."""
+        return self.sizes.size(GROUPS[kind])
+
+    def index(self, kind: str) -> int:
+        """Return this rank's place in its group of `kind`, from 0."""
+        return self.peers(kind).index(self.rank)
+
+    def peers(self, kind: str) -> list[int]:
+        """Return the ranks of this rank's group of `kind`, in order."""
+        return self.sizes.peers(self.rank, GROUPS[kind])
+
+    @functools.cached_property
+    def alone(self) -> dist.ProcessGroup:
+        """A group of this rank only, for whoever must name one. Collective the first time: the world."""
+        return make([[rank] for rank in range(self.sizes.world)], "alone")
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """Return the axes as torch's DeviceMesh, of the groups that there are. Collective the first time: the world."""
+        return self._mesh(device_type)
+
+    @functools.cache  # noqa: B019 - as long as the job
+    def _mesh(self, device_type: str) -> DeviceMesh:
+        shape = [getattr(self.sizes, axis) for axis in AXES]
+        groups = [self[kind] or self.alone for kind in ("pp", "data", "cp", "tp")]
+        ranks = torch.arange(self.sizes.world).view(shape)
+        return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=AXES)
+
+
+def make(lists: Sequence[list[int]], name: str, backend: str | None = None) -> dist.ProcessGroup:
+    """Make a group of each of `lists` and return this rank's. Collective: the world, which `lists` divide."""
+    mine, rank = None, dist.get_rank()
+    for ranks in lists:
+        group = dist.new_group(ranks, backend=backend, group_desc=name)
+        if rank in ranks:
+            mine = group
+    assert mine is not None
+    _lists[mine] = lists
+    return mine
+
+
+def beside(group: dist.ProcessGroup, backend: str | None = None) -> dist.ProcessGroup:
+    """Return another group of the same ranks, for traffic with an order of its own. Collective: as `group` was made.
+
+    Of a group of `Axes` all others of its kind are made with it: each rank of the world must see the same groups made.
+    """
+    if (lists := _lists.get(group)) is not None:
+        return make(lists, group.group_desc, backend)
+    found = dist.new_group(dist.get_process_group_ranks(group), backend=backend)
+    assert found is not None
+    return found

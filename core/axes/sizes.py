@@ -1,0 +1,90 @@
+"""How the world is laid out: world = pp x dp x cp x tp, tp innermost. Torch-free."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+AXES = ("pp", "dp", "cp", "tp")
+"""Outermost first: ranks that differ in the last only are neighbours."""
+GROUPS: dict[str, tuple[str, ...]] = {
+    "tp": ("tp",),
+    "cp": ("cp",),
+    "pp": ("pp",),
+    "data": ("dp",),
+    "shard": ("dp", "cp"),
+    "model": ("pp", "cp", "tp"),
+}
+"""What each kind of group spans: `data` has different batches, `shard` shares states (ZeRO), `model` one batch."""
+
+
+class Strategy(Protocol):
+    """What of `config.schema.StrategySection` is read."""
+
+    tensor_parallel: int
+    pipeline_parallel: int
+    context_parallel: int
+
+
+@dataclass(frozen=True, slots=True)
+class AxisSizes:
+    """The sizes of the axes; their product is the number of ranks."""
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @classmethod
+    def of(cls, strategy: Strategy, world_size: int) -> AxisSizes:
+        """Return the sizes that `strategy` gives `world_size` ranks; what the model's axes leave is data-parallel.
+
+        Raises: ValueError where they do not divide the world; `config.check` says so to users.
+        """
+        pp, cp, tp = strategy.pipeline_parallel, strategy.context_parallel, strategy.tensor_parallel
+        if world_size % (pp * cp * tp):
+            raise ValueError(f"pp x cp x tp = {pp} x {cp} x {tp} does not divide {world_size} ranks")
+        return cls(pp, world_size // (pp * cp * tp), cp, tp)
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def has_model_axes(self) -> bool:
+        """Whether several ranks share one batch; else every rank is data-parallel."""
+        return self.pp * self.cp * self.tp > 1
+
+    def size(self, axes: Iterable[str]) -> int:
+        """Return the product of some axes' sizes."""
+        return math.prod(getattr(self, axis) for axis in axes)
+
+    def place(self, rank: int) -> dict[str, int]:
+        """Return the coordinate of `rank` on each axis."""
+        found = {}
+        for axis in reversed(AXES):
+            rank, found[axis] = divmod(rank, getattr(self, axis))
+        return {axis: found[axis] for axis in AXES}
+
+    def rank_at(self, place: dict[str, int]) -> int:
+        """Return the rank at a coordinate; the inverse of `place`."""
+        rank = 0
+        for axis in AXES:
+            rank = rank * getattr(self, axis) + place[axis]
+        return rank
+
+    def peers(self, rank: int, axes: Iterable[str]) -> list[int]:
+        """Return the ranks that differ from `rank` in nothing but `axes`, in order, itself included."""
+        free, place = set(axes), self.place(rank)
+        ranges = [range(getattr(self, axis)) if axis in free else (place[axis],) for axis in AXES]
+        return [self.rank_at(dict(zip(AXES, found, strict=True))) for found in itertools.product(*ranges)]
+
+    def groups(self, axes: Iterable[str]) -> list[list[int]]:
+        """Return all groups along `axes`, in one order: every rank is in exactly one of them."""
+        wanted = tuple(axes)
+        found = [self.peers(rank, wanted) for rank in range(self.world)]
+        return [ranks for rank, ranks in enumerate(found) if ranks[0] == rank]

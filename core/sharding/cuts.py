@@ -1,0 +1,93 @@
+"""Which parameters of a model are cut over the ranks that share its batch, and how whole ones come of their pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distui.core.axes.cut import Cut
+from distui.core.axes.tensors import assemble, take
+from distui.core.errors import UserError
+
+MARK = "_distui_cut"
+"""What a parameter has in its `__dict__` that is but a piece, for as long as it lives."""
+
+
+class Cuts:
+    """The cut parameters of one model by identity; what is not among them every rank of the group holds whole."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """`group` are the ranks over which parameters are cut."""
+        self.group = group
+        self.index, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.of: dict[int, Cut] = {}
+
+    def get(self, param: torch.Tensor) -> Cut | None:
+        """Return how `param` is cut; None of one that is whole."""
+        return self.of.get(id(param))
+
+    def counts(self, param: torch.Tensor) -> bool:
+        """Tell whether this rank, of all that hold the same, counts it in a norm and writes it to a file."""
+        cut = self.of.get(id(param))
+        return self.index == 0 if cut is None else cut.is_owner
+
+    def shape(self, param: torch.Tensor) -> tuple[int, ...]:
+        """Return the whole shape."""
+        cut = self.of.get(id(param))
+        return tuple(param.shape) if cut is None else cut.shape
+
+    def assemble(self, param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+        """Return the whole of what every rank has its piece of, which lies as `param` does. Collective: the group."""
+        cut = self.of.get(id(param))
+        return local if cut is None else assemble(local, cut, self.group)
+
+    def take(self, param: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """Return this rank's piece of `whole`, which lies as `param` does; what has another shape stays as it is."""
+        cut = self.of.get(id(param))
+        return whole if cut is None or tuple(whole.shape) != cut.shape else take(whole, cut)
+
+    def taken(self, model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a whole state of `model` with this rank's pieces in it.
+
+        Raises: UserError for a tensor that has not the whole shape.
+        """
+        found = dict(state)
+        for name, param in nn.Module.named_parameters(model, remove_duplicate=False):
+            cut = self.of.get(id(param))
+            if cut is None or name not in found:
+                continue
+            if tuple(found[name].shape) != cut.shape:
+                raise UserError(
+                    f"{name} is {list(found[name].shape)} in the state and {list(cut.shape)} in the model",
+                    f"it is cut over {self.num_ranks} tensor-parallel ranks, each of which takes its piece of it",
+                    "give whole weights, as engine.get_state_dict returns them",
+                )
+            found[name] = take(found[name], cut)
+        return found
+
+    def refuse(self, params: Iterable[torch.Tensor], what: str, why: str, fix: str) -> None:
+        """Raise UserError where one of `params` is cut."""
+        cut = next((self.of[id(param)] for param in params if id(param) in self.of), None)
+        if cut is not None:
+            size = "x".join(map(str, cut.local_shape))
+            raise UserError(
+                what,
+                f"a rank has {size} of a parameter of {'x'.join(map(str, cut.shape))}, cut over {self.num_ranks} "
+                f"tensor-parallel ranks; {why}",
+                fix,
+            )
+
+
+def refuse_cut(model: nn.Module) -> None:
+    """Refuse a model that was cut for another engine: its pieces would be taken for the whole. Raises: UserError."""
+    for name, param in nn.Module.named_parameters(model):
+        if MARK in vars(param):
+            raise UserError(
+                f"{name} is a piece of {tuple(param.shape)}: the model was cut over tensor-parallel ranks before",
+                "its modules compute with pieces, and an engine would take them for the whole",
+                "build the model anew, and load engine.get_state_dict(model) of the earlier one into it",
+            )

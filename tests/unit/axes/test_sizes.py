@@ -1,0 +1,36 @@
+"""The order of ranks: every group holds what it should, and each rank is in one group of a kind."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distui.core.axes.sizes import AXES, GROUPS, AxisSizes
+from distui.core.config.schema import StrategySection
+
+SIZES = st.builds(AxisSizes, *(st.integers(1, 3) for _ in AXES))
+
+
+@given(SIZES)
+def test_each_rank_is_in_one_group_of_a_kind_whose_members_differ_along_it_alone(sizes: AxisSizes) -> None:
+    for axes in GROUPS.values():
+        groups = sizes.groups(axes)
+        assert sorted(rank for ranks in groups for rank in ranks) == list(range(sizes.world))
+        for ranks in groups:
+            assert len(ranks) == sizes.size(axes) and ranks == sorted(ranks)
+            assert all(sizes.peers(rank, axes) == ranks for rank in ranks)
+            for axis in AXES:
+                assert len({sizes.place(rank)[axis] for rank in ranks}) == (getattr(sizes, axis) if axis in axes else 1)
+    assert all(sizes.rank_at(sizes.place(rank)) == rank for rank in range(sizes.world))
+
+
+def test_tensor_parallel_ranks_are_neighbours() -> None:
+    sizes = AxisSizes.of(StrategySection(tensor_parallel=2, pipeline_parallel=2), 8)
+    assert sizes == AxisSizes(pp=2, dp=2, cp=1, tp=2) and sizes.has_model_axes
+    assert sizes.groups(GROUPS["tp"]) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert sizes.groups(GROUPS["shard"]) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert sizes.peers(3, GROUPS["model"]) == [2, 3, 6, 7] and sizes.place(6) == {"pp": 1, "dp": 1, "cp": 0, "tp": 0}
+    assert not AxisSizes.of(StrategySection(), 3).has_model_axes
+    with pytest.raises(ValueError, match="1 x 1 x 2 does not divide 3 ranks"):
+        AxisSizes.of(StrategySection(tensor_parallel=2), 3)
