@@ -18,7 +18,7 @@ from textual.widgets.data_table import ColumnKey, RowKey
 from distui.core.errors import Problem, UserError
 from distui.core.hardware.detect import Hardware
 from distui.tui.format import NA, num_bytes, si
-from distui.tui.setup.calibrate import CalibrationScreen, rates_words
+from distui.tui.setup.dialogs import CalibrationScreen, rates_words
 from distui.tui.setup.facts import grid, plan_rows
 from distui.tui.setup.model import WizardState
 from distui.tui.setup.planning import Choice, terms_of

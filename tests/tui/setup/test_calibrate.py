@@ -16,7 +16,7 @@ from distui.core.errors import UserError
 from distui.core.hardware.detect import Hardware, parse_hardware
 from distui.launcher.probes.collectives import run_ranks
 from distui.tui.setup.app import SetupApp, SetupResult
-from distui.tui.setup.calibrate import CalibrationScreen
+from distui.tui.setup.dialogs import CalibrationScreen
 from tests.tui.setup.driving import app_in, message, type_text
 
 HERE = replace(parse_hardware("4xA100-40GB"), source="detected", name="this machine")
