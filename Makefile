@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test gpu check format proto try-wheel clean
+.PHONY: setup demo test test-cluster gpu check format proto try-wheel clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,10 @@ demo: setup
 # Two at a time: many tests wait for processes more than they work.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Jobs on hosts that are namespaces of this machine, each with an sshd: needs root and openssh-server, else it skips.
+test-cluster: setup
+	$(BIN)/python -m pytest tests/cluster -m "cluster or not cluster"
 
 # On a machine with GPUs, under 8 minutes: all that needs one. Elsewhere it says so, and ends with 2.
 gpu:

@@ -43,7 +43,7 @@ COMMANDS = {
     "demo": "Train a small GPT on the Python standard library's text.",
 }
 """Command -> one line of help; the module of its name in launcher/commands has the click command `command`."""
-_FILES = {"as": "compat.commands", "completion": "completion"}
+_FILES = {"as": "compat.commands", "cluster": "cluster.command", "completion": "completion"}
 """Modules that are elsewhere, or cannot have the command's name."""
 
 

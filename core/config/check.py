@@ -299,7 +299,8 @@ def _divisors(number: int) -> str:
 def _devices(config: Config, hardware: Hardware) -> Iterator[Problem]:
     gpus = hardware.gpus_per_node
     nproc = config.cluster.nproc
-    if gpus and isinstance(nproc, int) and nproc > len(gpus):
+    here = not config.cluster.hosts  # hosts say themselves what they have
+    if here and gpus and isinstance(nproc, int) and nproc > len(gpus):
         yield Problem(
             "cluster.nproc",
             f"nproc={nproc} on {len(gpus)} GPU{'s' if len(gpus) > 1 else ''} a node",

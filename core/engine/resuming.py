@@ -10,14 +10,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from distui.core.errors import UserError
 from distui.core.paths import current_run
 from distui.core.ranks import ops
 
-if TYPE_CHECKING:
-    from distui.core.engine.states import States
+if TYPE_CHECKING:  # the room of checkpoints takes a second to import: it is when it is first used
+    from distui.core.checkpoint.trained import Trained
+
+    class Resumed(Trained, Protocol):
+        """An engine, as far as it is brought to a checkpoint."""
+
+        def load_state(self, input_dir: str, *, strict: bool = True) -> list[str]:
+            """Load a checkpoint. Collective."""
+            ...
+
 
 RESTARTS_ENV = "TORCHELASTIC_RESTART_COUNT"
 """How often the job was started again, as torchrun has it."""
@@ -26,7 +34,7 @@ RESTARTS_ENV = "TORCHELASTIC_RESTART_COUNT"
 class Resuming:
     """Whether a checkpoint is to be loaded by itself, and whether the script is on its way to where it was."""
 
-    def __init__(self, engine: States) -> None:
+    def __init__(self, engine: Resumed) -> None:
         self._engine, run = engine, current_run()
         restarts = os.environ.get(RESTARTS_ENV, "0")
         again = run is not None and restarts.isdecimal() and int(restarts) > 0

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distui.core.config.settings import load
 from distui.core.errors import DistuiError
 from distui.core.paths import RunFolder, open_own, read_json, read_own
 from distui.core.telemetry.harmless import harmless
@@ -53,7 +52,7 @@ class Announcer:
         names = ("name", "command", "strategy", "config_toml", "world_size", "num_nodes", "planned_memory_bytes")
         spec["command"] = [harmless(word) for word in spec["command"]]  # an argument need be no Unicode
         self._send(pb.Record(run_started=pb.RunStarted(**{name: spec[name] for name in names})))
-        if load(self._run.config, {}, environ={}).config.cluster.max_restarts:
+        if spec.get("max_restarts"):
             self._watch.start()
 
     def _tell_restarts(self) -> None:

@@ -203,6 +203,8 @@ def create_run(request: LaunchRequest, config: Config) -> RunFolder:
         "planned_memory_bytes": planned_of(config),
         "provenance": provenance(Path.cwd(), load(request.config_path, request.overrides).origins),
     }
+    if cluster.max_restarts:
+        spec["max_restarts"] = cluster.max_restarts
     if cluster.hosts:
         asked = load(request.config_path, request.overrides).config
         asked.cluster.nproc = cluster.nproc

@@ -87,7 +87,14 @@ class Outcome:
 
     def write(self, run: RunFolder) -> None:
         """Write outcome.json."""
-        write_own(run.outcome, json.dumps(asdict(self), indent=1))
+        told = asdict(self)
+        told["ranks"] = [_without(rank, "host", "step") for rank in told["ranks"]]
+        write_own(run.outcome, json.dumps(_without(told, "is_victim", "report", "restarts"), indent=1))
+
+
+def _without(told: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return what is told but for those of `names` that say nothing."""
+    return {name: value for name, value in told.items() if name not in names or value not in ("", None, False, 0)}
 
 
 def read_outcome(run: RunFolder) -> Outcome | None:

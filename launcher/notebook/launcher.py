@@ -90,6 +90,9 @@ def run_call(call: bytes, overrides: dict[str, str], config_path: Path | None, f
 
     target = ["-m", "distui.launcher.notebook.call"]
     config = resolve(LaunchRequest(target, overrides, config_path, no_tui=True, face=face))
+    if config.cluster.hosts:
+        why, fix = f"the settings name hosts: {config.cluster.hosts}", "put the function into a script: distui launch"
+        raise UserError("a notebook starts its ranks on this machine", why, fix)
     run = create_run(LaunchRequest([*target, "call.pkl"], overrides, config_path, no_tui=True, face=face), config)
     file = run.path / "call.pkl"
     with open(open_own(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as written:

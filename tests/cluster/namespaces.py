@@ -73,7 +73,7 @@ class NamespaceHost:
 
     def command(self, words: Sequence[str]) -> list[str]:
         """Return the command that runs `words` on this host."""
-        return ["nsenter", "-t", str(self.pid), "-n", "-u", "-p", "-m", f"--wd={os.getcwd()}", "--", *words]
+        return ["nsenter", "-t", str(self.pid), "-n", "-u", "-p", "-m", f"--wd={self._cluster.folder}", "--", *words]
 
     def run(self, *words: str) -> str:
         """Run a command on this host, and return what it prints."""

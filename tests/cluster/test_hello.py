@@ -15,10 +15,10 @@ HERE = Hello(
     machine="1 head",
     python="/opt/python",
     versions={"python": "3.11", "distui": "0.1", "torch": "2.13.0"},
-    folder="/work",
+    folder="/project",
     folder_there=True,
-    hashes={"/work/train.py": "a" * 64, "/work/model.py": "b" * 64},
-    optional=["/work/model.py"],
+    hashes={"/project/train.py": "a" * 64, "/project/model.py": "b" * 64},
+    optional=["/project/model.py"],
 )
 
 
@@ -29,7 +29,7 @@ def hellos() -> dict[int, Hello]:
 def test_hosts_that_are_alike_have_no_problem() -> None:
     found = hellos()
     assert not compare(HOSTS, found, HERE, one_machine=False)
-    found[1] = replace(found[1], hashes={**HERE.hashes, "/work/model.py": ""})
+    found[1] = replace(found[1], hashes={**HERE.hashes, "/project/model.py": ""})
     assert not compare(HOSTS, found, HERE, one_machine=False), "a host may lack what is not the script"
 
 
@@ -37,14 +37,14 @@ def test_all_that_differs_is_told_at_once_with_its_hosts() -> None:
     found = hellos()
     old = {**HERE.versions, "torch": "2.12.0"}
     found[0] = replace(found[0], versions=old)
-    found[1] = replace(found[1], versions=old, hashes={"/work/train.py": "", "/work/model.py": "c" * 64})
+    found[1] = replace(found[1], versions=old, hashes={"/project/train.py": "", "/project/model.py": "c" * 64})
     found[2] = replace(found[2], folder_there=False, num_gpus=2, problems=[["no disk", "it is full", "free some"]])
     told = {(problem.path, problem.what) for problem in compare(HOSTS, found, HERE, one_machine=False)}
     assert told == {
         ("gpu1, gpu2", "torch 2.12.0"),
-        ("gpu2", "/work/train.py is not there"),
-        ("gpu2", "/work/model.py differs"),
-        ("gpu3", "the working folder /work is not there"),
+        ("gpu2", "/project/train.py is not there"),
+        ("gpu2", "/project/model.py differs"),
+        ("gpu3", "the working folder /project is not there"),
         ("gpu3", "no disk"),
         ("gpu3", "4 ranks on 2 GPUs"),
     }

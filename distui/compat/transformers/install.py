@@ -64,6 +64,7 @@ def _create(own: Any, trainer: Any) -> None:
     trainer.args.deepspeed_plugin = arguments.plugin_of(trainer.args)
     own(trainer)
     trainer.accelerator.engine.config.checkpoint.every_steps = 0  # `configure` had Trainer do it
+    trainer.accelerator.engine.resuming.is_due = False  # it counts steps by itself: `resume_from_checkpoint` is its way
 
 
 def configure(args: Any) -> None:

@@ -225,7 +225,9 @@ def test_only_one_command_for_all_hosts_can_start_them_again() -> None:
     by_hand = {"cluster.nodes": "2", "cluster.master_port": "29500", "cluster.max_restarts": "1"}
     (problem,) = check(load(None, by_hand, {}).config)
     assert problem.path == "cluster.max_restarts" and "--hosts" in problem.fix
-    assert not check(load(None, {"cluster.hosts": "a:1,b:1", "cluster.nodes": "2", "cluster.max_restarts": "1"}, {}).config)
+    assert not check(
+        load(None, {"cluster.hosts": "a:1,b:1", "cluster.nodes": "2", "cluster.max_restarts": "1"}, {}).config
+    )
 
 
 def test_compression_needs_as_many_ranks_on_each_host() -> None:
