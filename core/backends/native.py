@@ -53,6 +53,10 @@ class NativeBackend(NativeBeside, Backend):
 
                 assert start is not None
                 cuts = cut_model(model, self.axes, start, self.config.strategy.tensor_plan, self.plan)
+                if (group := self.axes["cp"]) is not None:
+                    from distui.core.parallel.sequence import SequenceCut
+
+                    SequenceCut(model, group)
             precision, home = self.config.precision, self.config.offload
             self._models[id(model)] = ShardedModel(
                 model,

@@ -157,8 +157,8 @@ class States(Tracking):
         if self.backend.axes is not None:
             raise UserError(
                 "use_kernels with axes that cut the model",
-                "a kernel takes a module's parameters for the whole, and each rank has pieces of them",
-                "leave the kernels out, or set strategy.tensor_parallel to 1",
+                "a kernel takes a module's parameters and tokens for the whole, and each rank has pieces of them",
+                "leave the kernels out, or set strategy.tensor_parallel and context_parallel to 1",
             )
         if undo:
             undo_kernels(model)

@@ -342,6 +342,7 @@ def test_every_plan_is_sound(model: str, hardware: str, options: dict[str, objec
         assert plan.tokens_per_s is None or plan.tokens_per_s > 0
         cut = plan.tensor_parallel * plan.pipeline_parallel * plan.context_parallel
         assert plan.world_size == cut * plan.data_parallel
+        assert not model.num_heads // plan.tensor_parallel % plan.context_parallel
         assert plan.data_parallel % plan.expert_parallel == 0
         Config.model_validate(plan.to_config())
         if plan.fits:
