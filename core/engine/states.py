@@ -130,7 +130,7 @@ class States(Tracking):
 
         Raises: UserError that lists what does not fit.
         """
-        cuts = self.backend.cuts_of(model)
+        cuts = self.backend.cuts
         files = agreed(lambda: WeightFiles(folder, model, strict, cuts), self.backend.group)
         self.backend.load_full_state_dict(model, files, strict=False)
 

@@ -218,7 +218,7 @@ def _context(
 ) -> float:
     """Return seconds a micro-batch of exchanging pieces of sequences for heads around each layer's attention.
 
-    Four all-to-alls a layer, of queries, keys, values and what attention gives, forward and backward; nothing hides them.
+    Four all-to-alls a layer, of queries, keys, values and what attention gives, forward and backward; none is hidden.
     Heads of keys that are fewer than the ranks are sent to several. Source: Ulysses, arXiv 2309.14509, section 3.2.
     """
     ranks = strategy.context_parallel
