@@ -1,6 +1,6 @@
 """Parallelism inside a model: its modules are cut in place over the ranks that share a batch.
 
 Way in: `tensor.cut_model`, by a plan that `plans` finds; `styles` says how a module is cut, `families` how those of
-known models are, `regions` holds the collectives around what is cut and the random numbers inside. Classes, names and
-`isinstance` stay. Must not know optimizers, checkpoints or backends.
+known models are, `regions` holds the collectives around what is cut and the random numbers inside. A module keeps its
+class and its names. Must not know optimizers, checkpoints or backends.
 """

@@ -73,7 +73,7 @@ def test_sizes_that_do_not_fit_come_with_the_nearest_that_do(
     ("key", "value"),
     [
         ("strategy.pipeline_parallel", "2"),
-        ("strategy.context_parallel", "2"),
+        ("strategy.context_method", "ring"),
         ("strategy.expert_parallel", "4"),
     ],
 )
