@@ -18,6 +18,7 @@ from distui.core.config.check import offload_problems, pipeline_problems, tensor
 from distui.core.config.schema import Config
 from distui.core.errors import ConfigError, UserError
 from distui.core.ranks.precision import DTYPES, apply_border_casts
+from distui.core.sharding.cuts import refuse_cut
 from distui.core.sharding.homes.homes import Offload
 from distui.core.sharding.optim.growth import can_grow
 from distui.core.sharding.optim.optim import ShardedOptimizer
@@ -52,6 +53,7 @@ class NativeBackend(NativeBeside, Backend):
             if problems:
                 raise ConfigError(problems)
             cuts, pipeline, strategy = None, None, self.config.strategy
+            refuse_cut(model)
             if self.axes is not None:
                 from distui.core.parallel.tensor import cut_model
 

@@ -140,6 +140,12 @@ class Checkpoint:
     def _path(self, file: str) -> tuple[Path, dict[str, Any]]:
         return self._data / file, self._facts(file)
 
+    @property
+    def ranks_of_a_batch(self) -> int:
+        """How many ranks shared a batch where it was saved; in earlier versions each had its own."""
+        world = int(self.manifest["world_size"])
+        return world // max(1, int(self.manifest.get("data_ranks", world)))
+
     # ---- tensors -------------------------------------------------------------------------------------------------
 
     def read(self, wants: Iterable[Want]) -> None:

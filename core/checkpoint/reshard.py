@@ -34,7 +34,8 @@ def reshard(source: Path, target: Path, num_ranks: int, stage: int | None = None
         raise UserError(f"{target} is there already", "nothing is overwritten", "name a new or an empty folder")
     manifest = folders.verify(checkpoint.folder)
     facts = {key: value for key, value in manifest.items() if key not in ("files", "format", "data")}
-    facts |= {"world_size": num_ranks, "zero_stage": manifest["zero_stage"] if stage is None else stage}
+    facts |= {"world_size": num_ranks, "data_ranks": num_ranks}
+    facts |= {"zero_stage": manifest["zero_stage"] if stage is None else stage}
     made = not target.exists()
     data = folders.begin(target, manifest["step"], str(manifest.get("lineage", "0" * 8)))
     try:
@@ -46,7 +47,8 @@ def reshard(source: Path, target: Path, num_ranks: int, stage: int | None = None
             tensors = {key: item for key, item in items.items() if isinstance(item, torch.Tensor)}
             checkpoint.read(want(key, item) for key, item in tensors.items())
             # A rank that was not there before has no random state to go on from; it keeps its own.
-            own = Plain(checkpoint.own(rank), f"the state of rank {rank}") if checkpoint.has_rank(rank) else None
+            before = rank * checkpoint.ranks_of_a_batch
+            own = Plain(checkpoint.own(before), f"rank {before}'s state") if checkpoint.has_rank(before) else None
             parts.append(write_rank(target / data, rank, items, own, common if rank == 0 else None))
         files = write_index(target / data, parts)
         folders.commit(target, data, files, facts)

@@ -48,6 +48,7 @@ def facts(engine: Trained, without: frozenset[int] = frozenset()) -> dict[str, A
     found: dict[str, Any] = {
         "step": engine.clock.step,
         "world_size": engine.num_processes,
+        "data_ranks": engine.num_data_ranks,
         "backend": engine.backend.name,
         "zero_stage": engine.config.strategy.zero_stage,
         "dtype": engine.config.precision.dtype,
@@ -130,7 +131,8 @@ def load(
     def look() -> None:
         checkpoint = open_checkpoint(target)
         common = _of_any_format(checkpoint.common())
-        rank = engine.process_index
+        # Ranks that share a batch go on with the random numbers of one of those that shared it.
+        rank = engine.data_index * checkpoint.ranks_of_a_batch
         own = checkpoint.own(rank) if checkpoint.has_rank(rank) else None
         take_in: Any = getattr(engine.backend, "take_in", None)  # other backends step what is frozen as well
         if optimizers and take_in is not None:
@@ -246,6 +248,10 @@ def _load_group(group: dict[str, Any], state: Mapping[str, Any]) -> None:
             group[key] = value
 
 
+def _same_data_ranks(engine: Trained, checkpoint: Checkpoint) -> bool:
+    return int(checkpoint.manifest["world_size"]) == engine.num_data_ranks * checkpoint.ranks_of_a_batch
+
+
 def _load_own(engine: Trained, checkpoint: Checkpoint, own: dict[str, Any] | None, found: Fit) -> None:
     """Take what this rank had; a rank that was not there before begins anew."""
     for index in found.optimizers:
@@ -255,7 +261,7 @@ def _load_own(engine: Trained, checkpoint: Checkpoint, own: dict[str, Any] | Non
             kept = (own if own is not None else checkpoint.own(0)).get("onebit", [])
             onebit.load_state_dict(kept[index] if index < len(kept) else None)
     kept = own.get("loaders") if own is not None else None
-    if kept and "loaders" not in found.skipped and checkpoint.manifest["world_size"] == engine.num_processes:
+    if kept and "loaders" not in found.skipped and _same_data_ranks(engine, checkpoint):
         for loader, state in zip(engine._loaders, kept, strict=True):
             if state is not None:
                 loader.load_rank_state_dict(state)

@@ -310,10 +310,10 @@ def rank_problems(config: Config, world_size: int) -> Iterator[Problem]:
         yield Problem(
             "batch.accumulation",
             f"accumulation={accumulation} with pipeline_parallel={stages}",
-            f"a step's {accumulation} micro-batch{'es' if accumulation > 1 else ''} would leave {stages - accumulation} "
-            f"of {stages} stages without one at all times",
-            f"set batch.accumulation to {stages} or more; {4 * stages} leave {(stages - 1) / (5 * stages - 1):.0%} of the "
-            f"time unused, {stages} {(stages - 1) / (2 * stages - 1):.0%}",
+            f"with {accumulation} micro-batch{'es' if accumulation > 1 else ''} a step, {stages - accumulation} of "
+            f"{stages} stages would have none at all times",
+            f"set batch.accumulation to {stages} or more; {4 * stages} leave {(stages - 1) / (5 * stages - 1):.0%} of "
+            f"the time unused, {stages} {(stages - 1) / (2 * stages - 1):.0%}",
         )
 
 

@@ -21,6 +21,7 @@ from distui.core.errors import ConfigError
 from distui.core.parallel.outside import LossOutside
 from distui.core.ranks.process import ProcessState
 
+
 class Trains(Protocol):
     """What an engine is to this file."""
 
@@ -51,7 +52,7 @@ def join_axes(process: ProcessState, config: Config) -> Axes | None:
     if sizes not in of_world:
         of_world[sizes] = Axes(sizes)
     axes = of_world[sizes]
-    process.data_index, process.num_data_ranks = axes.index("data"), axes.size("data")
+    process.data_place = axes.index("data"), axes.size("data")
     process.data_group = axes["data"] or axes.alone
     return axes
 
@@ -82,3 +83,8 @@ def take_given(
     backend.plan, backend.loss_of = plan or {}, loss
     if loss is not None and backend.config.strategy.pipeline_parallel == 1:
         model.forward = LossOutside(model.forward, loss)
+
+
+def share_of_batch(axes: Axes | None) -> tuple[int, int]:
+    """Return which of how many ranks that share a batch this is."""
+    return (0, 1) if axes is None else (axes.index("model"), axes.size("model"))

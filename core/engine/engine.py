@@ -28,7 +28,7 @@ from torch import nn
 from distui.core.backends.base import Backend
 from distui.core.config.schema import Config
 from distui.core.data.loader import PreparedLoader, prepare_loader, skip_first_batches
-from distui.core.engine.axes import backend_of, batch_sizes, join_axes, take_given
+from distui.core.engine.axes import backend_of, batch_sizes, join_axes, share_of_batch, take_given
 from distui.core.engine.batches import note_loader
 from distui.core.engine.clipping import route_clipping
 from distui.core.engine.control import StepControl
@@ -76,7 +76,7 @@ class Engine(States, ProcessState):
             profile=self.config.telemetry.profile_flops,
             writes=self.is_main_process,
         )
-        self.clock = StepClock(self.telemetry, self.backend.take_exposed_s, flops)
+        self.clock = StepClock(self.telemetry, self.backend.take_exposed_s, flops, share_of_batch(axes))
         self.clock.before_training = self.step_end.working
         scale = self.config.precision
         self.scaler = LossScaler(scale.initial_loss_scale, scale.loss_scale_window) if scale.dtype == "fp16" else None

@@ -41,7 +41,6 @@ class States(Tracking):
     config: Config
     device: torch.device
     num_processes: int
-    num_data_ranks: int
     num_micro: int
     data_group: torch.distributed.ProcessGroup | None
     active_loaders: list[Any]
@@ -52,6 +51,12 @@ class States(Tracking):
     _optimizers: list[PreparedOptimizer]
     _schedulers: list[PreparedScheduler]
     _loaders: list[PreparedLoader]
+    if TYPE_CHECKING:  # of `ProcessState`, beside which an engine has this
+
+        @property
+        def data_index(self) -> int: ...
+        @property
+        def num_data_ranks(self) -> int: ...
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,6 +155,12 @@ class States(Tracking):
         """
         from distui.core.model.kernel_swap import KINDS, KernelReport, apply_kernels, undo_kernels
 
+        if self.backend.axes is not None:
+            raise UserError(
+                "use_kernels with axes that cut the model",
+                "a kernel takes a module's parameters for the whole, and each rank has pieces of them",
+                "leave the kernels out, or set strategy.tensor_parallel to 1",
+            )
         if undo:
             undo_kernels(model)
             return KernelReport(model)

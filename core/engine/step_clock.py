@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distui.core.axes.cut import part_of
 from distui.core.model.flops import FlopMeter
 from distui.core.ranks import streams
 from distui.core.sharding.hooks import Hook
@@ -24,8 +25,13 @@ class StepClock:
     """
 
     def __init__(
-        self, telemetry: TelemetrySource | NullSource, exposed_s: Callable[[], float], flops: FlopMeter
+        self,
+        telemetry: TelemetrySource | NullSource,
+        exposed_s: Callable[[], float],
+        flops: FlopMeter,
+        share_of_batch: tuple[int, int] = (0, 1),
     ) -> None:
+        """`share_of_batch` is which of how many ranks that share a batch this is: each tells its part of the tokens."""
         self.telemetry, self.flops = telemetry, flops
         self._exposed_s = exposed_s
         """Returns the seconds blocked in collectives since it was last asked."""
@@ -35,6 +41,7 @@ class StepClock:
         self._begin = 0.0
         self._forward_begin = 0.0
         self._handed = (0, 0)
+        self._share_of_batch = share_of_batch
         self._reset()
 
     def _reset(self) -> None:
@@ -78,6 +85,9 @@ class StepClock:
 
     def batch(self, tokens: int, samples: int) -> None:
         """Note what the script was handed; it counts once a backward follows (an evaluation's batches do not)."""
+        if self._share_of_batch[1] > 1:
+            index, num_ranks = self._share_of_batch
+            tokens, samples = (high - low for low, high in (part_of(n, num_ranks, index) for n in (tokens, samples)))
         self._handed = (tokens, samples)
 
     def backward(self, begin: float, loss: torch.Tensor) -> None:

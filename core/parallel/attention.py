@@ -62,7 +62,7 @@ def cut_attention(cutting: Cutting, module: nn.MultiheadAttention, name: str) ->
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
         batch, length = query.shape[0], query.shape[1]
-        q, k, v = _projected(self, *region.begin(name, self, query, key, value))
+        q, k, v = _projected(self, *region.begin(name, query, key, value))
         if self.bias_k is not None:
             k = torch.cat([k, self.bias_k.expand(batch, 1, -1)], 1)
             v = torch.cat([v, self.bias_v.expand(batch, 1, -1)], 1)
@@ -92,6 +92,7 @@ def cut_attention(cutting: Cutting, module: nn.MultiheadAttention, name: str) ->
             return output.squeeze(0), weights.squeeze(0) if weights is not None else None
         return output if self.batch_first else output.transpose(0, 1), weights
 
+    region.ends_with(module)
     module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
 

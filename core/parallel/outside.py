@@ -1,4 +1,4 @@
-"""A loss that the script computes outside of its model, put where the model is called: a pipeline needs it at its end."""
+"""A loss that the script computes outside of its model, put where the model is called: a pipeline needs it there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def named_by(loss: Callable[..., torch.Tensor]) -> frozenset[str]:
 
 
 class LossOutside:
-    """Stands for a model's forward: gives `loss(output, ...)` where the keywords of `loss` are given, else the output."""
+    """Stands for a model's forward: gives `loss(output, ...)` where keywords of `loss` are given, else the output."""
 
     def __init__(self, forward: Callable[..., Any], loss: Callable[..., torch.Tensor]) -> None:
         self.__wrapped__, self._loss, self._names = forward, loss, named_by(loss)

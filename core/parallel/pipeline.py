@@ -1,9 +1,9 @@
 """Runs a model whose blocks lie on several ranks: `model(**batch)` is one pass of the schedule over the micro-batches.
 
-In training the batch is cut into micro-batches, and forwards and backwards run as the schedule's table says; gradients land
-in the flat buffers of the stage, as after a backward of each micro-batch, and are reduced with the last one. What comes back
-on all ranks is the loss, on which `engine.backward` has nothing left to do but to tell by what it was to be multiplied. In
-evaluation the batch runs through the stages as it is.
+In training the batch is cut into micro-batches, and forwards and backwards run as the schedule's table says; gradients
+land in the flat buffers of the stage, as after a backward of each micro-batch, and are reduced with the last one. What
+comes back on all ranks is the loss, on which `engine.backward` has nothing left to do but to tell by what it was to be
+multiplied. In evaluation the batch runs through the stages as it is.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Pipeline:
         loss_of: LossOf | None,
         factor: Callable[[], float],
     ) -> None:
-        """`loss_of` computes the loss outside of the model; `factor` is what a loss is multiplied by for its backward."""
+        """`loss_of` computes the loss outside of the model; `factor` is what it is multiplied by for its backward."""
         self.stage, self.messages, self.schedule, self.num_micro = stage, messages, schedule, num_micro
         self.axes, self.loss_of, self.factor = axes, loss_of, factor
         self.before_micro: Callable[[], None] = lambda: None
@@ -183,8 +183,9 @@ class Pipeline:
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             what = type(output if self.loss_of is None else loss).__name__
             raise UserError(
-                f"{type(self.stage.model).__name__} gives no loss in a pipeline" if self.loss_of is None else
-                "the function given as loss= returns no loss",
+                f"{type(self.stage.model).__name__} gives no loss in a pipeline"
+                if self.loss_of is None
+                else "the function given as loss= returns no loss",
                 f"it gives a {what}, and the last stage begins each backward with one number",
                 _NO_LOSS,
             )
@@ -221,7 +222,7 @@ class Pipeline:
         if schedule.sync:
             schedule.show_gradients()
 
-    # ---- what stages share ---------------------------------------------------------------------------------------------
+    # ---- what stages share -----------------------------------------------------------------------------------------
 
     def _shared(self) -> list[Unit]:
         assert self._sharded is not None and self._sharded.cuts is not None
@@ -255,7 +256,7 @@ class Pipeline:
             unit.present = bytearray(counts.tolist())
         self._is_summed = True
 
-    # ---- evaluation ----------------------------------------------------------------------------------------------------
+    # ---- evaluation ------------------------------------------------------------------------------------------------
 
     def _evaluate(self, args: Any, kwargs: Any, for_loss: Any) -> Any:
         one = _Micro(args, kwargs, for_loss, 1.0)
@@ -284,7 +285,7 @@ class Pipeline:
             return value
         return Output(value, f"they are on the last stage, rank {self.messages.ranks[-1]}")
 
-    # ---- the end of a call ------------------------------------------------------------------------------------------------
+    # ---- the end of a call -----------------------------------------------------------------------------------------
 
     def _to_the_end(self, run: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
         """Run this stage, and tell all others how it went; return the last one's loss. Collective: the line.
@@ -295,7 +296,7 @@ class Pipeline:
         loss: torch.Tensor | None = None
         try:
             loss = run()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again once all know
             failure = error
             self.messages.fail()
         number = 0.0 if loss is None else float(loss)

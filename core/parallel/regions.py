@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from distui.core.axes.cut import part_of
 from distui.core.ranks import ops
+from distui.core.sharding.hooks import Hook
 
 
 def _sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -84,18 +85,21 @@ def _gathered(x: torch.Tensor, total: int, group: dist.ProcessGroup) -> torch.Te
     return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1).to(x.device)
 
 
+@torch.compiler.disable
 def sum_of_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Return `g` of x: the sum over the ranks. Collective."""
     found: torch.Tensor = _SumForward.apply(x, group)
     return found
 
 
+@torch.compiler.disable
 def gather_last(x: torch.Tensor, total: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Return the ranks' pieces joined along the last dimension, `total` long. Collective."""
     found: torch.Tensor = _Gather.apply(x, total, group)
     return found
 
 
+@torch.compiler.disable
 def split_last(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Return this rank's piece of the last dimension. Collective in backward."""
     found: torch.Tensor = _Split.apply(x, group)
@@ -108,19 +112,17 @@ class Region:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.index = group, dist.get_rank(group)
         self._name: str | None = None
-        self._inside: set[int] = set()
         self._given: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._before: list[torch.Tensor] = []
         self._device: torch.device | None = None
+        self._watched: set[int] = set()
 
-    def begin(self, name: str, module: torch.nn.Module, *tensors: Any) -> list[Any]:
-        """Return `f` of the tensors, once for all modules given the same; opens the region `name` where it is not.
-
-        A recomputation that ended early leaves a region open: whoever comes to it anew begins it anew.
-        """
-        if self._name != name or id(module) in self._inside:
+    @torch.compiler.disable
+    def begin(self, name: str, *tensors: Any) -> list[Any]:
+        """Return `f` of the tensors, once for all modules given the same; opens the region `name` where it is not."""
+        if self._name != name:
+            self.end()
             self._open(name, tensors[0].device)
-        self._inside.add(id(module))
         return [self._handed(value) for value in tensors]
 
     def _handed(self, x: Any) -> Any:
@@ -133,6 +135,7 @@ class Region:
         self._given.append((x, handed))
         return handed
 
+    @torch.compiler.disable
     def end(self) -> None:
         """Close the region: random numbers go on as if nobody had drawn any inside but its seed."""
         if self._name is None:
@@ -141,13 +144,21 @@ class Region:
         if len(self._before) > 1:
             torch.get_device_module(self._device).set_rng_state(self._before[1])
         self._name = None
-        self._inside.clear()
         self._given.clear()
         self._before.clear()
 
+    def ends_with(self, module: torch.nn.Module) -> None:
+        """Close the region where the forward of `module` ends by an exception: a recomputation is stopped by one."""
+
+        def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if output is None:
+                self.end()
+
+        if id(module) not in self._watched:
+            self._watched.add(id(module))
+            module.register_forward_hook(Hook(after), always_call=True)
+
     def _open(self, name: str, device: torch.device) -> None:
-        self._inside.clear()
-        self._given.clear()
         seed = int(torch.randint(2**62, ()).item()) ^ (self.index * 0x9E3779B97F4A7C15 & (2**62 - 1))
         self._name, self._device = name, device
         self._before = [torch.get_rng_state()]

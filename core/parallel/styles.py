@@ -121,9 +121,9 @@ def _begins(cutting: Cutting, module: nn.Module, region: str) -> None:
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
-            return (*cutting.region.begin(region, module, args[0]), *args[1:]), kwargs
+            return (*cutting.region.begin(region, args[0]), *args[1:]), kwargs
         key, value = next(iter(kwargs.items()))
-        return args, {**kwargs, key: cutting.region.begin(region, module, value)[0]}
+        return args, {**kwargs, key: cutting.region.begin(region, value)[0]}
 
     module.register_forward_pre_hook(Hook(before), with_kwargs=True)
 
@@ -224,7 +224,7 @@ def moe_tp_experts(cutting: Cutting, module: nn.Module, name: str, rule: Rule) -
     """Sum what the ranks' pieces of all experts give; the parameters have rules of their own."""
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return tuple(cutting.region.begin(name, module, *args)), kwargs
+        return tuple(cutting.region.begin(name, *args)), kwargs
 
     module.register_forward_pre_hook(Hook(before), with_kwargs=True)
 

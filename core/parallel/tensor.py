@@ -19,7 +19,7 @@ from distui.core.parallel.plans import plan_of
 from distui.core.parallel.regions import Region
 from distui.core.parallel.styles import STYLES, Cutting, Rule, divide, divisors, parameter
 from distui.core.ranks import ops
-from distui.core.sharding.cuts import Cuts
+from distui.core.sharding.cuts import MARK, Cuts
 from distui.core.sharding.hooks import Hook
 from distui.core.sharding.start.start import Start
 from distui.core.sharding.transport.alike import check_alike
@@ -59,6 +59,7 @@ def cut_model(model: nn.Module, axes: Axes, start: Start, text: str, given: Mapp
             packed = int(number) if number else 2 if kind == "packed_colwise" else 1
             rule = Rule(kind, packed, outer, _num_heads(cutting, modules, plan, name) if packed == 1 else 0)
             STYLES[kind](cutting, modules[name], name, rule)
+            region.ends_with(_called_around(modules, outer))
         else:
             parameter(cutting, modules[outer], own, name, Rule(kind, int(number or 1 + kind.startswith("packed"))))
     _cut_ties(cutting, modules)
@@ -70,10 +71,19 @@ def cut_model(model: nn.Module, axes: Axes, start: Start, text: str, given: Mapp
     start.cut([param for _, param, _ in cutting.cuts.values()], cuts)
     whole = [param for param in model.parameters() if id(param) not in cuts.of]
     start.share([*whole, *model.buffers()], cuts)
+    for _, param, _ in cutting.cuts.values():
+        vars(param)[MARK] = True
     for _, param, cut in cutting.partial:
         _sum_gradient(param, cut, group)
     _watch(model, region)
     return cuts
+
+
+def _called_around(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
+    """Return the module `name`, or where that is but a list, the one around it."""
+    while isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
+        name = name.rpartition(".")[0]
+    return modules[name]
 
 
 def _refuse_trained(model: nn.Module) -> None:
@@ -172,9 +182,9 @@ def _watch(model: nn.Module, region: Region) -> None:
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal seen
         region.end()
-        if not module.training or not torch.is_grad_enabled() or torch._C._current_autograd_node() is not None:
+        if not module.training or not torch.is_grad_enabled():
             return
-        if seen < LOOKED_AT:
+        if seen < LOOKED_AT and torch._C._current_autograd_node() is None:
             seen += 1
             _compare_batch((args, kwargs), region.group)
         region.share_random()

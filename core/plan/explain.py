@@ -85,7 +85,8 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
     }[strategy.activation_checkpointing]
     elements = activation_elements(model)
     cut = f" / CP={strategy.context_parallel}" if strategy.context_parallel > 1 else ""
-    cut += f" / TP={strategy.tensor_parallel}" if strategy.tensor_parallel > 1 else ""
+    if strategy.tensor_parallel > 1:
+        layer = layer.replace("E", "(4h + (E - 4h) / TP)", 1) + f", TP={strategy.tensor_parallel}"
     framework = (
         "driver context 0.5 GiB" + (", NCCL 0.3 GiB" if strategy.world_size > 1 else "")
         if rates.device_kind == "cuda"

@@ -282,14 +282,17 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
 
     With full checkpointing a layer keeps its input (h) and one layer at a time is computed again; selective does so
     for every second layer. Logits: the logits, their log-softmax, and the gradient, 3cV a token (arXiv 2205.05198 has
-    2..6 bytes a token and entry).
+    2..6 bytes a token and entry). Over TP ranks what lies inside attention and feed-forward is cut; a layer's input and
+    the ends of both norms (4h), and the logits, which are gathered, are whole on every rank (arXiv 2205.05198, eq. 2).
     """
     tokens = strategy.micro_size * model.sequence_length / strategy.context_parallel
     tensor, pipeline = strategy.tensor_parallel, strategy.pipeline_parallel
     layers = -(-model.num_layers // pipeline)
     h = model.hidden_size
-    layer = c * tokens * activation_elements(model) / tensor
-    kept_input = c * tokens * h / tensor
+    elements = activation_elements(model)
+    whole = min(elements, 4 * h)
+    layer = c * tokens * (whole + (elements - whole) / tensor)
+    kept_input = c * tokens * h
     if strategy.activation_checkpointing == "full":
         stored = layers * kept_input + layer
     elif strategy.activation_checkpointing == "selective":
@@ -298,9 +301,9 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
     else:
         stored = layers * layer
     ends = 3 * kept_input  # the embeddings' output, the last norm's input and output
-    logits = 3 * c * tokens * model.vocab_size / tensor
-    widest = 2 * (model.intermediate_size * model.experts_per_token + model.shared_intermediate_size) + 2 * h
-    working = c * tokens * widest / tensor
+    logits = 3 * c * tokens * model.vocab_size
+    widest = 2 * (model.intermediate_size * model.experts_per_token + model.shared_intermediate_size)
+    working = c * tokens * (widest / tensor + 2 * h)
     if pipeline > 1:
         # One forward, one backward: the first stage keeps the most micro-batches, the last one has the logits.
         first = min(strategy.accumulation, pipeline) * stored + working

@@ -54,9 +54,8 @@ class ProcessState:
             torch.cuda.set_device(self.device)
         if self.num_processes > 1 and not dist.is_initialized():
             self._join()
-        self.data_index: int = self.process_index
-        """Which of the ranks that have different batches this is; ranks that share a model's axes share it."""
-        self.num_data_ranks: int = self.num_processes
+        self.data_place: tuple[int, int] | None = None
+        """Which of how many batches of a moment this rank has; None where each rank has its own."""
         self.data_group: dist.ProcessGroup | None = None
         """Those that have different batches, and beside this one nobody who shares its own; None is the world."""
         self._triggered = False
@@ -132,6 +131,16 @@ class ProcessState:
     def is_last_process(self) -> bool:
         """Whether this is the highest rank."""
         return self.process_index == self.num_processes - 1
+
+    @property
+    def data_index(self) -> int:
+        """Which of the ranks that have different batches this is; those that compute one together share it."""
+        return self.process_index if self.data_place is None else self.data_place[0]
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks that have different batches, counting those that share one once."""
+        return self.num_processes if self.data_place is None else self.data_place[1]
 
     # ---- across ranks ------------------------------------------------------------------------------------------
 

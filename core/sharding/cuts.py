@@ -14,6 +14,9 @@ from distui.core.axes.tensors import assemble, take
 from distui.core.errors import UserError
 from distui.core.sharding.units.partition import UnitSpec
 
+MARK = "_distui_cut"
+"""What a parameter has in its `__dict__` that is but a piece, for as long as it lives."""
+
 
 class Cuts:
     """The cut parameters of one model by identity; what is not among them every rank of the group holds whole."""
@@ -94,4 +97,15 @@ class Cuts:
                 f"a rank has {size} of a parameter of {'x'.join(map(str, cut.shape))}, cut over {self.num_ranks} "
                 f"tensor-parallel ranks; {why}",
                 fix,
+            )
+
+
+def refuse_cut(model: nn.Module) -> None:
+    """Refuse a model that was cut for another engine: its pieces would be taken for the whole. Raises: UserError."""
+    for name, param in nn.Module.named_parameters(model):
+        if MARK in vars(param):
+            raise UserError(
+                f"{name} is a piece of {tuple(param.shape)}: the model was cut over tensor-parallel ranks before",
+                "its modules compute with pieces, and an engine would take them for the whole",
+                "build the model anew, and load engine.get_state_dict(model) of the earlier one into it",
             )

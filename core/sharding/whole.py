@@ -127,7 +127,6 @@ class WholeStates:
         fp32 masters stand for the parameters that have them. With `only_rank_0` the others get an empty dict.
         """
         keep = not only_rank_0 or self.placement.rank == 0
-        place = {id(param): (unit, index) for unit in self.units for index, param in enumerate(unit.params)}
         whole: dict[int, torch.Tensor] = {}
         self.schedule.take_writes()
         for unit in self.units:
@@ -153,7 +152,7 @@ class WholeStates:
         with self._placeholders():
             state = self.model.state_dict(keep_vars=True)
         for name, value in state.items():
-            key = params[name] if name in params else value
+            key = params.get(name, value)
             if id(key) in whole:
                 state[name] = whole[id(key)]
             elif isinstance(value, torch.Tensor):

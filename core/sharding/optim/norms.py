@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from distui.core.errors import UserError
+from distui.core.ranks import ops
 from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.optim.onebit_adam import OneBitAdam
 from distui.core.sharding.transport.transport import Transport
@@ -23,6 +25,47 @@ class Steps(Protocol):
     onebit: OneBitAdam | None
     grad_factor: float
     cuts: Cuts | None
+
+
+LOOKED_AT = 2
+"""In so many steps of the beginning gradients of whole parameters are compared over the ranks that cut the others."""
+
+
+def check_whole_gradients(optimizer: Steps, num_steps: int) -> None:
+    """Refuse gradients of whole parameters that differ between the ranks over which the others are cut. Collective.
+
+    They would drift apart from step to step. Raises: UserError on all of those ranks, in the first steps.
+    """
+    cuts = optimizer.cuts
+    if cuts is None or num_steps >= LOOKED_AT:
+        return
+    names, squares = [], []
+    for unit in optimizer.units:
+        whole = [index for index in range(len(unit.params)) if unit.cut_of(index) is None]
+        if not unit.trainable or not whole or not unit.has_gradient:
+            continue
+        with unit.gradient() as grad:
+            for index in whole:
+                pieces = [grad[start:end].double() for start, end in unit.layout.runs([index], unit.rank)]
+                squares.append(sum((piece.square().sum() for piece in pieces), torch.zeros((), dtype=torch.float64)))
+                names.append(unit.param_names[index])
+    if not names:
+        return
+    total = torch.stack([square.cpu() for square in squares])
+    total = total.to(ops.device_over(total.device, cuts.group))
+    if optimizer.units[0].placement.shards_optimizer and optimizer.transport is not None:
+        optimizer.transport.all_reduce(total).wait()
+    ends = torch.stack([total, -total])
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=cuts.group)
+    most, least = ends[0].sqrt().tolist(), (-ends[1]).sqrt().tolist()
+    for name, high, low in zip(names, most, least, strict=True):
+        if high - low > 1e-3 * high + 1e-12 and math.isfinite(high):
+            raise UserError(
+                f"the gradient of {name} is another on each tensor-parallel rank",
+                f"its norm is {low:.4g} on one and {high:.4g} on another of {cuts.num_ranks} ranks that hold it whole",
+                f"it is used on what is cut: add the rule {name.rpartition('.')[0]}=replicated_with_grad_allreduce, or "
+                "have the module before it be cut rowwise",
+            )
 
 
 def gradient_norm(optimizer: Steps, place: dict[int, set[int]] | None, norm_type: float) -> torch.Tensor:

@@ -22,7 +22,7 @@ from distui.core.sharding.optim.flat_adam import FlatAdam
 from distui.core.sharding.optim.groups import refuse_changed_groups, refuse_cut
 from distui.core.sharding.optim.growth import add_group, late_runs
 from distui.core.sharding.optim.matrices import WholeMatrices
-from distui.core.sharding.optim.norms import gradient_norm
+from distui.core.sharding.optim.norms import check_whole_gradients, gradient_norm
 from distui.core.sharding.optim.onebit_adam import OneBitAdam
 from distui.core.sharding.optim.prepared import PreparedOptimizer, prefer_fused, unfused_momentum
 from distui.core.sharding.optim.runs import (
@@ -98,6 +98,7 @@ class ShardedOptimizer(PreparedOptimizer):
         """Step the shards, then start to bring the weights to all ranks. Collective: all ranks."""
         # What is still being gathered reads the shards that the step writes.
         self._schedule.take_writes()
+        check_whole_gradients(self, self._schedule.num_steps)
         self.split_runs(lambda run: run.present)  # what has no gradient is not stepped
         with self._runs_in_groups():
             self._step(factor)

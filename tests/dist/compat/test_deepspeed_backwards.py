@@ -97,7 +97,9 @@ def _backward(engine: Any, other: Any, x: torch.Tensor, style: str, micro: int, 
         total.backward()
 
 
-def _run(library: str, stage: int, style: str, by_hidden: bool = False) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _run(
+    library: str, stage: int, style: str, by_hidden: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     warnings.simplefilter("ignore")  # DeepSpeed's own
     ProcessState()
     deepspeed = importlib.import_module(library)
@@ -142,7 +144,9 @@ def test_every_backward_gives_plain_torchs_gradients(run_ranks: RunRanks, stage:
             for found, value in zip(weights, expected, strict=False):  # of what took part
                 torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6, msg=lambda text: f"{style}: {text}")
             for grad, old, new in zip(grads, before, expected, strict=False):
-                torch.testing.assert_close(grad, (old - new) / LR, rtol=1e-4, atol=1e-5, msg=lambda text: f"{style}: {text}")
+                torch.testing.assert_close(
+                    grad, (old - new) / LR, rtol=1e-4, atol=1e-5, msg=lambda text: f"{style}: {text}"
+                )
 
 
 def _by_hidden(library: str) -> list[list[torch.Tensor]]:
@@ -178,9 +182,7 @@ def _overflow(stage: int, format_: str, checks: bool) -> bool:
     if format_ == "bf16":
         config |= {"bf16": {"enabled": True, "check_grad_overflow": checks}}
     model = _model(0)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=LR), config=config
-    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=LR), config=config)
     x = _input(0, 0).to(torch.bfloat16 if format_ == "bf16" else torch.float32)
     engine.backward(engine(x * (math.nan if engine.global_rank else 1.0))[0].float())
     engine.step()

@@ -20,7 +20,15 @@ from tests.dist.sharding.trainings import KINDS, STAGES, Result, compare_kinds, 
 if TYPE_CHECKING:
     from tests.dist.rank_pool import RunRanks
 
-FILES = (kinds_of_blocks, kinds_of_changes, kinds_of_models, kinds_of_optimizers, kinds_of_saving, kinds_of_several, kinds_of_steps)
+FILES = (
+    kinds_of_blocks,
+    kinds_of_changes,
+    kinds_of_models,
+    kinds_of_optimizers,
+    kinds_of_saving,
+    kinds_of_several,
+    kinds_of_steps,
+)
 
 
 def _compare(names: list[str], num_ranks: int, stage: int) -> list[str]:

@@ -72,7 +72,6 @@ def test_sizes_that_do_not_fit_come_with_the_nearest_that_do(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("strategy.tensor_parallel", "2"),
         ("strategy.pipeline_parallel", "2"),
         ("strategy.context_parallel", "2"),
         ("strategy.expert_parallel", "4"),
@@ -173,6 +172,21 @@ def test_checkpoint_folder_is_made_later_but_must_be_possible(tmp_path: Path, mo
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     (problem,) = found_in(checkpoint__dir=str(tmp_path / "a"))
     assert "is not writable" in problem.what and f"uid {os.getuid()}" in problem.why
+
+
+def test_what_does_not_go_with_tensor_parallelism_is_refused() -> None:
+    found = found_in(
+        strategy__tensor_parallel="2", compression__gradients="int8", optimizer__state_bits="8", cluster__nproc="4"
+    )
+    assert [problem.path for problem in found] == ["compression.gradients", "optimizer.state_bits"]
+    assert (
+        "gradients=int8 with tensor_parallel=2" in found[0].what and "or strategy.tensor_parallel to 1" in found[0].fix
+    )
+    (problem,) = found_in(strategy__tensor_plan="blocks.*.up=colwise")
+    assert problem.path == "strategy.tensor_plan" and "tensor_parallel=1" in problem.what
+    (problem,) = found_in(strategy__shard_size="2", cluster__nproc="4")
+    assert problem.what == "shard_size=2 is not available in this version"
+    assert not found_in(strategy__tensor_parallel="2", cluster__nproc="4", batch__global_size="6")
 
 
 def test_parallel_axes_must_divide_the_ranks() -> None:

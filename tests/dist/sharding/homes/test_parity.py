@@ -70,8 +70,6 @@ def _loss(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(ids_BT[:, :-1]).float().flatten(0, 1), ids_BT[:, 1:].flatten())
 
 
-
-
 def _plain() -> Trained:
     model, optimizer = _build(0)
     losses, norms = [], []
