@@ -362,7 +362,8 @@ def prepare_loader(
     """Give each rank its slice of every global batch of `loader`.
 
     `micro_size` None takes the loader's own batch size as each rank's, `pieces` times where a pipeline cuts it. The
-    order is that of one process (see `SampleOrder`), for any number of ranks; an iterable data set must yield the same stream on every rank.
+    order is that of one process (see `SampleOrder`), for any number of ranks; an iterable data set must yield the same
+    stream on every rank.
 
     Raises: UserError for a loader that is divided among ranks already, or makes batches against `micro_size`.
     """

@@ -2,6 +2,7 @@
 
 Way in: `tensor.cut_model`, by a plan that `plans` finds; `styles` says how a module is cut, `families` how those of
 known models are, `regions` holds the collectives around what is cut and the random numbers inside. Classes, names and
-`isinstance` stay. `pipeline` runs a model whose blocks lie on several ranks: `stages` makes a stage of it, `messages` is what stages send.
-Must not know optimizers, checkpoints or backends.
+`isinstance` stay. `pipeline` runs a model whose blocks lie on several ranks: `stages` makes a stage of it, `messages`
+is what stages send, `outside` a loss that the model does not compute. Must not know
+optimizers, checkpoints or backends.
 """

@@ -2,7 +2,7 @@
 
 Every message has a head of fixed size on a group of its own on the CPU: formats and shapes, so that these may change
 with every micro-batch, or that the sender failed, so that nobody waits for what never comes. A send is kept until it is
-over, and is never waited for inside the schedule: a rank that waits for a send may be the one that its receiver waits for.
+over, and is never waited for inside the schedule: who waits for a send may be the one that its receiver waits for.
 """
 
 from __future__ import annotations

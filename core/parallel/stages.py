@@ -1,10 +1,10 @@
 """A stage of a pipeline, made of a model without a change to it.
 
 Every rank runs the model's own forward on the same batch. Blocks that it does not hold give back at once what was
-received from the stage before, modules in front of its first block give placeholders, and behind its last block a private
-exception leaves the forward; so masks, positions and whatever else lies around the blocks are computed as ever, on each
-rank. What would make this another computation is looked for and refused: blocks called in another order, anything done to
-the hidden state between two blocks, placeholders (NaN) that reach a block by another way.
+received from the stage before, modules in front of its first block give placeholders, and behind its last block a
+private exception leaves the forward; so masks, positions and whatever else lies around the blocks are computed as ever,
+on each rank. What would make this another computation is looked for and refused: blocks called in another order, a hidden
+state that is changed between two blocks, placeholders (NaN) that reach a block by another way.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Stage:
         if len(self.blocks) < self.num_stages:
             raise UserError(
                 f"pipeline_parallel={self.num_stages} with {len(self.blocks)} blocks in {type(model).__name__}",
-                "each stage holds one block at least; blocks are modules of one class in a ModuleList or Sequential, or "
-                "of the classes that the model names in _no_split_modules",
+                "each stage holds one block at least; blocks are modules of one class in a ModuleList or Sequential, "
+                "or of the classes that the model names in _no_split_modules",
                 f"set strategy.pipeline_parallel to {max(1, len(self.blocks))} or less",
             )
         self._place_modules()
