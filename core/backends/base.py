@@ -40,6 +40,8 @@ class Backend(Beside, ABC):
 
     axes: Axes | None = None
     """Where several ranks share a batch: the groups of all axes; `group` is then the one that shards states."""
+    cuts: Mapping[int, Cut] = MappingProxyType({})
+    """Which parameters of the prepared models are pieces of whole ones, by identity."""
     plan: Mapping[str, str] = MappingProxyType({})
     """How the script has the model that is being prepared cut over tensor-parallel ranks; empty leaves it to others."""
 
@@ -137,11 +139,8 @@ class Backend(Beside, ABC):
 
     def param_shapes(self, model: nn.Module) -> dict[str, list[int]]:
         """Return the whole shape of every parameter by name, each once."""
-        return {name: list(param.shape) for name, param in nn.Module.named_parameters(model)}
-
-    def cuts_of(self, model: nn.Module) -> Mapping[int, Cut]:
-        """Return which parameters are pieces of whole ones, by identity."""
-        return MappingProxyType({})
+        named = dict(nn.Module.named_parameters(model))
+        return {name: list(self.cuts[id(p)].shape if id(p) in self.cuts else p.shape) for name, p in named.items()}
 
     # ---- accounting ----------------------------------------------------------------------------------------------
 

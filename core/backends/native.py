@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distui.core.axes.cut import Cut
 from distui.core.backends.base import Backend, Part
 from distui.core.backends.native_beside import NativeBeside
 from distui.core.config.check import offload_problems, pipeline_problems, tensor_problems, unavailable
@@ -59,6 +58,10 @@ class NativeBackend(NativeBeside, Backend):
 
                 assert start is not None
                 cuts = cut_model(model, self.axes, start, strategy.tensor_plan, self.plan)
+                if (group := self.axes["cp"]) is not None:
+                    from distui.core.parallel.sequence import SequenceCut
+
+                    SequenceCut(model, group)
                 if self.axes.size("pp") > 1:
                     from distui.core.parallel.pipeline import pipelined
 
@@ -66,6 +69,7 @@ class NativeBackend(NativeBeside, Backend):
                         model, self.axes, strategy.pipeline_schedule, self.num_micro, self.loss_of, self.loss_factor
                     )
                     cuts = pipeline.stage.hold(self.axes, start)
+                self.cuts = {**self.cuts, **(cuts.of if cuts is not None else {})}
             precision, home = self.config.precision, self.config.offload
             self._models[id(model)] = ShardedModel(
                 model,
@@ -230,18 +234,6 @@ class NativeBackend(NativeBeside, Backend):
         assert isinstance(optimizer, ShardedOptimizer)
         return native_items.optimizer_items(optimizer, part)
 
-    def param_shapes(self, model: nn.Module) -> dict[str, list[int]]:
-        """Return the whole shape of every parameter by name, each once."""
-        cuts = self.sharded(model).cuts
-        if cuts is None:
-            return super().param_shapes(model)
-        return {name: list(cuts.shape(param)) for name, param in nn.Module.named_parameters(model)}
-
-    def cuts_of(self, model: nn.Module) -> Mapping[int, Cut]:
-        """Return which parameters are pieces of whole ones, by identity."""
-        cuts = self.sharded(model).cuts
-        return super().cuts_of(model) if cuts is None else cuts.of
-
     def allocate_states(self, optimizer: PreparedOptimizer, saved: Mapping[str, Any]) -> None:
         """Let the optimizer have exactly the states that the checkpoint has."""
         from distui.core.backends import native_items
@@ -294,3 +286,4 @@ class NativeBackend(NativeBeside, Backend):
             cast.remove()
         self._casts.clear()
         self._models.clear()
+        self.cuts = {}

@@ -54,7 +54,9 @@ def _not_available(path: str, value: object, now: str) -> Problem:
 
 def unavailable(config: Config) -> Iterator[Problem]:
     """Yield what the schema knows and this version does not do."""
-    for axis in ("context_parallel", "expert_parallel"):
+    if (method := config.strategy.context_method) == "ring":
+        yield _not_available("strategy.context_method", f"context_method={method}", "auto or ulysses")
+    for axis in ("expert_parallel",):
         if (size := getattr(config.strategy, axis)) > 1:
             yield _not_available(f"strategy.{axis}", f"{axis}={size}", "1")
     if size := config.strategy.shard_size:
@@ -264,8 +266,9 @@ def pipeline_problems(config: Config) -> Iterator[Problem]:
         yield _not_available(
             "strategy.pipeline_schedule", f"pipeline_schedule={strategy.pipeline_schedule}", "1f1b or gpipe"
         )
-    if strategy.tensor_parallel > 1:
-        yield _not_available("strategy.tensor_parallel", f"tensor_parallel with pipeline_parallel={size}", "1")
+    for axis in ("tensor_parallel", "context_parallel"):
+        if (other := getattr(strategy, axis)) > 1:
+            yield _not_available(f"strategy.{axis}", f"{axis}={other} with pipeline_parallel={size}", "1")
     off: list[tuple[str, str, object, object]] = [
         ("compression", "gradients", config.compression.gradients, "none"),
         ("compression", "weights", config.compression.weights, "none"),

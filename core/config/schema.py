@@ -77,6 +77,9 @@ class StrategySection(Section):
         "1f1b", "the order of a pipeline's forwards and backwards"
     )
     context_parallel: PositiveInt = _field(1, "ranks that share each sequence")
+    context_method: Literal["auto", "ring", "ulysses"] = _field(
+        "auto", "how they attend: ulysses gives each rank the whole sequence of its heads; auto takes what can run"
+    )
     expert_parallel: PositiveInt = _field(1, "ranks that share the experts of a mixture-of-experts model")
 
 

@@ -20,7 +20,7 @@ def say_started(engine: States, dtype: str) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     num_parameters = 0
     for model in engine._models:
-        cuts = engine.backend.cuts_of(model)
+        cuts = engine.backend.cuts
         num_parameters += sum(cuts[id(p)].numel if id(p) in cuts else p.numel() for p in model.parameters())
     peak, strategy = device_peak_flops(device, dtype), engine.config.summary()
     engine.telemetry.rank_started(str(device), name, num_parameters, peak, strategy=strategy)

@@ -131,7 +131,7 @@ class States(Tracking):
 
         Raises: UserError that lists what does not fit.
         """
-        cuts = self.backend.cuts_of(model)
+        cuts = self.backend.cuts
         files = agreed(lambda: WeightFiles(folder, model, strict, cuts), self.backend.group)
         self.backend.load_full_state_dict(model, files, strict=False)
 
@@ -158,8 +158,8 @@ class States(Tracking):
         if self.backend.axes is not None:
             raise UserError(
                 "use_kernels with axes that cut the model",
-                "a kernel takes a module's parameters for the whole, and each rank has pieces of them",
-                "leave the kernels out, or set strategy.tensor_parallel to 1",
+                "a kernel takes a module's parameters and tokens for the whole, and each rank has pieces of them",
+                "leave the kernels out, or set strategy.tensor_parallel and context_parallel to 1",
             )
         if undo:
             undo_kernels(model)

@@ -334,7 +334,7 @@ class _Told(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
         if abs(float(grad) - ctx.factor) > 1e-6 * abs(ctx.factor):
             raise UserError(
                 f"the loss of a pipelined model was multiplied by {float(grad) / ctx.factor:g} before the backward",

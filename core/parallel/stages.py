@@ -3,8 +3,8 @@
 Every rank runs the model's own forward on the same batch. Blocks that it does not hold give back at once what was
 received from the stage before, modules in front of its first block give placeholders, and behind its last block a
 private exception leaves the forward; so masks, positions and whatever else lies around the blocks are computed as ever,
-on each rank. What would make this another computation is looked for and refused: blocks called in another order, a hidden
-state that is changed between two blocks, placeholders (NaN) that reach a block by another way.
+on each rank. What would make this another computation is looked for and refused: blocks called in another order, a
+hidden state that is changed between two blocks, placeholders (NaN) that reach a block by another way.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,18 +14,16 @@ from distui.core.axes.groups import Axes
 from distui.core.axes.tensors import put, take
 from distui.core.errors import UserError
 from distui.core.parallel.attention import cut_attention
+from distui.core.parallel.batches import LOOKED_AT, compare_batch
 from distui.core.parallel.plans import plan_of
 from distui.core.parallel.regions import Region
 from distui.core.parallel.styles import STYLES, Cutting, Rule, divide, divisors, parameter
-from distui.core.ranks import ops
 from distui.core.sharding.cuts import MARK, Cuts
 from distui.core.sharding.hooks import Hook
 from distui.core.sharding.start.start import Start
 from distui.core.sharding.transport.alike import check_alike
 from distui.core.sharding.units.guarded import place_of
 
-LOOKED_AT = 2
-"""So many batches of the beginning are compared over the ranks that must have the same."""
 _HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
@@ -186,24 +183,7 @@ def _watch(model: nn.Module, region: Region) -> None:
             return
         if seen < LOOKED_AT and torch._C._current_autograd_node() is None:
             seen += 1
-            _compare_batch((args, kwargs), region.group)
+            compare_batch((args, kwargs), region.group, "tensor-parallel")
         region.share_random()
 
     model.register_forward_pre_hook(Hook(before), with_kwargs=True, prepend=True)
-
-
-def _compare_batch(batch: Any, group: dist.ProcessGroup) -> None:
-    """Raise UserError on all ranks where they do not have the same batch. Collective."""
-    digest = hashlib.blake2b(digest_size=7)
-    for path, tensor in ops.iter_tensors(batch):
-        digest.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    own = int.from_bytes(digest.digest(), "big")
-    ends = torch.tensor([own, -own], device=ops.object_device(group))
-    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
-    if int(ends[0]) != -int(ends[1]):
-        raise UserError(
-            "tensor-parallel ranks were given different batches",
-            f"{dist.get_world_size(group)} ranks compute one forward together, and what it was given differs",
-            "prepare the loader (engine.prepare gives them the same samples), and draw nothing by a rank's own seed",
-        )

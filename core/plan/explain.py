@@ -194,8 +194,8 @@ def _time(timing: Timing, strategy: Strategy) -> list[Term]:
         (
             "context-parallel communication",
             timing.context_s,
-            "3 x 2c x tokens x kv heads x (CP-1) a layer beyond the attention beside it",
-            "ring attention, arXiv 2310.01889",
+            "8 all-to-alls a layer of c x tokens x heads x (CP-1)/CP, of keys at least CP heads",
+            "Ulysses, arXiv 2309.14509",
         ),
         (
             "expert-parallel communication",

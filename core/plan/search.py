@@ -197,22 +197,24 @@ def _expert_sizes(request: Request, data: int) -> list[int]:
 def _model_parallel(request: Request) -> Iterator[tuple[int, int, int]]:
     """Yield (tensor, pipeline, context) sizes.
 
-    Tensor within a node and dividing the heads, a layer a stage at least, and sequences cut into two equal pieces for
-    each context rank (causal attention pairs an early piece with a late one), of MIN_CONTEXT_TOKENS together.
+    Tensor within a node and dividing the heads, a layer a stage at least, sequences cut into equal pieces of
+    MIN_CONTEXT_TOKENS at least, and for each context rank as many of the heads that a tensor rank has.
     """
     model, world = request.model, request.world_size
     sizes = [1 << power for power in range(8)]
     contexts = [
         size
         for size in sizes
-        if size == 1
-        or (model.sequence_length % (2 * size) == 0 and model.sequence_length // size >= MIN_CONTEXT_TOKENS)
+        if size == 1 or (model.sequence_length % size == 0 and model.sequence_length // size >= MIN_CONTEXT_TOKENS)
     ]
     for tensor, pipeline, context in itertools.product(sizes, sizes, contexts):
         cut = tensor * pipeline * context
         if tensor > request.ranks_per_node or world % cut or pipeline > model.num_layers:
             continue
         if model.num_heads % tensor or (model.num_kv_heads % tensor and tensor % model.num_kv_heads):
+            continue
+        heads, shared = model.num_heads // tensor, max(1, model.num_kv_heads // tensor)
+        if heads % context or (shared % context and context % shared):
             continue
         # Ranks of a CPU host gain nothing from cutting the model.
         if cut > 1 and request.hardware.device_kind == "cpu":

@@ -141,8 +141,7 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
         else:
             tensor_s += 2 * m * (c * tokens * model.hidden_size / tensor / beta + alpha)
 
-    context_s, context_hidden_s = _context(model, strategy, rates, tokens, layers, forward_s, recomputed, missing)
-    hidden_s += m * context_hidden_s
+    context_s = _context(model, strategy, rates, tokens, layers, recomputed, missing)
     expert_s = _experts(model, strategy, rates, tokens, layers, recomputed, missing)
 
     stepped = S if stage >= 1 else P
@@ -214,29 +213,26 @@ def _context(
     rates: Rates,
     tokens: float,
     layers: int,
-    forward_s: float,
     recomputed: float,
     missing: list[str],
-) -> tuple[float, float]:
-    """Return exposed and hidden seconds a micro-batch of passing keys and values around the ring of a sequence's ranks.
+) -> float:
+    """Return seconds a micro-batch of exchanging pieces of sequences for heads around each layer's attention.
 
-    Each layer's forward passes K and V, its backward K, V and their gradients, each beside the attention that it feeds.
-    Source: ring attention, arXiv 2310.01889.
+    Four all-to-alls a layer, of queries, keys, values and what attention gives, forward and backward; none is hidden.
+    Heads of keys that are fewer than the ranks are sent to several. Source: Ulysses, arXiv 2309.14509, section 3.2.
     """
     ranks = strategy.context_parallel
     if ranks == 1:
-        return 0.0, 0.0
+        return 0.0
     beta, alpha = link(rates, ranks, strategy.tensor_parallel)
     if beta is None:
         missing.append(missing_link(rates, ranks * strategy.tensor_parallel > rates.ranks_per_node))
-        return 0.0, 0.0
+        return 0.0
     head = model.head_size or model.hidden_size // model.num_heads
     c = 4 if strategy.dtype == "fp32" else 2
-    volume = 2 * c * tokens * model.num_kv_heads * head / strategy.tensor_parallel
-    passes = 3 + recomputed
-    ring_s = layers * passes * (ranks - 1) * (volume / beta + alpha)
-    attention_s = passes * forward_s * min(1.0, model.attention_flops / model.forward_flops)
-    return _overlap(ring_s, attention_s, rates.device_kind)
+    shared = max(model.num_kv_heads / strategy.tensor_parallel, ranks)
+    volume = c * tokens * 2 * (model.num_heads / strategy.tensor_parallel + shared) * head * (ranks - 1) / ranks
+    return layers * (2 + recomputed) * (volume / beta + 4 * alpha)
 
 
 def _experts(

@@ -40,11 +40,6 @@ class Cuts:
         cut = self.of.get(id(param))
         return self.index == 0 if cut is None else cut.is_owner
 
-    def shape(self, param: torch.Tensor) -> tuple[int, ...]:
-        """Return the whole shape."""
-        cut = self.of.get(id(param))
-        return tuple(param.shape) if cut is None else cut.shape
-
     def assemble(self, param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
         """Return the whole of what every rank has its piece of, which lies as `param` does. Collective: the group."""
         cut = self.of.get(id(param))

@@ -22,6 +22,17 @@ class NotOffered(UserError, NotImplementedError):
         return f"{self.what}: {self.why}; instead, {self.fix}"
 
 
+def refuse_axes(strategy: Any, face: str) -> None:
+    """Refuse axes inside a model where a face counts batches by ranks. Raises: NotOffered."""
+    for axis in ("tensor", "pipeline", "context"):
+        if (size := getattr(strategy, f"{axis}_parallel")) > 1:
+            raise NotOffered(
+                f"strategy.{axis}_parallel={size} under {face} is not offered by distui",
+                "this face gives every rank samples of its own, and such ranks share theirs",
+                f"use distui.Engine in the script, or set strategy.{axis}_parallel to 1",
+            )
+
+
 class NotInstalled(NotOffered, ImportError):
     """A part of another trainer's API that needs a library which is not here."""
 

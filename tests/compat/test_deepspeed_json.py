@@ -14,7 +14,8 @@ from distui.compat.deepspeed.configuration import settle
 from distui.compat.deepspeed.lr_schedules import SCHEDULES, build_schedule
 from distui.compat.deepspeed.optim.optimizers import build_optimizer
 from distui.compat.deepspeed.precision import scaler_of
-from distui.compat.not_offered import NotOffered
+from distui.compat.not_offered import NotOffered, refuse_axes
+from distui.core.config.schema import StrategySection
 from distui.core.errors import ConfigError, UserError
 
 MICRO = "train_micro_batch_size_per_gpu"
@@ -222,7 +223,7 @@ def test_what_needs_no_axis_of_its_own_is_taken() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
     deepspeed.set_autotp_mode(training=True)
     assert deepspeed.tp_model_init(model, tp_size=1, dtype=torch.float32) is model
-    with pytest.raises(NotOffered, match="tensor parallelism is not in this version"):
+    with pytest.raises(NotOffered, match="tensor parallelism is not offered by this face"):
         deepspeed.tp_model_init(model, tp_size=2, dtype=torch.float32)
     deepspeed.set_optimizer_flags(type("Config", (), {"optimizer_name": "muon"}), model)
     assert [param.use_muon for param in model.parameters()] == [True, False, True, False]
@@ -260,3 +261,10 @@ def test_every_public_name_is_offered_or_refused_with_the_way_around() -> None:
         importlib.import_module("distui.compat.deepspeed.no_such_module")
     members = "allreduce_gradients was_step_applied get_mom set_train_batch_size no_sync module_state_dict scale"
     assert all(hasattr(deepspeed.DeepSpeedEngine, name) for name in members.split()[1:])
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "context"])
+def test_axes_of_the_jobs_settings_are_refused_under_a_face(axis: str) -> None:
+    refuse_axes(StrategySection(), "DeepSpeed's names")
+    with pytest.raises(NotOffered, match=f"strategy.{axis}_parallel=2 under DeepSpeed's names"):
+        refuse_axes(StrategySection.model_validate({f"{axis}_parallel": 2}), "DeepSpeed's names")

@@ -36,6 +36,7 @@ from distui.compat.accelerate.utils.deepspeed import (
     schedule_of,
 )
 from distui.compat.accelerate.utils.other import compile_regions, extract_model_from_parallel
+from distui.compat.not_offered import refuse_axes
 from distui.core.backends.ddp import DDPBackend
 from distui.core.engine.batches import tell_changed_batch
 from distui.core.engine.engine import Engine
@@ -133,6 +134,7 @@ class Accelerator(Steps, Saving):
         )
         sections: dict[str, Any] = settled.sections
         self.engine = Engine(**sections)
+        refuse_axes(self.engine.config.strategy, "Accelerate's names")
         if isinstance(self.engine.backend, DDPBackend) and self.handlers.ddp is not None:
             self.engine.backend.comm_hook = self.handlers.ddp.hook()
         self._autocast_dtype = settled.autocast_dtype

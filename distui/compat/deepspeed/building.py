@@ -18,7 +18,7 @@ from distui.compat.deepspeed.lr_schedules import build_schedule
 from distui.compat.deepspeed.optim.optimizers import build_optimizer
 from distui.compat.deepspeed.parameters import tell_of
 from distui.compat.deepspeed.precision import OwnOutputs, scaler_of
-from distui.compat.not_offered import NotOffered
+from distui.compat.not_offered import NotOffered, refuse_axes
 from distui.core.engine.engine import Engine
 from distui.core.errors import UserError
 
@@ -88,6 +88,7 @@ def initialize(
     settings = settle(_config_of(args, config, config_params), comm.get_world_size())
     sections: dict[str, Any] = settings.sections
     engine = Engine(**sections)
+    refuse_axes(engine.config.strategy, "DeepSpeed's names")
     engine.scaler = scaler_of(settings)
     if settings.get("disable_python_gc", False):
         gc.disable()

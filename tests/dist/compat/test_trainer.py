@@ -216,8 +216,8 @@ def _refused(folder: str) -> str:
 def test_what_another_engine_saved_or_chose_is_refused(run_ranks: RunRanks, tmp_path: Path) -> None:
     text, _ = run_ranks(_refused, 2, str(tmp_path))
     assert "saved by Trainer without distui" in text
-    assert "tensor parallelism is not in this version's engine" in text
-    assert "context parallelism is not in this version's engine" in text
+    assert "tensor parallelism is not offered by this face" in text
+    assert "context parallelism is not offered by this face" in text
     assert "shards over all ranks of the job" in text
     assert "total_size (3) does not match num_processes (2)" in text
 

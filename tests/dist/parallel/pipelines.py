@@ -30,10 +30,11 @@ def model_of(name: str, seed: int) -> nn.Module:
         return deep_llama().train()
     if name != "frozen":
         return build(name, seed)
-    model = build("llama", seed)
+    model: Any = build("llama", seed)
     model.model.embed_tokens.requires_grad_(False)
     model.model.layers[0].requires_grad_(False)
-    return model
+    found: nn.Module = model
+    return found
 
 
 def outside(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

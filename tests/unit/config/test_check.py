@@ -72,7 +72,7 @@ def test_sizes_that_do_not_fit_come_with_the_nearest_that_do(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("strategy.context_parallel", "2"),
+        ("strategy.context_method", "ring"),
         ("strategy.expert_parallel", "4"),
         ("cluster.max_restarts", "1"),
     ],
@@ -191,11 +191,11 @@ def test_what_does_not_go_with_tensor_parallelism_is_refused() -> None:
 def test_what_does_not_go_with_a_pipeline_is_refused() -> None:
     found = found_in(
         strategy__pipeline_parallel="2", strategy__pipeline_schedule="zbv", strategy__tensor_parallel="2",
-        compression__gradients="onebit", offload__optimizer="cpu", optimizer__state_bits="8", strategy__zero_stage="1",
+        strategy__context_parallel="2", compression__gradients="onebit", offload__optimizer="cpu", optimizer__state_bits="8", strategy__zero_stage="1",
     )  # fmt: skip
     paths = {problem.path for problem in found}
-    assert {"strategy.pipeline_schedule", "strategy.tensor_parallel", "compression.gradients"} < paths
-    assert {"offload.optimizer", "optimizer.state_bits"} < paths
+    assert {"strategy.pipeline_schedule", "strategy.tensor_parallel", "strategy.context_parallel"} < paths
+    assert {"compression.gradients", "offload.optimizer", "optimizer.state_bits"} < paths
     for backend in ("ddp", "fsdp2", "deepspeed"):
         stage = "0" if backend == "ddp" else "3"
         found = found_in(strategy__backend=backend, strategy__pipeline_parallel="2", strategy__zero_stage=stage)

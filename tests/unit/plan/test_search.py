@@ -333,7 +333,8 @@ NOT_IN_THE_STEP = ("step", "hidden communication", "latency of a collective")
 )
 def test_every_plan_is_sound(model: str, hardware: str, options: dict[str, object]) -> None:
     machine = {"cpu": cpu_machine(3), "measured": measured_machine(2)}.get(hardware) or parse_hardware(hardware)
-    plans = plan_all(load_model(model), machine, **options)  # type: ignore[arg-type]
+    shapes = load_model(model)
+    plans = plan_all(shapes, machine, **options)  # type: ignore[arg-type]
     assert plans
     for plan in plans:
         assert plan.why.strip()
@@ -342,6 +343,7 @@ def test_every_plan_is_sound(model: str, hardware: str, options: dict[str, objec
         assert plan.tokens_per_s is None or plan.tokens_per_s > 0
         cut = plan.tensor_parallel * plan.pipeline_parallel * plan.context_parallel
         assert plan.world_size == cut * plan.data_parallel
+        assert not shapes.num_heads // plan.tensor_parallel % plan.context_parallel
         assert plan.data_parallel % plan.expert_parallel == 0
         Config.model_validate(plan.to_config())
         if plan.fits:

@@ -82,7 +82,7 @@ class MegatronLMPlugin:
                 own = "it is a setting of Megatron-LM's own models, data and schedule, which are not there"
                 raise NotOffered(
                     f"MegatronLMPlugin({name}={value!r}) is not offered by distui",
-                    "axes inside a model are not in this version's engine" if name in _AXES else own,
+                    "axes inside a model are not offered by this face" if name in _AXES else own,
                     _WAYS.get(name, f"leave it at {without}, and let the script's own model and loop do it"),
                 )
         if recompute_granularity not in (None, "full", "selective"):

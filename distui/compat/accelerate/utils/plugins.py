@@ -239,7 +239,7 @@ class ParallelismConfig:
                 axis = {"tp": "tensor", "cp": "context", "sp": "sequence"}[name[:2]]
                 raise NotOffered(
                     f"ParallelismConfig({name}={getattr(self, name)}) is not offered by distui",
-                    f"{axis} parallelism is not in this version's engine",
+                    f"{axis} parallelism is not offered by this face, which gives every rank samples of its own",
                     f"leave {name} at 1, and shard over all ranks: dp_shard_size={num_processes}",
                 )
         if (self.dp_replicate_size or 1) > 1 and (self.dp_shard_size or 1) > 1:

@@ -25,7 +25,7 @@ def record_tp_model_init_args(
     if tp_size != 1:
         raise NotOffered(
             f"tp_model_init(tp_size={tp_size}) is not offered by distui",
-            "tensor parallelism is not in this version's engine",
+            "tensor parallelism is not offered by this face; distui.Engine has it as strategy.tensor_parallel",
             'shard over all ranks: "zero_optimization": {"stage": 3}',
         )
 
