@@ -14,7 +14,8 @@ def take(whole: torch.Tensor, cut: Cut) -> torch.Tensor:
     found = whole.view(cut.shape)
     for dim, pieces in enumerate(cut.pieces):
         if pieces != ((0, cut.shape[dim]),):
-            found = torch.cat([found.narrow(dim, begin, length) for begin, length in pieces], dim)
+            parts = [found.narrow(dim, begin, length) for begin, length in pieces]
+            found = torch.cat(parts, dim) if parts else found.narrow(dim, 0, 0)
     return found.clone(memory_format=torch.contiguous_format) if found.data_ptr() == whole.data_ptr() else found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -44,6 +44,13 @@ class Backend(Beside, ABC):
     """Which parameters of the prepared models are pieces of whole ones, by identity."""
     plan: Mapping[str, str] = MappingProxyType({})
     """How the script has the model that is being prepared cut over tensor-parallel ranks; empty leaves it to others."""
+
+    loss_of: Callable[..., torch.Tensor] | None = None
+    """What computes the loss outside of the model that is being prepared, where the script gave that to prepare."""
+    num_micro = 1
+    """Into how many micro-batches a pipeline cuts what the model is called with."""
+    loss_factor: Callable[[], float] = staticmethod(lambda: 1.0)
+    """What a loss is multiplied by for its backward."""
 
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
         """`group` is the data-parallel group; None where the script runs as one process."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch import nn
 
 from distui.core.backends.base import Backend, Part
 from distui.core.backends.native_beside import NativeBeside
-from distui.core.config.check import offload_problems, tensor_problems, unavailable
+from distui.core.config.check import offload_problems, pipeline_problems, tensor_problems, unavailable
 from distui.core.config.schema import Config
 from distui.core.errors import ConfigError, UserError
 from distui.core.ranks.precision import DTYPES, apply_border_casts
@@ -25,6 +26,9 @@ from distui.core.sharding.sharded import ShardedModel
 from distui.core.sharding.start.weight_files import WeightFiles
 from distui.core.sharding.transport.compression import Compression
 
+if TYPE_CHECKING:  # pipelines and cut models are few; their files are read where there is one
+    from distui.core.parallel.pipeline import Pipeline
+
 
 class NativeBackend(NativeBeside, Backend):
     """One `ShardedModel` a model; an optimizer steps one of them."""
@@ -36,6 +40,7 @@ class NativeBackend(NativeBeside, Backend):
         super().__init__(config, group)
         self._models: dict[int, ShardedModel] = {}
         self._casts: list[Any] = []
+        self._pipelines: dict[int, Pipeline] = {}
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Lay `model` out in flat buffers, in place, a unit at a time. Collective."""
@@ -43,24 +48,32 @@ class NativeBackend(NativeBeside, Backend):
         if id(model) not in self._models:
             # A script that runs without `distui launch` has not been checked.
             problems = [*unavailable(self.config), *offload_problems(self.config), *tensor_problems(self.config)]
+            problems += pipeline_problems(self.config)
             if problems:
                 raise ConfigError(problems)
-            cuts = None
+            cuts, pipeline, strategy = None, None, self.config.strategy
             refuse_cut(model)
             if self.axes is not None:
                 from distui.core.parallel.tensor import cut_model
 
                 assert start is not None
-                cuts = cut_model(model, self.axes, start, self.config.strategy.tensor_plan, self.plan)
-                self.cuts = {**self.cuts, **(cuts.of if cuts is not None else {})}
+                cuts = cut_model(model, self.axes, start, strategy.tensor_plan, self.plan)
                 if (group := self.axes["cp"]) is not None:
                     from distui.core.parallel.sequence import SequenceCut
 
                     SequenceCut(model, group)
+                if self.axes.size("pp") > 1:
+                    from distui.core.parallel.pipeline import pipelined
+
+                    pipeline = pipelined(
+                        model, self.axes, strategy.pipeline_schedule, self.num_micro, self.loss_of, self.loss_factor
+                    )
+                    cuts = pipeline.stage.hold(self.axes, start)
+                self.cuts = {**self.cuts, **(cuts.of if cuts is not None else {})}
             precision, home = self.config.precision, self.config.offload
             self._models[id(model)] = ShardedModel(
                 model,
-                stage=self.config.strategy.zero_stage,
+                stage=strategy.zero_stage,
                 group=self.group,
                 compute_dtype=None if precision.dtype == "fp32" else DTYPES[precision.dtype],
                 reduce_in_fp32=precision.reduce_dtype == "fp32",
@@ -71,6 +84,10 @@ class NativeBackend(NativeBeside, Backend):
                 optimizer_of=self.optimizer_of,
                 cuts=cuts,
             )
+            if pipeline is not None:
+                self._pipelines[id(model)] = pipeline
+                pipeline.before_micro = functools.partial(self._before_backward_of, self._models[id(model)])
+                pipeline.begin(self._models[id(model)])
             if precision.dtype != "fp32":
                 self._casts += apply_border_casts(model, DTYPES[precision.dtype])
         return model
@@ -123,16 +140,23 @@ class NativeBackend(NativeBeside, Backend):
     def before_backward(self) -> None:
         """Take the gradients that plain code may see back from the parameters."""
         for sharded in self._models.values():
-            sharded.schedule.hide_gradients()
-            sharded.follow_requires_grad()
-            sharded.schedule.weigh(self._weight)
-            if len(self._models) == 1:
-                # This backward is this model's, even where its loss reaches no parameter on this rank.
-                sharded.schedule.open()
+            if id(sharded.model) not in self._pipelines:
+                self._before_backward_of(sharded)
+
+    def _before_backward_of(self, sharded: ShardedModel) -> None:
+        sharded.schedule.hide_gradients()
+        sharded.follow_requires_grad()
+        sharded.schedule.weigh(self._weight)
+        if len(self._models) == 1:
+            # This backward is this model's, even where its loss reaches no parameter on this rank.
+            sharded.schedule.open()
 
     def end_backward(self) -> None:
         """Reduce what is left of a backward. Collective."""
         for sharded in self._models.values():
+            if (pipeline := self._pipelines.get(id(sharded.model))) is not None:
+                pipeline.end_backward()
+                continue
             sharded.schedule.end_backward()
             if sharded.schedule.sync:
                 sharded.schedule.show_gradients()
@@ -180,8 +204,8 @@ class NativeBackend(NativeBeside, Backend):
         """Give the model with whole, current parameters. Collective. Raises: UserError where axes cut them."""
         if (cuts := self.sharded(model).cuts) is not None:
             raise UserError(
-                "full_parameters of a model that is cut over tensor-parallel ranks",
-                f"its modules compute with pieces of their parameters, of which each of {cuts.num_ranks} ranks has one",
+                "full_parameters of a model that is cut over ranks",
+                f"its modules compute with a part of its parameters, of which each of {cuts.num_ranks} ranks has one",
                 "use engine.get_state_dict(model) and engine.load_state_dict(model, state), on all ranks",
             )
         return self.sharded(model).full_parameters(writeback)
@@ -253,6 +277,9 @@ class NativeBackend(NativeBeside, Backend):
 
     def free(self) -> None:
         """Take all hooks off the models and forget them. Collective."""
+        for pipeline in self._pipelines.values():
+            pipeline.remove()
+        self._pipelines.clear()
         for sharded in self._models.values():
             sharded.remove()
         for cast in self._casts:

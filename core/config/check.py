@@ -35,7 +35,7 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
         world_size = config.cluster.world_size()
     problems = [*unavailable(config), *check_backend(config), *_cluster(config), *_folders(config)]
     problems += [*offload_problems(config), *_states(config), *_compression(config), *_notify(config)]
-    problems += tensor_problems(config)
+    problems += [*tensor_problems(config), *pipeline_problems(config)]
     if hardware is not None:
         problems += _devices(config, hardware)
     if world_size is not None:
@@ -56,7 +56,7 @@ def unavailable(config: Config) -> Iterator[Problem]:
     """Yield what the schema knows and this version does not do."""
     if (method := config.strategy.context_method) == "ring":
         yield _not_available("strategy.context_method", f"context_method={method}", "auto or ulysses")
-    for axis in ("pipeline_parallel", "expert_parallel"):
+    for axis in ("expert_parallel",):
         if (size := getattr(config.strategy, axis)) > 1:
             yield _not_available(f"strategy.{axis}", f"{axis}={size}", "1")
     if size := config.strategy.shard_size:
@@ -271,6 +271,36 @@ def tensor_problems(config: Config) -> Iterator[Problem]:
         )
 
 
+def pipeline_problems(config: Config) -> Iterator[Problem]:
+    """Yield what does not go with a pipeline."""
+    strategy = config.strategy
+    size = strategy.pipeline_parallel
+    if size == 1 or strategy.backend != "native":  # refused with the backend
+        return
+    if strategy.pipeline_schedule in ("interleaved", "zbv"):
+        yield _not_available(
+            "strategy.pipeline_schedule", f"pipeline_schedule={strategy.pipeline_schedule}", "1f1b or gpipe"
+        )
+    for axis in ("tensor_parallel", "context_parallel"):
+        if (other := getattr(strategy, axis)) > 1:
+            yield _not_available(f"strategy.{axis}", f"{axis}={other} with pipeline_parallel={size}", "1")
+    off: list[tuple[str, str, object, object]] = [
+        ("compression", "gradients", config.compression.gradients, "none"),
+        ("compression", "weights", config.compression.weights, "none"),
+        ("offload", "optimizer", config.offload.optimizer, "none"),
+        ("offload", "params", config.offload.params, "none"),
+        ("optimizer", "state_bits", config.optimizer.state_bits, 32),
+    ]
+    for section, key, value, without in off:
+        if value != without:
+            yield Problem(
+                f"{section}.{key}",
+                f"{key}={value} with pipeline_parallel={size}",
+                "a pipeline's stages hold whole states on their devices in this version",
+                f"set {section}.{key} to {without}, or strategy.pipeline_parallel to 1",
+            )
+
+
 def rank_problems(config: Config, world_size: int) -> Iterator[Problem]:
     """Yield what does not fit the number of ranks."""
     model_ranks = 1
@@ -289,9 +319,20 @@ def rank_problems(config: Config, world_size: int) -> Iterator[Problem]:
         )
         return
     try:
-        solve_batch(config.batch, world_size // model_ranks)
+        accumulation = solve_batch(config.batch, world_size // model_ranks).accumulation or 1
     except ConfigError as error:
         yield from error.problems
+        return
+    stages = config.strategy.pipeline_parallel
+    if accumulation < stages:
+        yield Problem(
+            "batch.accumulation",
+            f"accumulation={accumulation} with pipeline_parallel={stages}",
+            f"with {accumulation} micro-batch{'es' if accumulation > 1 else ''} a step, {stages - accumulation} of "
+            f"{stages} stages would have none at all times",
+            f"set batch.accumulation to {stages} or more; {4 * stages} leave {(stages - 1) / (5 * stages - 1):.0%} of "
+            f"the time unused, {stages} {(stages - 1) / (2 * stages - 1):.0%}",
+        )
 
 
 def _divisors(number: int) -> str:

@@ -102,6 +102,9 @@ class StrategySection(Section):
         0, "data-parallel ranks that hold one copy of what is sharded, the rest being replicas; 0 is all of them"
     )
     pipeline_parallel: PositiveInt = _field(1, "stages that the layers are cut into")
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zbv"] = _field(
+        "1f1b", "the order of a pipeline's forwards and backwards"
+    )
     context_parallel: PositiveInt = _field(1, "ranks that share each sequence")
     context_method: Literal["auto", "ring", "ulysses"] = _field(
         "auto", "how they attend: ulysses gives each rank the whole sequence of its heads; auto takes what can run"

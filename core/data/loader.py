@@ -52,6 +52,7 @@ class PreparedLoader:
         seed: int,
         on_wait: Callable[[float], None] | None,
         device: torch.device | None,
+        pieces: int = 1,
     ) -> None:
         self._source, self._process, self._device = source, process, device
         self.accumulation = accumulation
@@ -70,7 +71,7 @@ class PreparedLoader:
         self.batch_size: int | None = None
         """Samples of this rank's micro-batch; None where the script makes its own batches."""
         if not self._items_are_batches:
-            self.batch_size = micro_size or self.own_batch_size
+            self.batch_size = micro_size or (self.own_batch_size and self.own_batch_size * pieces)
         self._check(source, micro_size)
         sampler = source.batch_sampler if own_batches else getattr(source.batch_sampler, "sampler", source.sampler)
         self._order = SampleOrder(sampler, source.generator, seed, process)  # type: ignore[arg-type]
@@ -367,15 +368,17 @@ def prepare_loader(
     seed: int = 0,
     on_wait: Callable[[float], None] | None = None,
     device: torch.device | None = None,
+    pieces: int = 1,
 ) -> PreparedLoader:
     """Give each rank its slice of every global batch of `loader`.
 
-    `micro_size` None takes the loader's own batch size as each rank's. The order is that of one process (see
-    `SampleOrder`), for any number of ranks; an iterable data set must yield the same stream on every rank.
+    `micro_size` None takes the loader's own batch size as each rank's, `pieces` times where a pipeline cuts it. The
+    order is that of one process (see `SampleOrder`), for any number of ranks; an iterable data set must yield the same
+    stream on every rank.
 
     Raises: UserError for a loader that is divided among ranks already, or makes batches against `micro_size`.
     """
-    return PreparedLoader(loader, process, micro_size, accumulation, seed, on_wait, device)
+    return PreparedLoader(loader, process, micro_size, accumulation, seed, on_wait, device, pieces)
 
 
 def skip_first_batches(loader: PreparedLoader, num_batches: int) -> PreparedLoader:

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from distui.core.axes.groups import Axes
 from distui.core.axes.sizes import AxisSizes
+from distui.core.backends.base import Backend
+from distui.core.backends.registry import load_backend
+from distui.core.config.batch import micro_size_of, solve_batch
 from distui.core.config.check import rank_problems
 from distui.core.config.schema import Config
 from distui.core.errors import ConfigError
+from distui.core.parallel.outside import LossOutside
 from distui.core.ranks.process import ProcessState
+
+
+class Trains(Protocol):
+    """What an engine is to this file."""
+
+    config: Config
+    num_micro: int
+
+    def loss_factor(self, micro_batches: int | None = None) -> float:
+        """Return what a loss is multiplied by for its backward."""
+
 
 _known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[AxisSizes, Axes]] = weakref.WeakKeyDictionary()
 """The axes that engines of this process have made, by the world that they are parts of."""
@@ -36,6 +55,34 @@ def join_axes(process: ProcessState, config: Config) -> Axes | None:
     process.data_place = axes.index("data"), axes.size("data")
     process.data_group = axes["data"] or axes.alone
     return axes
+
+
+def batch_sizes(config: Config, num_data_ranks: int) -> tuple[int | None, int, int]:
+    """Return the samples of a rank's batch, how many of them a step takes, and how many micro-batches each is cut into.
+
+    A pipeline takes all micro-batches of a step as one batch.
+    """
+    batch = solve_batch(config.batch, num_data_ranks)
+    micro_size, accumulation = micro_size_of(batch, num_data_ranks), batch.accumulation or 1
+    if config.strategy.pipeline_parallel == 1:
+        return micro_size, accumulation, 1
+    return micro_size and micro_size * accumulation, 1, accumulation
+
+
+def backend_of(engine: Trains, group: dist.ProcessGroup | None, axes: Axes | None) -> Backend:
+    """Return the engine's backend, which shards over `group`."""
+    backend = load_backend(engine.config, group)
+    backend.axes, backend.num_micro, backend.loss_factor = axes, engine.num_micro, engine.loss_factor
+    return backend
+
+
+def take_given(
+    backend: Backend, model: nn.Module, plan: Mapping[str, str] | None, loss: Callable[..., torch.Tensor] | None
+) -> None:
+    """Take what the script gave for `model`; a loss outside of it is put around its forward, or a pipeline's end."""
+    backend.plan, backend.loss_of = plan or {}, loss
+    if loss is not None and backend.config.strategy.pipeline_parallel == 1:
+        model.forward = LossOutside(model.forward, loss)
 
 
 def share_of_batch(axes: Axes | None) -> tuple[int, int]:

@@ -33,7 +33,8 @@ def tell_changed_batch(engine: States, own: int | None, cut: int | None) -> None
 
 def note_loader(engine: States, loader: PreparedLoader, num_epochs: int) -> None:
     """Tell where its batches are changed, and work out from the first one how many steps the training will have."""
-    tell_changed_batch(engine, loader.own_batch_size, loader.batch_size)
+    own = loader.own_batch_size
+    tell_changed_batch(engine, own and own * engine.num_micro, loader.batch_size)
     if not num_epochs or engine.telemetry.total_steps or engine._loaders:
         return
     try:

@@ -26,11 +26,9 @@ import torch
 from torch import nn
 
 from distui.core.backends.base import Backend
-from distui.core.backends.registry import load_backend
-from distui.core.config.batch import micro_size_of, solve_batch
 from distui.core.config.schema import Config
 from distui.core.data.loader import PreparedLoader, prepare_loader, skip_first_batches
-from distui.core.engine.axes import join_axes, share_of_batch
+from distui.core.engine.axes import backend_of, batch_sizes, join_axes, share_of_batch, take_given
 from distui.core.engine.batches import note_loader
 from distui.core.engine.clipping import route_clipping
 from distui.core.engine.control import StepControl
@@ -65,14 +63,12 @@ class Engine(States, ProcessState):
         ProcessState.__init__(self)
         States.__init__(self)
         axes = join_axes(self, self.config)
-        batch = solve_batch(self.config.batch, self.num_data_ranks)
-        self.gradient_accumulation_steps: int = batch.accumulation or 1
-        self._micro_size = micro_size_of(batch, self.num_data_ranks)
+        sizes = batch_sizes(self.config, self.num_data_ranks)
+        self._micro_size, self.gradient_accumulation_steps, self.num_micro = sizes
         group = torch.distributed.group.WORLD if self.num_processes > 1 else None
         self.telemetry = job_telemetry(self.process_index, self.local_process_index, self.num_processes)
         self.telemetry.total_steps, self._num_epochs = total_steps, num_epochs
-        self.backend: Backend = load_backend(self.config, group if axes is None else axes["shard"])
-        self.backend.axes = axes
+        self.backend: Backend = backend_of(self, group if axes is None else axes["shard"], axes)
         flops = FlopMeter(
             self.telemetry,
             dtype=self.config.precision.dtype,
@@ -82,10 +78,8 @@ class Engine(States, ProcessState):
         )
         self.clock = StepClock(self.telemetry, self.backend.take_exposed_s, flops, share_of_batch(axes))
         self.clock.before_training = self.step_end.working
-        precision = self.config.precision
-        self.scaler = (
-            LossScaler(precision.initial_loss_scale, precision.loss_scale_window) if precision.dtype == "fp16" else None
-        )
+        scale = self.config.precision
+        self.scaler = LossScaler(scale.initial_loss_scale, scale.loss_scale_window) if scale.dtype == "fp16" else None
         self.sync_gradients = True
         """Whether the current micro-batch is the last before the optimizer steps."""
         self._micro_step = 0
@@ -107,21 +101,22 @@ class Engine(States, ProcessState):
         init: Init | None = None,
         weights: str | Path | None = None,
         plan: Mapping[str, str] | None = None,
+        loss: Callable[..., torch.Tensor] | None = None,
     ) -> Any:
         """Make models, optimizers, loaders and schedulers work on all ranks, and return them in the same order.
 
-        Other objects come back as they are. `init`, `weights` and `plan` are for the model, see `prepare_model`.
+        Other objects come back as they are. All keywords are for the model, see `prepare_model`.
         Collective: all ranks, with the same kinds in the same order.
 
         Raises: UserError for weights without a model, or for several.
         """
         num_models = sum(isinstance(value, nn.Module) for value in objects)
         if weights is not None and num_models != 1:
-            what, why = f"weights={str(weights)!r} for {num_models} models", "one folder holds the weights of one model"
-            raise UserError(what, why, "prepare each with engine.prepare_model(model, weights=...)")
+            what, fix = f"weights={str(weights)!r} for {num_models} models", "prepare each with engine.prepare_model"
+            raise UserError(what, "one folder holds the weights of one model", f"{fix}(model, weights=...)")
         prepared: dict[int, Any] = {}
         kinds: list[tuple[type, Callable[[Any], Any]]] = [
-            (nn.Module, functools.partial(self.prepare_model, init=init, weights=weights, plan=plan)),
+            (nn.Module, functools.partial(self.prepare_model, init=init, weights=weights, plan=plan, loss=loss)),
             (torch.optim.Optimizer, self.prepare_optimizer),
             (torch.utils.data.DataLoader, self.prepare_data_loader),
             (torch.optim.lr_scheduler.LRScheduler, self.prepare_scheduler),
@@ -144,6 +139,7 @@ class Engine(States, ProcessState):
         weights: str | Path | None = None,
         strict: bool = True,
         plan: Mapping[str, str] | None = None,
+        loss: Callable[..., torch.Tensor] | None = None,
     ) -> nn.Module:
         """Move `model` to the device and shard it by the configured stage, a unit at a time. Collective.
 
@@ -151,14 +147,15 @@ class Engine(States, ProcessState):
         there, and at stage 3 each rank reads only its part; with `strict=False` the files may lack some, or have more.
         What is on the meta device (`distui.init_empty_weights`) and in no file is initialised by its module's own
         `reset_parameters`, by the model's `_init_weights(module)`, then by `init(module)`: the same on any number of
-        ranks, by `run.seed`. `plan` says how tensor-parallel ranks cut it, as `strategy.tensor_plan` does.
+        ranks, by `run.seed`. `plan` says how tensor-parallel ranks cut it, as `strategy.tensor_plan` does. With `loss`
+        the model returns `loss(output, ...)` where it is called with the keywords that `loss` names.
 
         Raises: UserError where files do not fit, nothing initialises a tensor on meta, or no plan is known.
         """
         if any(model is known for known in self._models):
             return model
         seed, group = self.config.run.seed, self.backend.group
-        self.backend.plan = plan or {}
+        take_given(self.backend, model, plan, loss)
         start = Start(model, group, device=self.device, seed=seed, init=init, weights=weights, strict=strict)
         apply_activation_checkpointing(model, self.config.activation_checkpointing.mode)
         self.backend.start = start
@@ -193,6 +190,7 @@ class Engine(States, ProcessState):
             process=self,
             micro_size=self._micro_size,
             accumulation=self.gradient_accumulation_steps,
+            pieces=self.num_micro,
             seed=self.config.run.seed,
             on_wait=self.clock.data_wait,
             device=self.device,
@@ -263,14 +261,17 @@ class Engine(States, ProcessState):
         begin = time.perf_counter()
         self.telemetry.phase("backward")
         self.backend.before_backward()
-        factor = 1.0 / (micro_batches or self.gradient_accumulation_steps)
-        if self.scaler is not None:
-            factor *= self.scaler.scale
+        factor = self.loss_factor(micro_batches)
         with self.clock.flops.backward(bool(kwargs.get("create_graph"))):
             self.backend.backward(loss, factor, **kwargs)
         self.backend.end_backward()
         self.clock.backward(begin, loss)
         self.telemetry.phase("idle")
+
+    def loss_factor(self, micro_batches: int | None = None) -> float:
+        """Return what `backward` multiplies a loss by."""
+        factor = 1.0 / (micro_batches or self.gradient_accumulation_steps)
+        return factor if self.scaler is None else factor * self.scaler.scale
 
     def clip_grad_norm_(
         self, parameters: torch.Tensor | Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
@@ -390,8 +391,7 @@ class Engine(States, ProcessState):
         for held in (self._models, self._optimizers, self._schedulers, self._loaders):
             held.clear()
         self.backend.free()
-        before, self.backend = self.backend, load_backend(self.config, self.backend.group)
-        self.backend.axes = before.axes
+        self.backend = backend_of(self, self.backend.group, self.backend.axes)
         return [None for _ in objects]
 
     def forget_step(self) -> None:

@@ -42,6 +42,7 @@ class States(Tracking):
     config: Config
     device: torch.device
     num_processes: int
+    num_micro: int
     data_group: torch.distributed.ProcessGroup | None
     active_loaders: list[Any]
     gradient_accumulation_steps: int

@@ -252,10 +252,10 @@ def micro_sizes(request: Request, strategy: Strategy) -> list[tuple[int, int]]:
         return [(size, accumulation) for size in sizes]
     if request.global_size % data:
         return []
-    share = request.global_size // data
+    share, stages = request.global_size // data, strategy.pipeline_parallel
     if fixed:
-        return [(fixed, share // fixed)] if share % fixed == 0 else []
-    return [(size, share // size) for size in MICRO_SIZES if share % size == 0 and size <= cap]
+        return [(fixed, share // fixed)] if share % fixed == 0 and share // fixed >= stages else []
+    return [(size, share // size) for size in MICRO_SIZES if share % size == 0 and size <= min(cap, share // stages)]
 
 
 def best_micro(request: Request, strategy: Strategy, rates: Rates) -> Plan:

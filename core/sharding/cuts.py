@@ -12,6 +12,7 @@ from torch import nn
 from distui.core.axes.cut import Cut
 from distui.core.axes.tensors import assemble, take
 from distui.core.errors import UserError
+from distui.core.sharding.units.partition import UnitSpec
 
 MARK = "_distui_cut"
 """What a parameter has in its `__dict__` that is but a piece, for as long as it lives."""
@@ -25,6 +26,10 @@ class Cuts:
         self.group = group
         self.index, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.of: dict[int, Cut] = {}
+        self.elsewhere: set[int] = set()
+        """Parameters of which this rank holds nothing, by identity: those of a pipeline's other stages."""
+        self.shared: dict[int, str] = {}
+        """Whole parameters that other stages of a pipeline hold as well, by identity, and which stages these are."""
 
     def get(self, param: torch.Tensor) -> Cut | None:
         """Return how `param` is cut; None of one that is whole."""
@@ -63,6 +68,19 @@ class Cuts:
                 )
             found[name] = take(found[name], cut)
         return found
+
+    def held(self, specs: list[UnitSpec]) -> list[UnitSpec]:
+        """Return units without what is elsewhere; what stages share is in units of its own, which lie alike on all."""
+        shared: dict[str, UnitSpec] = {}
+        for spec in specs:
+            params, spec.params = spec.params, []
+            for name, param in params:
+                if id(param) in self.shared:
+                    who = self.shared[id(param)]
+                    shared.setdefault(who, UnitSpec(f"shared by {who}", is_root=True)).params.append((name, param))
+                elif id(param) not in self.elsewhere:
+                    spec.params.append((name, param))
+        return [*(shared[who] for who in sorted(shared)), *(spec for spec in specs if spec.params)]
 
     def refuse(self, params: Iterable[torch.Tensor], what: str, why: str, fix: str) -> None:
         """Raise UserError where one of `params` is cut."""

@@ -79,9 +79,9 @@ class Schedule(ShownGradients):
                 elif self.stage > 0:
                     before = Hook(lambda module, args, units=units: self._finish_gathers(units))
                     self._handles.append(module.register_forward_pre_hook(before, prepend=True))
-        self._handles.append(self.model.register_forward_pre_hook(Hook(self._before_model), prepend=True))
+        self._handles.append(self.model.register_forward_pre_hook(Hook(self.before_model), prepend=True))
         if self.residence is not None:
-            after = Hook(lambda module, args, output: self._after_model())
+            after = Hook(lambda module, args, output: self.after_model())
             self._handles.append(self.model.register_forward_hook(after))
 
     def _enter_with(self, block: Block, module: nn.Module) -> None:
@@ -91,17 +91,17 @@ class Schedule(ShownGradients):
         self._handles.append(module.register_forward_pre_hook(before, prepend=True))
         self._handles.append(module.register_forward_hook(after, always_call=True))
 
-    def _before_model(self, module: nn.Module, args: Any) -> None:
+    def before_model(self, module: nn.Module, args: Any) -> None:
+        """Bring what is not in blocks here."""
         if self.residence is not None:
             self.residence.hold_roots()
         else:
             self._finish_gathers([unit for unit in self.units if unit.is_root])
 
-    def _after_model(self) -> None:
-        residence = self.residence
-        assert residence is not None
-        if not residence.all_whole:
-            residence.serve(Place.FORWARD_END)
+    def after_model(self) -> None:
+        """Stage 3: serve other ranks until they, too, are through."""
+        if self.residence is not None and not self.residence.all_whole:
+            self.residence.serve(Place.FORWARD_END)
 
     def _finish_gathers(self, units: list[Unit]) -> None:
         if self.stage > 0:

@@ -118,7 +118,8 @@ class ShardedModel(WholeStates):
 
     def _build_units(self, start: Start, optimizer_of: Mapping[int, int]) -> list[list[Unit]]:
         groups = []
-        for spec in partition(self.model):
+        specs = partition(self.model)
+        for spec in specs if self.cuts is None else self.cuts.held(specs):
             units = []
             start.bring([param for _, param in spec.params])  # together: a block initialises all that it holds
             for _, trainable, params in split_by_kind(spec, optimizer_of):
@@ -129,6 +130,7 @@ class ShardedModel(WholeStates):
             if units:
                 groups.append(units)
         held = {id(param) for units in groups for unit in units for param in unit.params}
+        held |= self.cuts.elsewhere if self.cuts is not None else set()
         start.place([param for param in self.model.parameters() if id(param) not in held], self.placement.compute_dtype)
         return groups
 

@@ -21,6 +21,16 @@ class ShownGradients:
     _shown = False
     """Whether `param.grad` of every parameter is the reduced gradient."""
 
+    @property
+    def has_shown(self) -> bool:
+        """Whether reduced gradients are in `param.grad`."""
+        return self._shown
+
+    @property
+    def is_open(self) -> bool:
+        """Whether gradients have arrived since the last backward was over."""
+        return self._open
+
     def end_backward(self) -> None:
         """Finish a backward."""
         raise NotImplementedError

@@ -71,6 +71,12 @@ class WholeStates:
 
         Parameters that have no gradient are left out. All ranks must change them alike.
         """
+        if self.cuts is not None and self.cuts.elsewhere:
+            raise UserError(
+                "engine.gradients of a pipelined model",
+                f"each of {self.cuts.num_ranks} stages has the gradients of its own blocks",
+                "clip with engine.clip_grad_norm_ or clip_grad_value_, or set strategy.pipeline_parallel to 1",
+            )
         self.schedule.finish_gradients()
         if self.schedule.residence is not None:
             self.schedule.residence.serve(Place.MET)
@@ -121,7 +127,6 @@ class WholeStates:
         fp32 masters stand for the parameters that have them. With `only_rank_0` the others get an empty dict.
         """
         keep = not only_rank_0 or self.placement.rank == 0
-        place = {id(param): (unit, index) for unit in self.units for index, param in enumerate(unit.params)}
         whole: dict[int, torch.Tensor] = {}
         self.schedule.take_writes()
         for unit in self.units:
@@ -131,25 +136,25 @@ class WholeStates:
             else:
                 flat = torch.zeros(unit.layout.padded_numel, dtype=source.dtype, device=source.device)
                 unit.gathers.all_gather(flat, source).wait()
-            for param, span in zip(unit.params, unit.layout.spans, strict=True):
-                piece = flat[span.offset : span.end].view(span.shape)
-                if self.cuts is not None:
-                    piece = self.cuts.assemble(param, piece)
-                if keep:
-                    whole[id(param)] = piece.cpu().clone() if to_cpu else piece.clone()
+            if keep or self.cuts is not None:
+                for param, span in zip(unit.params, unit.layout.spans, strict=True):
+                    piece = flat[span.offset : span.end].view(span.shape)
+                    whole[id(param)] = piece.cpu().clone() if to_cpu and self.cuts is None else piece.clone()
         if self.cuts is not None:
-            for param in nn.Module.parameters(self.model):
-                if id(param) not in place and self.cuts.get(param) is not None:  # frozen, in no unit
-                    piece = self.cuts.assemble(param, param.detach())
-                    whole[id(param)] = piece.cpu() if to_cpu else piece
+            # In the model's order, which is that of all ranks; frozen ones of stages 0 to 2 are in no unit.
+            for tensor in [*nn.Module.parameters(self.model), *self.model.buffers()]:
+                if self.cuts.get(tensor) is not None or id(tensor) in whole:
+                    piece = self.cuts.assemble(tensor, whole.get(id(tensor), tensor.detach()))
+                    whole[id(tensor)] = piece.cpu() if to_cpu else piece
         if not keep:
             return {}
         params = dict(self.model.named_parameters(remove_duplicate=False))
         with self._placeholders():
             state = self.model.state_dict(keep_vars=True)
         for name, value in state.items():
-            if name in params and id(params[name]) in whole:
-                state[name] = whole[id(params[name])]
+            key = params.get(name, value)
+            if id(key) in whole:
+                state[name] = whole[id(key)]
             elif isinstance(value, torch.Tensor):
                 state[name] = value.detach().cpu().clone() if to_cpu else value.detach()
         return state
@@ -211,5 +216,6 @@ class WholeStates:
                     unit.write_master(0, master)
             held = {id(param) for unit in self.units for param in unit.params}
             for tensor in [*nn.Module.parameters(self.model), *self.model.buffers()]:
-                if id(tensor) not in held and files.has(tensor):
+                elsewhere = self.cuts is not None and id(tensor) in self.cuts.elsewhere
+                if id(tensor) not in held and not elsewhere and files.has(tensor):
                     tensor.copy_(files.read(tensor).view(tensor.shape))

@@ -268,7 +268,7 @@ class ShardedOptimizer(PreparedOptimizer):
         places = []
         for param in params:
             if id(param) not in self.place or not self.place[id(param)][0].trainable:
-                if not param.requires_grad:
+                if not param.requires_grad or not param.numel():  # frozen, or another pipeline stage's
                     continue
                 raise UserError(
                     "the optimizer has a parameter that the model does not have",

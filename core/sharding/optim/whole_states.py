@@ -54,6 +54,7 @@ def whole_state_dict(optimizer: Steps) -> dict[str, Any]:
 
     Collective where ranks hold parts: all ranks, outside of a backward. Else tensors are views of the states.
     """
+    _refuse_stages(optimizer)
     held = _held(optimizer)
     states: dict[int, dict[str, Any]] = defaultdict(dict)
     if lies_in_parts(optimizer) and optimizer.transport is not None:
@@ -135,6 +136,15 @@ def _gathered(held: Held, group: dist.ProcessGroup) -> Iterator[tuple[int, str, 
         yield *place, content.cpu().view(dtype).view(shape)
 
 
+def _refuse_stages(optimizer: Steps) -> None:
+    if optimizer.cuts is not None and optimizer.cuts.elsewhere:
+        raise UserError(
+            f"state_dict of {type(optimizer).__name__} in a pipeline",
+            f"each of {optimizer.cuts.num_ranks} stages has the states of its own blocks",
+            "use engine.save_state and engine.load_state, whose files any layout reads",
+        )
+
+
 def load_whole(optimizer: Steps, state_dict: dict[str, Any]) -> None:
     """Take what `whole_state_dict` returned, at whatever stage and number of ranks, or a plain optimizer's.
 
@@ -142,6 +152,7 @@ def load_whole(optimizer: Steps, state_dict: dict[str, Any]) -> None:
 
     Raises: UserError for states that are not of these parameters, before anything is changed.
     """
+    _refuse_stages(optimizer)
     hooks = optimizer.inner._optimizer_load_state_dict_pre_hooks
     for hook in hooks.values():
         changed = hook(optimizer.inner, state_dict)

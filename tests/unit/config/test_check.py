@@ -72,7 +72,6 @@ def test_sizes_that_do_not_fit_come_with_the_nearest_that_do(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("strategy.pipeline_parallel", "2"),
         ("strategy.context_method", "ring"),
         ("strategy.expert_parallel", "4"),
     ],
@@ -186,6 +185,25 @@ def test_what_does_not_go_with_tensor_parallelism_is_refused() -> None:
     (problem,) = found_in(strategy__shard_size="2", cluster__nproc="4")
     assert problem.what == "shard_size=2 is not available in this version"
     assert not found_in(strategy__tensor_parallel="2", cluster__nproc="4", batch__global_size="6")
+
+
+def test_what_does_not_go_with_a_pipeline_is_refused() -> None:
+    found = found_in(
+        strategy__pipeline_parallel="2", strategy__pipeline_schedule="zbv", strategy__tensor_parallel="2",
+        strategy__context_parallel="2", compression__gradients="onebit", offload__optimizer="cpu", optimizer__state_bits="8", strategy__zero_stage="1",
+    )  # fmt: skip
+    paths = {problem.path for problem in found}
+    assert {"strategy.pipeline_schedule", "strategy.tensor_parallel", "strategy.context_parallel"} < paths
+    assert {"compression.gradients", "offload.optimizer", "optimizer.state_bits"} < paths
+    for backend in ("ddp", "fsdp2", "deepspeed"):
+        stage = "0" if backend == "ddp" else "3"
+        found = found_in(strategy__backend=backend, strategy__pipeline_parallel="2", strategy__zero_stage=stage)
+        assert f"pipeline_parallel=2 with backend={backend}" in [problem.what for problem in found]
+    (problem,) = found_in(4, strategy__pipeline_parallel="4", batch__accumulation="3")
+    assert problem.what == "accumulation=3 with pipeline_parallel=4"
+    assert "3 micro-batches a step, 1 of 4 stages" in problem.why
+    assert problem.fix == "set batch.accumulation to 4 or more; 16 leave 16% of the time unused, 4 43%"
+    assert not found_in(4, strategy__pipeline_parallel="4", batch__accumulation="4", strategy__zero_stage="3")
 
 
 def test_parallel_axes_must_divide_the_ranks() -> None:

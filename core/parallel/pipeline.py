@@ -1,0 +1,400 @@
+"""Runs a model whose blocks lie on several ranks: `model(**batch)` is one pass of the schedule over the micro-batches.
+
+In training the batch is cut into micro-batches, and forwards and backwards run as the schedule's table says; gradients
+land in the flat buffers of the stage, as after a backward of each micro-batch, and are reduced with the last one. What
+comes back on all ranks is the loss, on which `engine.backward` has nothing left to do but to tell by what it was to be
+multiplied. In evaluation the batch runs through the stages as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distui.core.axes.cut import part_of
+from distui.core.axes.groups import Axes, make
+from distui.core.axes.schedules import tables
+from distui.core.errors import DistuiError, UserError
+from distui.core.parallel.messages import BACKWARD, FORWARD, Messages, Parts, PeerFailed
+from distui.core.parallel.outside import named_by
+from distui.core.parallel.stages import ENDS, Left, Stage
+from distui.core.ranks import ops
+from distui.core.ranks.precision import cast_floating
+from distui.core.sharding.sharded import ShardedModel
+from distui.core.sharding.units.unit import Unit
+
+LossOf = Callable[..., torch.Tensor]
+_NO_LOSS = "give one: engine.prepare(model, ..., loss=fn), where fn(output, **kwargs) gets what the model does not take"
+
+
+@dataclass(slots=True)
+class _Micro:
+    """One micro-batch, and what of it is kept between its forward and its backward."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    for_loss: dict[str, Any]
+    weight: float
+    """Share of its loss in the batch's."""
+    inputs: Parts = ()
+    outputs: Parts = ()
+    loss: torch.Tensor | None = None
+
+
+class Pipeline:
+    """One model's stage on this rank, and its way through the schedule."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        messages: Messages,
+        axes: Axes,
+        schedule: str,
+        num_micro: int,
+        loss_of: LossOf | None,
+        factor: Callable[[], float],
+    ) -> None:
+        """`loss_of` computes the loss outside of the model; `factor` is what it is multiplied by for its backward."""
+        self.stage, self.messages, self.schedule, self.num_micro = stage, messages, schedule, num_micro
+        self.axes, self.loss_of, self.factor = axes, loss_of, factor
+        self.before_micro: Callable[[], None] = lambda: None
+        """Called before the backward of each micro-batch."""
+        self._named_by_loss = named_by(loss_of) if loss_of is not None else frozenset()
+        self.ends = _ends(axes) if ENDS in set(stage.shared.values()) else None
+        self._sharded: ShardedModel | None = None
+        self._own = stage.model.forward
+        self._before = stage.model.__dict__.get("forward")
+        self._broken = ""
+        self._is_bare = False
+        """Whether a call gives the loss itself, as the last stage told."""
+        self._is_summed = False
+        """Whether gradients of what stages share are summed over them already."""
+
+    def begin(self, sharded: ShardedModel) -> None:
+        """Have the model's forward be the schedule's."""
+        assert sharded.cuts is not None
+        self._sharded = sharded
+        self.stage.install(sharded.cuts)
+        forward = functools.partial(self._forward)
+        functools.update_wrapper(forward, self._own)  # libraries look up what a model's forward takes
+        self.stage.model.forward = forward
+
+    def remove(self) -> None:
+        """Give the model its own forward back."""
+        self.stage.remove()
+        del self.stage.model.forward
+        if self._before is not None:
+            self.stage.model.forward = self._before
+
+    # ---- a call ------------------------------------------------------------------------------------------------------
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._broken:
+            raise UserError("the pipeline has failed before", self._broken, "build the engine anew")
+        for_loss = {key: kwargs.pop(key) for key in list(kwargs) if key in self._named_by_loss}
+        if not (self.stage.model.training and torch.is_grad_enabled()):
+            return self._evaluate(args, kwargs, for_loss)
+        micro, factor = list(self._cut(args, kwargs, for_loss)), self.factor()
+        loss = self._to_the_end(lambda: self._train(micro, factor))
+        assert loss is not None
+        anchor = torch.zeros((), device=loss.device, requires_grad=True)
+        found = _Told.apply(anchor, loss, factor)
+        return found if self._is_bare else Output(found, "in training they are not kept")
+
+    def _cut(self, args: Any, kwargs: Any, for_loss: Any) -> Iterator[_Micro]:
+        """Cut what has a row for each sample; what has not is given to every micro-batch."""
+        rows = next((len(tensor) for _, tensor in ops.iter_tensors((args, kwargs)) if tensor.dim()), 0)
+        if not rows:
+            raise UserError(
+                "the model was called without a batch",
+                "a pipeline cuts the first dimension of what it is given into micro-batches, and no tensor has one",
+                "call model(**batch)",
+            )
+        count = min(self.num_micro, rows)
+        summed = kwargs.get("num_items_in_batch") is not None  # transformers: the losses are parts of a sum
+        for index in range(count):
+            low, high = part_of(rows, count, index)
+
+            def piece(tensor: torch.Tensor, low: int = low, high: int = high) -> torch.Tensor:
+                return tensor[low:high] if tensor.dim() and len(tensor) == rows else tensor
+
+            own_args, own_kwargs, own_loss = ops.map_structure(piece, (args, kwargs, for_loss))
+            yield _Micro(own_args, own_kwargs, own_loss, 1.0 if summed else (high - low) / rows)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def _train(self, micro: list[_Micro], factor: float) -> torch.Tensor | None:
+        """Run this rank's table; the last stage returns the loss. Collective: all ranks."""
+        stage, schedule = self.stage, self._schedule()
+        is_last_backward, wants_sync = len(micro) - 1, schedule.sync
+        self._reopen_shared()
+        total: torch.Tensor | None = None
+        try:
+            for step in tables(self.schedule, stage.num_stages, len(micro))[stage.index]:
+                one = micro[step.micro]
+                if step.kind == "F":
+                    self._run_forward(one, trains=True)
+                    if one.loss is not None:
+                        part = one.loss.detach().float() * one.weight
+                        total = part if total is None else total + part
+                    continue
+                schedule.sync = wants_sync and step.micro == is_last_backward
+                self._run_backward(one, factor * one.weight)
+        finally:
+            schedule.sync = wants_sync
+        if wants_sync:
+            self._sum_shared()
+        return total
+
+    def _schedule(self) -> Any:
+        assert self._sharded is not None
+        return self._sharded.schedule
+
+    def _run_forward(self, one: _Micro, trains: bool) -> Any:
+        stage, schedule = self.stage, self._schedule()
+        received = None if stage.is_first else self.messages.receive(FORWARD, self._device)
+        schedule.before_model(stage.model, ())
+        output = stage.run(self._own, one.args, one.kwargs, received)
+        schedule.after_model()
+        if not isinstance(output, Left):
+            output = cast_floating(output, torch.float32)  # as at the border of a model that is not cut
+        one.inputs = received[0] if received is not None else ()
+        if isinstance(output, Left):
+            self.messages.send(FORWARD, output.parts, output.is_tuple)
+            one.outputs = output.parts
+        elif trains:
+            one.loss = self._loss(output, one)
+        one.args, one.kwargs, one.for_loss = (), {}, {}
+        return output
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.stage.model.parameters()).device
+
+    def _loss(self, output: Any, one: _Micro) -> torch.Tensor:
+        self._is_bare = self.loss_of is not None or isinstance(output, torch.Tensor)
+        loss = self.loss_of(output, **one.for_loss) if self.loss_of is not None else loss_in(output)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            what = type(output if self.loss_of is None else loss).__name__
+            raise UserError(
+                f"{type(self.stage.model).__name__} gives no loss in a pipeline"
+                if self.loss_of is None
+                else "the function given as loss= returns no loss",
+                f"it gives a {what}, and the last stage begins each backward with one number",
+                _NO_LOSS,
+            )
+        return loss.reshape(())
+
+    def _run_backward(self, one: _Micro, factor: float) -> None:
+        stage, schedule = self.stage, self._schedule()
+        flows = [part for part in one.outputs if part is not None and part.requires_grad]
+        grads: list[torch.Tensor] = []
+        if flows and not stage.is_last:
+            parts, _ = self.messages.receive(BACKWARD, self._device)
+            pairs = [(out, grad) for out, grad in zip(flows, parts, strict=True) if grad is not None]
+            flows, grads = [out for out, _ in pairs], [grad for _, grad in pairs]
+        self.before_micro()
+        if one.loss is not None and one.loss.requires_grad:
+            (one.loss * factor).backward()
+        elif flows:
+            torch.autograd.backward(flows, grads)
+        schedule.end_backward()
+        wanted = [part for part in one.inputs if part is not None and part.requires_grad]
+        if wanted and not stage.is_first:
+            self.messages.send(BACKWARD, [part.grad for part in wanted])
+        one.inputs, one.outputs, one.loss = (), (), None
+
+    def end_backward(self) -> None:
+        """After the script's backward of the loss: show the gradients. Raises: UserError where it brought any."""
+        schedule = self._schedule()
+        if schedule.is_open or (not schedule.has_shown and any([unit.collect() for unit in schedule.order])):
+            raise UserError(
+                "the loss of a pipelined model has other terms that reach its parameters",
+                "the pass of the schedule has run the backward of the model's loss already, with its reductions",
+                "compute all of it in the model, or in engine.prepare(..., loss=fn)",
+            )
+        if schedule.sync:
+            schedule.show_gradients()
+
+    # ---- what stages share -----------------------------------------------------------------------------------------
+
+    def _shared(self) -> list[Unit]:
+        assert self._sharded is not None and self._sharded.cuts is not None
+        shared = self._sharded.cuts.shared
+        return [unit for unit in self._sharded.units if unit.trainable and id(unit.params[0]) in shared]
+
+    def _group_of(self, unit: Unit) -> dist.ProcessGroup | None:
+        return self.ends if unit.name.endswith(ENDS) else self.axes["pp"]
+
+    def _reopen_shared(self) -> None:
+        """Before another pass in one step: take of a sum over stages one stage's share, for it will be summed again."""
+        for unit in self._shared() if self._is_summed else ():
+            if unit.has_gradient:
+                with unit.gradient(writes=True) as grad:
+                    grad.mul_(1.0 / dist.get_world_size(self._group_of(unit)))
+        self._is_summed = False
+
+    def _sum_shared(self) -> None:
+        """Sum the gradients of what several stages hold, which are parts of one; all have the same then."""
+        for unit in self._shared():
+            unit.finish_reduce()
+            group = self._group_of(unit)
+            present = torch.tensor(list(unit.present), dtype=torch.int32)
+            with unit.gradient(writes=True) as grad:
+                travelling = grad.to(ops.device_over(grad.device, group))
+                dist.all_reduce(travelling, group=group)
+                if travelling is not grad:
+                    grad.copy_(travelling)
+            counts = present.to(ops.object_device(group))
+            dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
+            unit.present = bytearray(counts.tolist())
+        self._is_summed = True
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, args: Any, kwargs: Any, for_loss: Any) -> Any:
+        one = _Micro(args, kwargs, for_loss, 1.0)
+
+        def run() -> tuple[Any, torch.Tensor | None]:
+            with torch.no_grad():
+                output = self._run_forward(one, trains=False)
+                if isinstance(output, Left):
+                    return None, None
+                if self.loss_of is not None and for_loss:
+                    output = self._loss(output, _Micro((), {}, for_loss, 1.0))
+                return output, loss_in(output)
+
+        outputs: list[Any] = []
+
+        def loss() -> torch.Tensor | None:
+            output, value = run()
+            outputs.append(output)
+            self._is_bare = isinstance(output, torch.Tensor)
+            return value.detach().float() if isinstance(value, torch.Tensor) and value.numel() == 1 else None
+
+        value = self._to_the_end(loss)
+        if self.stage.is_last:
+            return outputs[0]
+        if self._is_bare and value is not None:
+            return value
+        return Output(value, f"they are on the last stage, rank {self.messages.ranks[-1]}")
+
+    # ---- the end of a call -----------------------------------------------------------------------------------------
+
+    def _to_the_end(self, run: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        """Run this stage, and tell all others how it went; return the last one's loss. Collective: the line.
+
+        Raises: what this stage raised, or on the others DistuiError that says what and where.
+        """
+        failure: BaseException | None = None
+        loss: torch.Tensor | None = None
+        try:
+            loss = run()
+        except BaseException as error:  # noqa: BLE001 - raised again once all know
+            failure = error
+            self.messages.fail()
+        number = 0.0 if loss is None else float(loss)
+        own = torch.tensor([failure is not None, loss is not None, self._is_bare, number], dtype=torch.float64)
+        told = [torch.empty_like(own) for _ in self.messages.ranks]
+        dist.all_gather(told, own, group=self.messages.control)
+        failed = [index for index, values in enumerate(told) if values[0]]
+        if failed:
+            self._raise(failure)
+        self.messages.finish()
+        _, has_loss, is_bare, value = told[-1].tolist()
+        self._is_bare = bool(is_bare)
+        if not has_loss:
+            return None
+        return loss if loss is not None else torch.tensor(value, dtype=torch.float32, device=self._device)
+
+    def _raise(self, failure: BaseException | None) -> None:
+        is_cause = failure is not None and not isinstance(failure, PeerFailed)
+        words = f"{type(failure).__name__}: {failure}" if is_cause else ""
+        told: list[Any] = [None] * len(self.messages.ranks)
+        dist.all_gather_object(told, words, group=self.messages.control)
+        index = next((index for index, text in enumerate(told) if text), 0)
+        self._broken = f"stage {index} of {self.stage.num_stages} (rank {self.messages.ranks[index]}): {told[index]}"
+        if failure is not None and is_cause:
+            raise failure
+        raise DistuiError(f"a stage of the pipeline failed: {self._broken}") from failure
+
+
+class _Told(torch.autograd.Function):
+    """The loss of a pass whose backward has run: its own backward compares what it was to be multiplied by."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, loss: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
+        if abs(float(grad) - ctx.factor) > 1e-6 * abs(ctx.factor):
+            raise UserError(
+                f"the loss of a pipelined model was multiplied by {float(grad) / ctx.factor:g} before the backward",
+                f"the pass of the schedule has run its backward already, with {ctx.factor:g}",
+                "give engine.backward the loss as the model returned it; scale by loss=fn in engine.prepare, or the "
+                "learning rate",
+            )
+        return None, None, None
+
+
+class Output:
+    """What a pipelined model returns: the loss; anything else is not on this rank, and says so where it is used."""
+
+    def __init__(self, loss: torch.Tensor | None, why: str) -> None:
+        self.loss, self._why = loss, why
+
+    def __getitem__(self, key: Any) -> Any:
+        if (key == "loss" or (key == 0 and type(key) is int)) and self.loss is not None:
+            return self.loss
+        raise self._elsewhere(f"output[{key!r}]")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the loss."""
+        return self.loss if key == "loss" else self[key]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self._elsewhere(f"output.{name}")
+
+    def __iter__(self) -> Any:
+        raise self._elsewhere("taking the output apart")
+
+    def _elsewhere(self, what: str) -> UserError:
+        return UserError(
+            f"{what} of a pipelined model",
+            f"all ranks have its loss; of other outputs, {self._why}",
+            "compute what you need of them in engine.prepare(..., loss=fn), or set strategy.pipeline_parallel to 1",
+        )
+
+
+def loss_in(output: Any) -> Any:
+    """Return the loss that a model's output holds, or is; None where there is none."""
+    if isinstance(output, torch.Tensor):
+        return output if output.numel() == 1 else None
+    if isinstance(output, dict):
+        return output.get("loss")
+    if isinstance(output, tuple) and output and not hasattr(output, "loss"):
+        return loss_in(output[0]) if isinstance(output[0], torch.Tensor) else None
+    return getattr(output, "loss", None)
+
+
+def _ends(axes: Axes) -> dist.ProcessGroup:
+    """Return the group of the first and the last stage. Collective: the world."""
+    lines = axes.sizes.groups(("pp",))
+    return make([part for line in lines for part in ([line[0], line[-1]], line[1:-1])], "pp ends")
+
+
+def pipelined(
+    model: nn.Module, axes: Axes, schedule: str, num_micro: int, loss_of: LossOf | None, factor: Callable[[], float]
+) -> Pipeline:
+    """Return the pipeline of `model`, whose stage holds nothing yet. Collective: all ranks."""
+    return Pipeline(Stage(model, axes), Messages(axes), axes, schedule, num_micro, loss_of, factor)

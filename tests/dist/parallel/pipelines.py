@@ -1,0 +1,300 @@
+"""Trainings of the parity tests in a pipeline: the models of the other axes, cut into stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tests.dist.parallel.trainings import MAX_NORM, ROWS, VOCAB, build, optimizer_of, samples
+
+import distui
+from distui.core.errors import DistuiError
+
+
+def deep_llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=16, intermediate_size=27, num_hidden_layers=4, num_attention_heads=4,
+            max_position_embeddings=16, tie_word_embeddings=True, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+    )
+
+
+def model_of(name: str, seed: int) -> nn.Module:
+    if name == "deep":
+        torch.manual_seed(seed)
+        return deep_llama().train()
+    if name != "frozen":
+        return build(name, seed)
+    model: Any = build("llama", seed)
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    found: nn.Module = model
+    return found
+
+
+def outside(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(output.flatten(0, 1), targets.flatten())
+
+
+def loss_of(name: str, model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    if name == "encoder":
+        loss: torch.Tensor = model(ids_BT[:, :-1], targets=ids_BT[:, 1:])
+        return loss
+    return model(input_ids=ids_BT, labels=ids_BT).loss
+
+
+def prepared(name: str, stages: int, stage: int, **sections: Any) -> tuple[distui.Engine, Any, Any, Any]:
+    """Return engine, model, optimizer and loader; each rank builds the model by a seed of its own."""
+    strategy = {"pipeline_parallel": stages, "zero_stage": stage, **sections.pop("strategy", {})}
+    micro = max(stages, 2)
+    engine = distui.Engine(strategy=strategy, batch={"accumulation": micro} if stages > 1 else {}, **sections)
+    model = model_of(name, engine.process_index)
+    size = ROWS // engine.num_data_ranks // (micro if stages > 1 else 1)
+    loader: Any = torch.utils.data.DataLoader(samples(), batch_size=size)  # type: ignore[arg-type]
+    loss = outside if name == "encoder" else None
+    model, optimizer, loader = engine.prepare(model, optimizer_of(model), loader, loss=loss)
+    return engine, model, optimizer, loader
+
+
+def steps(name: str, engine: distui.Engine, model: Any, optimizer: Any, loader: Any) -> dict[str, Any]:
+    losses, norms = [], []
+    for ids_BT in loader:
+        with engine.accumulate(model):
+            loss = loss_of(name, model, ids_BT)
+            engine.backward(loss)
+            norm = engine.clip_grad_norm_(model.parameters(), MAX_NORM)
+            assert norm is not None
+            norms.append(float(norm))
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(engine.reduce(loss.detach(), "mean")))
+    return {"losses": losses, "norms": norms}
+
+
+def train(name: str, stages: int, stage: int, **sections: Any) -> dict[str, Any]:
+    """Return losses, norms and whole weights of a training; on every rank the same."""
+    engine, model, optimizer, loader = prepared(name, stages, stage, **sections)
+    found = steps(name, engine, model, optimizer, loader)
+    found["weights"] = engine.get_state_dict(model)
+    engine.free_memory()
+    return found
+
+
+def trainings(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Train each (name, stages, ZeRO stage), and what sections a case has beside."""
+    return [train(*case[:3], **(case[3] if len(case) > 3 else {})) for case in cases]
+
+
+def accumulated(name: str, sections: dict[str, Any]) -> dict[str, Any]:
+    """Train on one process, over the micro-batches that a pipeline of two stages makes of a step."""
+    engine = distui.Engine(batch={"accumulation": 2}, **sections)
+    model = model_of(name, 0)
+    loader: Any = torch.utils.data.DataLoader(samples(), batch_size=ROWS // 2)  # type: ignore[arg-type]
+    model, optimizer, loader = engine.prepare(model, optimizer_of(model), loader)
+    losses, norms = [], []
+    for ids_BT in loader:
+        with engine.accumulate(model):
+            loss = loss_of(name, model, ids_BT)
+            engine.backward(loss)
+            norm = engine.clip_grad_norm_(model.parameters(), MAX_NORM)
+            norms += [] if norm is None else [float(norm)]
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    means = [(one + other) / 2 for one, other in zip(losses[::2], losses[1::2], strict=True)]
+    found = {"losses": means, "norms": norms, "weights": engine.get_state_dict(model)}
+    engine.free_memory()
+    return found
+
+
+def odd_batches(pipelined: bool) -> dict[str, Any]:
+    """Train with rows that do not divide, another length each time, and fewer rows than stages; then evaluate."""
+    strategy = {"pipeline_parallel": 2} if pipelined else {}
+    engine = distui.Engine(strategy=strategy, batch={"accumulation": 2} if pipelined else {})
+    model = build("llama-tied", 0)
+    model, optimizer = engine.prepare(model, optimizer_of(model))
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randint(1, VOCAB, shape, generator=generator) for shape in ((5, 9), (3, 6), (1, 7), (4, 9))]
+    losses = []
+    for ids_BT in batches:
+        loss = model(input_ids=ids_BT, labels=ids_BT, attention_mask=torch.ones_like(ids_BT)).loss
+        engine.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    for _ in range(2):  # two passes before a step
+        loss = model(input_ids=batches[0], labels=batches[0]).loss
+        engine.backward(loss)
+    norm = engine.clip_grad_norm_(model.parameters(), 0.5)
+    assert norm is not None
+    optimizer.step()
+    optimizer.zero_grad()
+    model.eval()
+    output = model(input_ids=batches[1], labels=batches[1])
+    with torch.no_grad():
+        bare = model(input_ids=batches[1])
+    weights = engine.get_state_dict(model)
+    logits, refused = None, ""
+    try:
+        logits = [output.logits.detach(), bare["logits"].detach()]
+    except distui.UserError as error:
+        refused = error.report()
+    engine.free_memory()
+    losses.append(float(output.loss.detach()))
+    return {"losses": losses, "norms": [float(norm)], "weights": weights, "logits": logits, "refused": refused}
+
+
+class Failing(nn.Module):
+    """A chain of blocks, one of which fails in its third forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.head = nn.Linear(8, 1)
+        self.calls = 0
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        x_BTD = self.embedding(ids_BT)
+        for index, block in enumerate(self.blocks):
+            if index == 3 and self.calls == 3:
+                raise ValueError("the third forward fails")
+            x_BTD = block(x_BTD)
+        return self.head(x_BTD).mean()
+
+
+class Residual(Failing):
+    """Adds something between its blocks."""
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.embedding(ids_BT)
+        for block in self.blocks:
+            x_BTD = x_BTD + block(x_BTD)
+        return self.head(x_BTD).mean()
+
+
+class Backwards(Failing):
+    """Calls its blocks in another order than they are in."""
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.embedding(ids_BT)
+        for block in reversed(self.blocks):
+            x_BTD = block(x_BTD)
+        return self.head(x_BTD).mean()
+
+
+class Skipping(Failing):
+    """Gives every block the embedding beside the hidden state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Bilinear(8, 8, 8) for _ in range(4))
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = first_BTD = self.embedding(ids_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, first_BTD)
+        return self.head(x_BTD).mean()
+
+
+class NoLoss(Failing):
+    """Gives no loss."""
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.embedding(ids_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        return self.head(x_BTD)
+
+
+KINDS = {kind.__name__: kind for kind in (Failing, Residual, Backwards, Skipping, NoLoss)}
+
+
+def refusals(kinds: list[str]) -> list[str]:
+    """Return what each kind of model, or of use, is told on this rank."""
+    return [_refusal(kind) for kind in kinds]
+
+
+def _refusal(kind: str) -> str:
+    engine = distui.Engine(strategy={"pipeline_parallel": 2}, batch={"accumulation": 2})
+    try:
+        model = KINDS.get(kind, Failing)() if kind != "short" else nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        model, optimizer = engine.prepare(model, optimizer_of(model))
+        ids_BT = torch.ones(4, 3, dtype=torch.int64)
+        for _ in range(2):
+            loss = model(ids_BT)
+            if kind == "scaled":
+                loss = loss * 2.0
+            if kind == "penalty":
+                loss = loss + sum(param.square().sum() for param in model.parameters())
+            engine.backward(loss)
+            if kind == "gradients":
+                with engine.gradients(model):
+                    pass
+            if kind == "states":
+                optimizer.step()
+                optimizer.state_dict()
+    except (DistuiError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        engine.free_memory()
+    return "nothing"
+
+
+def overflowing() -> list[tuple[bool, float]]:
+    """Train in fp16 from a loss scale that overflows on the last stage; return what each step was."""
+    precision = {"dtype": "fp16", "initial_loss_scale": 2.0**40}
+    engine = distui.Engine(strategy={"pipeline_parallel": 2}, batch={"accumulation": 2}, precision=precision)
+    model = build("llama", 0)
+    model, optimizer = engine.prepare(model, optimizer_of(model))
+    found = []
+    for ids_BT in torch.stack(samples()[:8]).split(4):
+        loss = model(input_ids=ids_BT, labels=ids_BT).loss
+        engine.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert engine.scaler is not None
+        found.append((engine.optimizer_step_was_skipped, engine.scaler.scale))
+    engine.free_memory()
+    return found
+
+
+def saved(folder: str, stages: int, stage: int) -> dict[str, Any]:
+    """Train two steps and save; return the weights, and what the steps after it give."""
+    engine, model, optimizer, loader = prepared("llama-tied", stages, stage)
+    batches = list(loader)
+    steps("llama-tied", engine, model, optimizer, batches[:2])
+    engine.save_state(f"{folder}/state")
+    engine.save_model(model, f"{folder}/model")
+    weights = engine.get_state_dict(model)
+    found = steps("llama-tied", engine, model, optimizer, batches[2:])
+    engine.free_memory()
+    return {**found, "saved": weights, "weights": {}}
+
+
+def resumed(folder: str, stages: int, stage: int) -> dict[str, Any]:
+    """Load what `saved` wrote into another layout, and go on."""
+    engine, model, optimizer, loader = prepared("llama-tied", stages, stage)
+    batches = list(loader)
+    engine.load_state(f"{folder}/state")
+    weights = engine.get_state_dict(model)
+    found = steps("llama-tied", engine, model, optimizer, batches[2:])
+    engine.free_memory()
+    return {**found, "saved": weights, "weights": {}}
+
+
+def held_numel() -> tuple[int, int]:
+    """Return how many elements this rank holds of a model, and how many that has."""
+    engine = distui.Engine(strategy={"pipeline_parallel": 2}, batch={"accumulation": 2})
+    model = deep_llama()
+    total = sum(param.numel() for param in model.parameters())
+    model = engine.prepare(model)
+    held = sum(param.numel() for param in model.parameters())
+    engine.free_memory()
+    return held, total

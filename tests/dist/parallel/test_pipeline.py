@@ -1,0 +1,125 @@
+"""Pipelines against one process: losses, norms and weights of five clipped steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.dist.parallel import pipelines
+from tests.dist.parallel.pipelines import trainings
+from tests.dist.parallel.trainings import difference
+
+if TYPE_CHECKING:
+    from tests.dist.rank_pool import RunRanks
+
+TOLERANCE = 1e-5
+MODELS = ("llama", "llama-tied", "gpt2", "encoder")
+
+
+def compare(run_ranks: RunRanks, num_ranks: int, cases: list[tuple[Any, ...]]) -> None:
+    names = sorted({case[0] for case in cases})
+    alone = dict(zip(names, run_ranks(trainings, 1, [(name, 1, 0) for name in names])[0], strict=True))
+    for found in run_ranks(trainings, num_ranks, cases):
+        for case, mine in zip(cases, found, strict=True):
+            assert difference(mine, alone[case[0]]) < TOLERANCE, case
+
+
+def test_two_stages_equal_one_process(run_ranks: RunRanks) -> None:
+    compare(run_ranks, 2, [(name, 2, stage) for name, stage in zip(MODELS, (0, 1, 2, 3), strict=True)])
+
+
+def test_two_stages_of_two_data_ranks(run_ranks: RunRanks) -> None:
+    compare(run_ranks, 4, [("llama-tied", 2, 1), ("gpt2", 2, 2), ("llama-tied", 2, 3)])
+
+
+def test_other_schedules_recomputation_and_frozen_blocks(run_ranks: RunRanks) -> None:
+    recomputed = {"activation_checkpointing": {"mode": "full"}}
+    cases: list[tuple[Any, ...]] = [
+        ("llama-tied", 2, 2, {"strategy": {"pipeline_schedule": "gpipe"}}),
+        ("gpt2", 2, 3, recomputed),
+        ("frozen", 2, 0),
+        ("frozen", 2, 3),
+    ]
+    compare(run_ranks, 2, cases)
+
+
+def test_four_stages_with_a_tied_embedding_over_the_ends(run_ranks: RunRanks) -> None:
+    compare(run_ranks, 4, [("deep", 4, 1)])
+
+
+def test_bf16_is_that_of_one_process_over_the_same_micro_batches(run_ranks: RunRanks) -> None:
+    bf16 = {"precision": {"dtype": "bf16"}}
+    alone = run_ranks(pipelines.accumulated, 1, "llama-tied", bf16)[0]
+    for found in run_ranks(trainings, 2, [("llama-tied", 2, 1, bf16)]):
+        assert difference(found[0], alone) < 1e-3
+
+
+def test_odd_batches_two_passes_a_step_and_evaluation(run_ranks: RunRanks) -> None:
+    alone = run_ranks(pipelines.odd_batches, 1, False)[0]
+    first, last = run_ranks(pipelines.odd_batches, 2, True)
+    for found in (first, last):
+        assert difference(found, alone) < TOLERANCE
+    for mine, expected in zip(last["logits"], alone["logits"], strict=True):
+        torch.testing.assert_close(mine, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    assert first["logits"] is None
+    assert "output.logits of a pipelined model" in first["refused"]
+    assert "on the last stage, rank 1" in first["refused"]
+
+
+def test_a_failing_stage_is_told_on_all_ranks(run_ranks: RunRanks) -> None:
+    first, last = (found[0] for found in run_ranks(pipelines.refusals, 2, ["Failing"]))
+    assert last == "ValueError: the third forward fails"
+    assert "stage 1 of 2 (rank 1): ValueError: the third forward fails" in first
+
+
+REFUSED = {
+    "Residual": "changes what blocks.",
+    "Backwards": "is called where blocks.0 is expected",
+    "Skipping": "is given more than its hidden state by embedding",
+    "NoLoss": "gives no loss in a pipeline",
+    "short": "pipeline_parallel=2 with 0 blocks",
+    "scaled": "was multiplied by 2 before the backward",
+    "penalty": "has other terms that reach its parameters",
+    "gradients": "engine.gradients of a pipelined model",
+    "states": "in a pipeline: each of 2 stages has the states of its own blocks",
+}
+
+
+def test_what_would_be_another_computation_is_refused_on_all_ranks(run_ranks: RunRanks) -> None:
+    for found in run_ranks(pipelines.refusals, 2, list(REFUSED)):
+        for kind, told in zip(REFUSED, found, strict=True):
+            assert REFUSED[kind] in told, (kind, told)
+
+
+def test_an_overflow_of_one_stage_skips_the_step_on_all(run_ranks: RunRanks) -> None:
+    first, last = run_ranks(pipelines.overflowing, 2)
+    assert first == last == [(True, 2.0**39), (True, 2.0**38)]
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 2, 1), (2, 1, 3)), ((2, 1, 2), (2, 2, 0)), ((2, 2, 3), (1, 1, 0))])
+def test_checkpoints_go_on_in_another_layout(
+    run_ranks: RunRanks, tmp_path: Path, before: tuple[int, int, int], after: tuple[int, int, int]
+) -> None:
+    saved = run_ranks(pipelines.saved, before[0], str(tmp_path), *before[1:])[0]
+    for found in run_ranks(pipelines.resumed, after[0], str(tmp_path), *after[1:]):
+        assert found["saved"].keys() == saved["saved"].keys()
+        assert all(torch.equal(found["saved"][name], value) for name, value in saved["saved"].items())
+        assert difference(found, saved) < TOLERANCE
+    files = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(value, saved["saved"][name]) for name, value in files.items())
+    assert len(files) >= len(saved["saved"]) - 1  # of tied weights one
+
+
+def test_a_rank_holds_its_stage_only(run_ranks: RunRanks) -> None:
+    (first, total), (last, _) = run_ranks(pipelines.held_numel, 2)
+    embedding, norm = 37 * 16, 16  # on both ends
+    assert first + last == total + embedding + norm
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_all_models_under_all_stages(run_ranks: RunRanks, num_ranks: int) -> None:
+    compare(run_ranks, num_ranks, [(name, 2, stage) for name in MODELS for stage in range(4)])
