@@ -19,6 +19,8 @@ _UNPROVOKED = {
 }
 _HEAD_START_S = 1.0
 """A rank that such a signal ends takes its peers with it within this time; a peer's error never causes the signal."""
+_OURS_S = 2.5
+"""A rank that we end by SIGKILL has had its grace period before; who is killed sooner, somebody else has killed."""
 _LOST_PEER = re.compile(
     r"gloo/transport/.*(\bby peer|Broken pipe|[Tt]imed out|No route to host|unreachable)"
     r"|DistNetworkError|Connection (reset|closed) by (remote )?peer|remote process exited|ncclRemoteError"
@@ -191,7 +193,8 @@ def judge(
             lost = lost or (report is not None and _LOST_PEER.search(str(report["type"])) is not None)
             if report is None and ending.signal == signal.SIGTERM and ending.time_s > first_bad_s:
                 lost = True  # ended by us, for what had ended badly by then
-            own |= not lost and (report is not None or ending.signal is None)
+            killed = ending.signal in _UNPROVOKED and ending.time_s - first_bad_s < _OURS_S
+            own |= not lost and (report is not None or ending.signal is None or killed)
             failures.append((lost, time_s - (_HEAD_START_S if ending.signal in _UNPROVOKED else 0.0), rank, error))
     outcome = Outcome(state, exit_status, message, ranks=ranks)
     if exit_status == EXIT_RANK_FAILED and failures and not message:

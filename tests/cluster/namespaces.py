@@ -47,6 +47,8 @@ class NamespaceHost:
         _ip("link", "add", "eth0", "netns", self.netns, "type", "veth", "peer", "name", peer, "netns", bridge)
         _ip("-n", bridge, "link", "set", peer, "master", "br0", "up")
         _ip("-n", self.netns, "link", "set", "lo", "up")
+        # A host that was made anew has the address that its neighbours remember.
+        _ip("-n", self.netns, "link", "set", "eth0", "address", f"02:00:00:97:00:{self._number + 1:02x}")
         _ip("-n", self.netns, "addr", "add", f"{self.address}/24", "dev", "eth0")
         _ip("-n", self.netns, "link", "set", "eth0", "up")
         self.boot(folder)

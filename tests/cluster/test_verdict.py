@@ -43,6 +43,13 @@ def test_a_rank_that_was_killed_comes_before_those_that_lost_it(run: RunFolder) 
     assert (outcome.failed_rank, outcome.is_victim) == (1, False) and outcome.message == "rank 1: killed by SIGKILL"
 
 
+def test_a_kill_that_was_noticed_late_comes_before_them_too(run: RunFolder) -> None:
+    endings = {0: raised(run, 0, 10.0, LOST_PEER), 1: Ending(1, 101, None, signal.SIGKILL, 12.0)}
+    assert first_cause(run, endings, [], PLACES, 0.0).failed_rank == 1
+    ours = {0: raised(run, 0, 10.0, "bad batch", "ValueError"), 1: Ending(1, 101, None, signal.SIGKILL, 13.3)}
+    assert first_cause(run, ours, [], PLACES, 0.0).failed_rank == 0, "killed by us, after its grace period"
+
+
 def test_a_lost_host_comes_before_the_ranks_that_lost_theirs(run: RunFolder) -> None:
     outcome = first_cause(run, {0: raised(run, 0, 10.0, LOST_PEER)}, [lost(10.5)], PLACES, 0.0)
     assert outcome.failed_rank is None and outcome.message == "gpu2 (node 1, ranks 1-2): its agent has ended"
