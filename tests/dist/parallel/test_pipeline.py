@@ -75,12 +75,20 @@ def test_a_failing_stage_is_told_on_all_ranks(run_ranks: RunRanks) -> None:
     assert "stage 1 of 2 (rank 1): ValueError: the third forward fails" in first
 
 
+def test_a_failing_backward_is_told_along_the_line(run_ranks: RunRanks) -> None:
+    found = [told[0] for told in run_ranks(pipelines.refusals, 4, ["FailingBackward"], 4)]
+    assert found.pop(1) == "ValueError: this backward fails"
+    for told in found:
+        assert "stage 1 of 4 (rank 1): ValueError: this backward fails" in told
+
+
 REFUSED = {
     "Residual": "changes what blocks.",
     "Backwards": "is called where blocks.0 is expected",
     "Skipping": "is given more than its hidden state by embedding",
     "NoLoss": "gives no loss in a pipeline",
     "short": "pipeline_parallel=2 with 0 blocks",
+    "batches": "a pipeline's ranks were given different batches",
     "scaled": "was multiplied by 2 before the backward",
     "penalty": "has other terms that reach its parameters",
     "gradients": "engine.gradients of a pipelined model",

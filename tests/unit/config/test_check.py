@@ -189,10 +189,17 @@ def test_what_does_not_go_with_tensor_parallelism_is_refused() -> None:
 
 
 def test_what_does_not_go_with_a_pipeline_is_refused() -> None:
-    found = found_in(
-        strategy__pipeline_parallel="2", strategy__pipeline_schedule="zbv", strategy__tensor_parallel="2",
-        strategy__context_parallel="2", compression__gradients="onebit", offload__optimizer="cpu", optimizer__state_bits="8", strategy__zero_stage="1",
-    )  # fmt: skip
+    given = {
+        "strategy__pipeline_parallel": "2",
+        "strategy__pipeline_schedule": "zbv",
+        "strategy__tensor_parallel": "2",
+        "strategy__context_parallel": "2",
+        "strategy__zero_stage": "1",
+        "compression__gradients": "onebit",
+        "offload__optimizer": "cpu",
+        "optimizer__state_bits": "8",
+    }
+    found = found_in(**given)
     paths = {problem.path for problem in found}
     assert {"strategy.pipeline_schedule", "strategy.tensor_parallel", "strategy.context_parallel"} < paths
     assert {"compression.gradients", "offload.optimizer", "optimizer.state_bits"} < paths
