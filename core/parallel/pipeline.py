@@ -83,7 +83,7 @@ class Pipeline:
         """Have the model's forward be the schedule's."""
         assert sharded.cuts is not None
         self._sharded = sharded
-        self.stage.install(sharded.cuts)
+        self.stage.install()
         forward = functools.partial(self._forward)
         functools.update_wrapper(forward, self._own)  # libraries look up what a model's forward takes
         self.stage.model.forward = forward

@@ -37,11 +37,12 @@ def check_whole_gradients(optimizer: Steps, num_steps: int) -> None:
     They would drift apart from step to step. Raises: UserError on all of those ranks, in the first steps.
     """
     cuts = optimizer.cuts
+    cuts = cuts.tensor if cuts is not None and cuts.elsewhere else cuts
     if cuts is None or num_steps >= LOOKED_AT:
         return
     names, squares = [], []
     for unit in optimizer.units:
-        whole = [index for index in range(len(unit.params)) if unit.cut_of(index) is None]
+        whole = [index for index in range(len(unit.params)) if cuts.get(unit.params[index]) is None]
         if not unit.trainable or not whole or not unit.has_gradient:
             continue
         with unit.gradient() as grad:

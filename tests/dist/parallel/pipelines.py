@@ -219,7 +219,7 @@ class _Broken(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         raise ValueError("this backward fails")
 
 
@@ -244,7 +244,7 @@ class Broken(nn.Linear):
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = super().forward(x_BTD)
-        return _Broken.apply(found) if self.index == 1 else found  # type: ignore[no-any-return]
+        return _Broken.apply(found) if self.index == 1 else found
 
 
 KINDS = {kind.__name__: kind for kind in (Failing, FailingBackward, Residual, Backwards, Skipping, NoLoss)}
@@ -301,9 +301,9 @@ def overflowing() -> list[tuple[bool, float]]:
     return found
 
 
-def saved(folder: str, stages: int, stage: int) -> dict[str, Any]:
+def saved(folder: str, stages: int, stage: int, tensor: int = 1) -> dict[str, Any]:
     """Train two steps and save; return the weights, and what the steps after it give."""
-    engine, model, optimizer, loader = prepared("llama-tied", stages, stage)
+    engine, model, optimizer, loader = prepared("llama-tied", stages, stage, strategy={"tensor_parallel": tensor})
     batches = list(loader)
     steps("llama-tied", engine, model, optimizer, batches[:2])
     engine.save_state(f"{folder}/state")
@@ -314,9 +314,9 @@ def saved(folder: str, stages: int, stage: int) -> dict[str, Any]:
     return {**found, "saved": weights, "weights": {}}
 
 
-def resumed(folder: str, stages: int, stage: int) -> dict[str, Any]:
+def resumed(folder: str, stages: int, stage: int, tensor: int = 1) -> dict[str, Any]:
     """Load what `saved` wrote into another layout, and go on."""
-    engine, model, optimizer, loader = prepared("llama-tied", stages, stage)
+    engine, model, optimizer, loader = prepared("llama-tied", stages, stage, strategy={"tensor_parallel": tensor})
     batches = list(loader)
     engine.load_state(f"{folder}/state")
     weights = engine.get_state_dict(model)
