@@ -57,18 +57,19 @@ class NativeBackend(NativeBeside, Backend):
                 from distui.core.parallel.tensor import cut_model
 
                 assert start is not None
-                cuts = cut_model(model, self.axes, start, strategy.tensor_plan, self.plan)
-                if (group := self.axes["cp"]) is not None:
-                    from distui.core.parallel.sequence import SequenceCut
-
-                    SequenceCut(model, group)
-                if self.axes.size("pp") > 1:
+                if self.axes.size("pp") > 1:  # stages are chosen by whole sizes
                     from distui.core.parallel.pipeline import pipelined
 
                     pipeline = pipelined(
                         model, self.axes, strategy.pipeline_schedule, self.num_micro, self.loss_of, self.loss_factor
                     )
-                    cuts = pipeline.stage.hold(self.axes, start)
+                cuts = cut_model(model, self.axes, start, strategy.tensor_plan, self.plan)
+                if (group := self.axes["cp"]) is not None:
+                    from distui.core.parallel.sequence import SequenceCut
+
+                    SequenceCut(model, group)
+                if pipeline is not None:
+                    cuts = pipeline.stage.hold(self.axes, start, cuts)
                 self.cuts = {**self.cuts, **(cuts.of if cuts is not None else {})}
             precision, home = self.config.precision, self.config.offload
             self._models[id(model)] = ShardedModel(

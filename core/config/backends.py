@@ -58,6 +58,7 @@ def check_backend(config: Config) -> Iterator[Problem]:
                 f"registered in the entry points distui.backends: {', '.join(names)}",
                 f"write {near}" if near else "name one of these, or install the package that registers it",
             )
+        yield from axes_problems(config)
         return
     if name == "native":
         return
@@ -69,7 +70,7 @@ def check_backend(config: Config) -> Iterator[Problem]:
             f"{DEEPSPEED_PIP}, or set strategy.backend to native, which has stages 0 to 3 as well",
         )
     yield from _stage(name, config.strategy.zero_stage)
-    yield from _only_native(name, config)
+    yield from _only_native(config)
     yield from _formats(name, config)
 
 
@@ -86,15 +87,26 @@ def _stage(name: str, stage: int) -> Iterator[Problem]:
     )
 
 
-def _only_native(name: str, config: Config) -> Iterator[Problem]:
-    axes = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel")
+def axes_problems(config: Config) -> Iterator[Problem]:
+    """Yield the axes inside a model that a backend would not see: its ranks would compute the same side by side."""
+    if config.strategy.backend != "native":
+        axes = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel")
+        yield from _without(config, [("strategy", axis, getattr(config.strategy, axis), 1) for axis in axes])
+
+
+def _only_native(config: Config) -> Iterator[Problem]:
+    yield from axes_problems(config)
     off: list[tuple[str, str, object, object]] = [
-        *(("strategy", axis, getattr(config.strategy, axis), 1) for axis in axes),
         ("offload", "optimizer", config.offload.optimizer, "none"),
         ("offload", "params", config.offload.params, "none"),
         ("compression", "gradients", config.compression.gradients, "none"),
         ("compression", "weights", config.compression.weights, "none"),
     ]
+    yield from _without(config, off)
+
+
+def _without(config: Config, off: list[tuple[str, str, object, object]]) -> Iterator[Problem]:
+    name = config.strategy.backend
     for section, key, value, without in off:
         if value != without:
             yield Problem(

@@ -281,9 +281,9 @@ def pipeline_problems(config: Config) -> Iterator[Problem]:
         yield _not_available(
             "strategy.pipeline_schedule", f"pipeline_schedule={strategy.pipeline_schedule}", "1f1b or gpipe"
         )
-    for axis in ("tensor_parallel", "context_parallel"):
-        if (other := getattr(strategy, axis)) > 1:
-            yield _not_available(f"strategy.{axis}", f"{axis}={other} with pipeline_parallel={size}", "1")
+    if (other := strategy.context_parallel) > 1:
+        what = f"context_parallel={other} with pipeline_parallel={size}"
+        yield _not_available("strategy.context_parallel", what, "1")
     off: list[tuple[str, str, object, object]] = [
         ("compression", "gradients", config.compression.gradients, "none"),
         ("compression", "weights", config.compression.weights, "none"),

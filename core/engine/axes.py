@@ -15,6 +15,7 @@ from distui.core.axes.sizes import AxisSizes
 from distui.core.backends.base import Backend
 from distui.core.backends.registry import load_backend
 from distui.core.config.batch import micro_size_of, solve_batch
+from distui.core.config.backends import axes_problems
 from distui.core.config.check import rank_problems
 from distui.core.config.schema import Config
 from distui.core.errors import ConfigError
@@ -44,7 +45,7 @@ def join_axes(process: ProcessState, config: Config) -> Axes | None:
     strategy = config.strategy
     if strategy.tensor_parallel * strategy.pipeline_parallel * strategy.context_parallel == 1:
         return None
-    if problems := list(rank_problems(config, process.num_processes)):
+    if problems := [*axes_problems(config), *rank_problems(config, process.num_processes)]:
         raise ConfigError(problems)
     sizes, world = AxisSizes.of(strategy, process.num_processes), dist.group.WORLD
     assert world is not None

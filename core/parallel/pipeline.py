@@ -21,7 +21,9 @@ from distui.core.axes.cut import part_of
 from distui.core.axes.groups import Axes, make
 from distui.core.axes.schedules import tables
 from distui.core.errors import DistuiError, UserError
+from distui.core.parallel.batches import LOOKED_AT, compare_batch
 from distui.core.parallel.messages import BACKWARD, FORWARD, Messages, Parts, PeerFailed
+from distui.core.parallel.outputs import Output, loss_in
 from distui.core.parallel.outside import named_by
 from distui.core.parallel.stages import ENDS, Left, Stage
 from distui.core.ranks import ops
@@ -71,6 +73,7 @@ class Pipeline:
         self._own = stage.model.forward
         self._before = stage.model.__dict__.get("forward")
         self._broken = ""
+        self._looked = 0
         self._is_bare = False
         """Whether a call gives the loss itself, as the last stage told."""
         self._is_summed = False
@@ -80,7 +83,7 @@ class Pipeline:
         """Have the model's forward be the schedule's."""
         assert sharded.cuts is not None
         self._sharded = sharded
-        self.stage.install(sharded.cuts)
+        self.stage.install()
         forward = functools.partial(self._forward)
         functools.update_wrapper(forward, self._own)  # libraries look up what a model's forward takes
         self.stage.model.forward = forward
@@ -100,6 +103,9 @@ class Pipeline:
         for_loss = {key: kwargs.pop(key) for key in list(kwargs) if key in self._named_by_loss}
         if not (self.stage.model.training and torch.is_grad_enabled()):
             return self._evaluate(args, kwargs, for_loss)
+        if self._looked < LOOKED_AT:
+            self._looked += 1
+            compare_batch((args, kwargs, for_loss), self.messages.control, "a pipeline's")
         micro, factor = list(self._cut(args, kwargs, for_loss)), self.factor()
         loss = self._to_the_end(lambda: self._train(micro, factor))
         assert loss is not None
@@ -343,48 +349,6 @@ class _Told(torch.autograd.Function):
                 "learning rate",
             )
         return None, None, None
-
-
-class Output:
-    """What a pipelined model returns: the loss; anything else is not on this rank, and says so where it is used."""
-
-    def __init__(self, loss: torch.Tensor | None, why: str) -> None:
-        self.loss, self._why = loss, why
-
-    def __getitem__(self, key: Any) -> Any:
-        if (key == "loss" or (key == 0 and type(key) is int)) and self.loss is not None:
-            return self.loss
-        raise self._elsewhere(f"output[{key!r}]")
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the loss."""
-        return self.loss if key == "loss" else self[key]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise self._elsewhere(f"output.{name}")
-
-    def __iter__(self) -> Any:
-        raise self._elsewhere("taking the output apart")
-
-    def _elsewhere(self, what: str) -> UserError:
-        return UserError(
-            f"{what} of a pipelined model",
-            f"all ranks have its loss; of other outputs, {self._why}",
-            "compute what you need of them in engine.prepare(..., loss=fn), or set strategy.pipeline_parallel to 1",
-        )
-
-
-def loss_in(output: Any) -> Any:
-    """Return the loss that a model's output holds, or is; None where there is none."""
-    if isinstance(output, torch.Tensor):
-        return output if output.numel() == 1 else None
-    if isinstance(output, dict):
-        return output.get("loss")
-    if isinstance(output, tuple) and output and not hasattr(output, "loss"):
-        return loss_in(output[0]) if isinstance(output[0], torch.Tensor) else None
-    return getattr(output, "loss", None)
 
 
 def _ends(axes: Axes) -> dist.ProcessGroup:

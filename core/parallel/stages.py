@@ -78,6 +78,8 @@ class Stage:
             if len(stages) > 1
         }
         """Who holds it, of what several stages hold."""
+        self._shapes: dict[int, tuple[int, ...]] = {}
+        """Of parameters, as this stage's tensor-parallel rank would hold them, by identity."""
         self._received: Any = None
         self._expected = 0
         self._hidden: Any = None
@@ -133,38 +135,43 @@ class Stage:
                 )
         return {number: tuple(sorted(stages)) for number, stages in found.items()}
 
-    def hold(self, axes: Axes, start: Start) -> Cuts:
-        """Leave of the parameters what this stage holds, with the first stage's numbers. Collective: all ranks."""
-        group = axes["pp"]
-        assert group is not None
-        cuts = Cuts(group)
+    def hold(self, axes: Axes, start: Start, tensor: Cuts | None) -> Cuts:
+        """Leave of the parameters what this stage holds, with the first stage's numbers. Collective: all ranks.
+
+        `tensor` says what of them tensor-parallel ranks have cut.
+        """
+        line, group = axes["pp"], axes["pp"] if tensor is None else axes["model"]
+        assert line is not None and group is not None
+        cuts = Cuts(group, "ranks of a pipeline", "pipeline_parallel")
+        cuts.tensor = tensor
         cuts.shared.update({number: who for number, who in self.shared.items() if self.index in self.holders[number]})
-        start.share([*self.model.parameters(), *self.model.buffers()], cuts)
+        start.share([*self.model.parameters(), *self.model.buffers()], Cuts(line))
+        copy, copies = axes.index("tp"), axes.size("tp")
         for param in self.model.parameters():
-            before = id(param)
-            cuts.of[before] = self._cut_of(tuple(param.shape), self.holders[before])
-            if self.index in self.holders[before]:
+            self._shapes[id(param)] = tuple(param.shape)
+            own = tensor.get(param) if tensor is not None else None
+            own = own if own is not None else Cut.whole(tuple(param.shape), copy, copies)
+            holders = self.holders[id(param)]
+            if self.index in holders:
+                place = own.copy * len(holders) + holders.index(self.index)
+                cuts.of[id(param)] = Cut(own.shape, own.pieces, place, own.num_copies * len(holders))
                 continue
-            nothing = torch.empty(cuts.of[id(param)].local_shape, dtype=param.dtype, device=start.device_for([param]))
+            cuts.of[id(param)] = own = Cut(own.shape, own.pieces).with_pieces(0, ())
+            nothing = torch.empty(own.local_shape, dtype=param.dtype, device=start.device_for([param]))
             make_real(param, nothing) if param.is_meta else DATA.__set__(param, nothing)
             cuts.elsewhere.add(id(param))
         for stage, blocks in enumerate(self.parts):
             for index in blocks:
                 for buffer in self.blocks[index][1].buffers():
                     if buffer.dtype is not torch.bool:
-                        cuts.of[id(buffer)] = Cut.whole(tuple(buffer.shape), int(stage != self.index), 2)
+                        place = 2 * copy + (stage != self.index)
+                        cuts.of[id(buffer)] = Cut.whole(tuple(buffer.shape), place, 2 * copies)
         return cuts
-
-    def _cut_of(self, shape: tuple[int, ...], holders: tuple[int, ...]) -> Cut:
-        if self.index in holders:
-            return Cut.whole(shape, holders.index(self.index), len(holders))
-        return Cut.whole(shape).with_pieces(0, ())
 
     # ---- the model's forward -----------------------------------------------------------------------------------------
 
-    def install(self, cuts: Cuts) -> None:
+    def install(self) -> None:
         """Have the model's modules act as this stage."""
-        shapes = {number: cut.shape for number, cut in cuts.of.items()}
         for index, (_, block) in enumerate(self.blocks):
             if self.low <= index < self.high:
                 enter = functools.partial(self._enter, index)
@@ -177,7 +184,7 @@ class Stage:
                 module.enable_nested_tensor = module.use_nested_tensor = False  # what lies between blocks is a tensor
         for name, module in self.front.items():
             if not self.is_first and not (self.is_last and _is_small(module)):
-                self._replace(module, functools.partial(self._stand_in, name, module, module.forward, shapes))
+                self._replace(module, functools.partial(self._stand_in, name, module, module.forward))
         for name, module in self.behind.items():
             if not self.is_last and not (self.is_first and _is_small(module)):
                 self._replace(module, functools.partial(self._refuse_module, name, "behind", "in front of"))
@@ -280,7 +287,6 @@ class Stage:
         name: str,
         module: nn.Module,
         forward: Callable[..., Any],
-        shapes: dict[int, tuple[int, ...]],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -291,7 +297,7 @@ class Stage:
         device = next((tensor.device for tensor in _tensors((args, kwargs))), torch.device("cpu"))
         for key, param in own.items():
             if param is not None:
-                blank = torch.empty(shapes[id(param)], dtype=param.dtype, device="meta")
+                blank = torch.empty(self._shapes[id(param)], dtype=param.dtype, device="meta")
                 module._parameters[key] = nn.Parameter(blank, requires_grad=False)
         try:
             with torch.no_grad():

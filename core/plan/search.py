@@ -243,7 +243,10 @@ def _placements(hardware: Hardware, data: int, pipeline: int) -> Iterator[tuple[
 
 
 def micro_sizes(request: Request, strategy: Strategy) -> list[tuple[int, int]]:
-    """Return the (micro_size, accumulation) to try, smallest first; empty where the global batch cannot be divided."""
+    """Return the (micro_size, accumulation) to try, smallest first; empty where the global batch cannot be so divided.
+
+    A pipeline's step has a micro-batch for each stage at least.
+    """
     data, fixed = strategy.data_parallel, request.micro_size
     cap = max(1, MAX_MICRO_TOKENS * strategy.context_parallel // request.model.sequence_length)
     if request.global_size is None:
@@ -291,10 +294,15 @@ def make_plan(request: Request, strategy: Strategy, memory: Footprint, timing: T
     problems = misfits(request, strategy, memory)
     data = strategy.data_parallel
     if timing is None:
-        per_step = data * (request.micro_size or 1)
+        micro, stages = request.micro_size or 1, strategy.pipeline_parallel
+        per_step = data * micro
+        whole = request.global_size is not None and request.global_size % per_step == 0
         problems.append(
-            f"global_size={request.global_size} is not a multiple of {per_step} "
-            f"({data} data-parallel ranks x micro_size {request.micro_size or 1})"
+            f"global_size={request.global_size} gives {(request.global_size or 0) // per_step} micro-batches a step "
+            f"({data} data-parallel ranks x micro_size {micro}), and a pipeline needs {stages}, one a stage"
+            if whole
+            else f"global_size={request.global_size} is not a multiple of {per_step} "
+            f"({data} data-parallel ranks x micro_size {micro})"
         )
     limit, available = request.limit_bytes, is_available(strategy)
     unknown_limit = limit is None

@@ -21,13 +21,17 @@ MARK = "_distui_cut"
 class Cuts:
     """The cut parameters of one model by identity; what is not among them every rank of the group holds whole."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        """`group` are the ranks over which parameters are cut."""
-        self.group = group
+    def __init__(
+        self, group: dist.ProcessGroup, kind: str = "tensor-parallel ranks", setting: str = "tensor_parallel"
+    ) -> None:
+        """`group` are the ranks over which parameters are cut, `kind` and `setting` what errors call them."""
+        self.group, self.kind, self.setting = group, kind, setting
         self.index, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.of: dict[int, Cut] = {}
         self.elsewhere: set[int] = set()
         """Parameters of which this rank holds nothing, by identity: those of a pipeline's other stages."""
+        self.tensor: Cuts | None = None
+        """In a pipeline of tensor-parallel ranks: what these alone have cut."""
         self.shared: dict[int, str] = {}
         """Whole parameters that other stages of a pipeline hold as well, by identity, and which stages these are."""
 
@@ -63,7 +67,7 @@ class Cuts:
             if tuple(found[name].shape) != cut.shape:
                 raise UserError(
                     f"{name} is {list(found[name].shape)} in the state and {list(cut.shape)} in the model",
-                    f"it is cut over {self.num_ranks} tensor-parallel ranks, each of which takes its piece of it",
+                    f"it is cut over {self.num_ranks} {self.kind}, each of which takes its piece of it",
                     "give whole weights, as engine.get_state_dict returns them",
                 )
             found[name] = take(found[name], cut)
@@ -90,7 +94,7 @@ class Cuts:
             raise UserError(
                 what,
                 f"a rank has {size} of a parameter of {'x'.join(map(str, cut.shape))}, cut over {self.num_ranks} "
-                f"tensor-parallel ranks; {why}",
+                f"{self.kind}; {why}",
                 fix,
             )
 

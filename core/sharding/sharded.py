@@ -200,7 +200,7 @@ class ShardedModel(WholeStates):
         def check(*_: Any) -> None:
             if self.cuts is not None and not self._whole:
                 raise UserError(
-                    f"{what} of a model that is cut over {self.cuts.num_ranks} tensor-parallel ranks",
+                    f"{what} of a model that is cut over {self.cuts.num_ranks} {self.cuts.kind}",
                     "each rank holds pieces of its parameters",
                     "use engine.get_state_dict(model) or engine.load_state_dict(model, state), on all ranks",
                 )

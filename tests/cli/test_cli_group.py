@@ -147,7 +147,7 @@ def test_bash_completes_commands_and_options() -> None:
     [
         (["launch", "--nprok", "2", "train.py"], "  fix: write --nproc"),
         (["launch", "--set", "strategy.zero=2", "train.py"], "  fix: write strategy.zero_stage"),
-        (["launch", "--set", "strategy.tensor=2", "train.py"], "  fix: write strategy.tensor_parallel"),
+        (["launch", "--set", "strategy.tensor_paralel=2", "train.py"], "  fix: write strategy.tensor_parallel"),
     ],
 )
 def test_a_near_name_is_suggested_alone(arguments: list[str], fix: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,9 +33,9 @@ def refuse_cut(inner: torch.optim.Optimizer, sights: Sequence[Sight], cuts: Cuts
         if not sight.flat:
             cuts.refuse(
                 group["params"],
-                f"the optimizer {type(inner).__name__} with strategy.tensor_parallel={cuts.num_ranks}",
+                f"the optimizer {type(inner).__name__} with strategy.{cuts.setting}",
                 f"{sight.why_not_flat or 'it sees more than elements'}, so a piece would be stepped as something else",
-                "use an element-wise optimizer such as torch.optim.AdamW, or set strategy.tensor_parallel to 1",
+                f"use an element-wise optimizer such as torch.optim.AdamW, or set strategy.{cuts.setting} to 1",
             )
         stepped = [param for param in group["params"] if inner.state.get(param)]
         cuts.refuse(

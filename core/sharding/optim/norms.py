@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from distui.core.errors import UserError
-from distui.core.ranks import ops
 from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.optim.onebit_adam import OneBitAdam
 from distui.core.sharding.transport.transport import Transport
@@ -37,22 +36,23 @@ def check_whole_gradients(optimizer: Steps, num_steps: int) -> None:
     They would drift apart from step to step. Raises: UserError on all of those ranks, in the first steps.
     """
     cuts = optimizer.cuts
+    cuts = cuts.tensor if cuts is not None and cuts.elsewhere else cuts
     if cuts is None or num_steps >= LOOKED_AT:
         return
     names, squares = [], []
     for unit in optimizer.units:
-        whole = [index for index in range(len(unit.params)) if unit.cut_of(index) is None]
+        whole = [index for index in range(len(unit.params)) if cuts.get(unit.params[index]) is None]
         if not unit.trainable or not whole or not unit.has_gradient:
             continue
         with unit.gradient() as grad:
+            zero = torch.zeros((), dtype=torch.float64, device=grad.device)
             for index in whole:
-                pieces = [grad[start:end].double() for start, end in unit.layout.runs([index], unit.rank)]
-                squares.append(sum((piece.square().sum() for piece in pieces), torch.zeros((), dtype=torch.float64)))
+                runs = unit.layout.runs([index], unit.rank)
+                squares.append(sum((grad[start:end].double().square().sum() for start, end in runs), zero))
                 names.append(unit.param_names[index])
     if not names:
         return
-    total = torch.stack([square.cpu() for square in squares])
-    total = total.to(ops.device_over(total.device, cuts.group))
+    total = torch.stack([square.to(optimizer.units[0].device) for square in squares])
     if optimizer.units[0].placement.shards_optimizer and optimizer.transport is not None:
         optimizer.transport.all_reduce(total).wait()
     ends = torch.stack([total, -total])

@@ -242,6 +242,8 @@ def test_sections_are_validated_with_every_problem() -> None:
 def test_axes_that_are_not_there_are_refused_where_a_script_asks_for_them() -> None:
     with pytest.raises(ConfigError, match="do not divide the 1 ranks"):
         distui.Engine(strategy={"tensor_parallel": 2})
+    with pytest.raises(ConfigError, match="tensor_parallel=2 with backend=ddp: only the native backend does this"):
+        distui.Engine(strategy={"tensor_parallel": 2, "backend": "ddp"})
     with pytest.raises(ConfigError, match="expert_parallel=2 is not available"):
         distui.Engine(strategy={"expert_parallel": 2}).prepare(_model())
 

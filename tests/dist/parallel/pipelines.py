@@ -213,20 +213,56 @@ class NoLoss(Failing):
         return self.head(x_BTD)
 
 
-KINDS = {kind.__name__: kind for kind in (Failing, Residual, Backwards, Skipping, NoLoss)}
+class _Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise ValueError("this backward fails")
 
 
-def refusals(kinds: list[str]) -> list[str]:
+class FailingBackward(Failing):
+    """A chain of blocks; the backward behind the second one fails."""
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.embedding(ids_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        return self.head(x_BTD).mean()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Broken(8, 8, index) for index in range(4))
+
+
+class Broken(nn.Linear):
+    def __init__(self, inputs: int, outputs: int, index: int) -> None:
+        super().__init__(inputs, outputs)
+        self.index = index
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = super().forward(x_BTD)
+        return _Broken.apply(found) if self.index == 1 else found
+
+
+KINDS = {kind.__name__: kind for kind in (Failing, FailingBackward, Residual, Backwards, Skipping, NoLoss)}
+
+
+def refusals(kinds: list[str], stages: int = 2) -> list[str]:
     """Return what each kind of model, or of use, is told on this rank."""
-    return [_refusal(kind) for kind in kinds]
+    return [_refusal(kind, stages) for kind in kinds]
 
 
-def _refusal(kind: str) -> str:
-    engine = distui.Engine(strategy={"pipeline_parallel": 2}, batch={"accumulation": 2})
+def _refusal(kind: str, stages: int) -> str:
+    engine = distui.Engine(strategy={"pipeline_parallel": stages}, batch={"accumulation": stages})
     try:
         model = KINDS.get(kind, Failing)() if kind != "short" else nn.Sequential(nn.Linear(8, 8), nn.ReLU())
         model, optimizer = engine.prepare(model, optimizer_of(model))
         ids_BT = torch.ones(4, 3, dtype=torch.int64)
+        if kind == "batches":
+            ids_BT += engine.process_index
         for _ in range(2):
             loss = model(ids_BT)
             if kind == "scaled":
@@ -265,9 +301,9 @@ def overflowing() -> list[tuple[bool, float]]:
     return found
 
 
-def saved(folder: str, stages: int, stage: int) -> dict[str, Any]:
+def saved(folder: str, stages: int, stage: int, tensor: int = 1) -> dict[str, Any]:
     """Train two steps and save; return the weights, and what the steps after it give."""
-    engine, model, optimizer, loader = prepared("llama-tied", stages, stage)
+    engine, model, optimizer, loader = prepared("llama-tied", stages, stage, strategy={"tensor_parallel": tensor})
     batches = list(loader)
     steps("llama-tied", engine, model, optimizer, batches[:2])
     engine.save_state(f"{folder}/state")
@@ -278,9 +314,9 @@ def saved(folder: str, stages: int, stage: int) -> dict[str, Any]:
     return {**found, "saved": weights, "weights": {}}
 
 
-def resumed(folder: str, stages: int, stage: int) -> dict[str, Any]:
+def resumed(folder: str, stages: int, stage: int, tensor: int = 1) -> dict[str, Any]:
     """Load what `saved` wrote into another layout, and go on."""
-    engine, model, optimizer, loader = prepared("llama-tied", stages, stage)
+    engine, model, optimizer, loader = prepared("llama-tied", stages, stage, strategy={"tensor_parallel": tensor})
     batches = list(loader)
     engine.load_state(f"{folder}/state")
     weights = engine.get_state_dict(model)

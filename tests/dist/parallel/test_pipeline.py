@@ -35,6 +35,12 @@ def test_two_stages_of_two_data_ranks(run_ranks: RunRanks) -> None:
     compare(run_ranks, 4, [("llama-tied", 2, 1), ("gpt2", 2, 2), ("llama-tied", 2, 3)])
 
 
+def test_two_stages_of_two_tensor_parallel_ranks(run_ranks: RunRanks) -> None:
+    tensor = {"strategy": {"tensor_parallel": 2}}
+    cases = [("llama-tied", 2, 0, tensor), ("gpt2", 2, 3, tensor), ("encoder", 2, 2, tensor)]
+    compare(run_ranks, 4, cases)
+
+
 def test_other_schedules_recomputation_and_frozen_blocks(run_ranks: RunRanks) -> None:
     recomputed = {"activation_checkpointing": {"mode": "full"}}
     cases: list[tuple[Any, ...]] = [
@@ -75,12 +81,20 @@ def test_a_failing_stage_is_told_on_all_ranks(run_ranks: RunRanks) -> None:
     assert "stage 1 of 2 (rank 1): ValueError: the third forward fails" in first
 
 
+def test_a_failing_backward_is_told_along_the_line(run_ranks: RunRanks) -> None:
+    found = [told[0] for told in run_ranks(pipelines.refusals, 4, ["FailingBackward"], 4)]
+    assert found.pop(1) == "ValueError: this backward fails"
+    for told in found:
+        assert "stage 1 of 4 (rank 1): ValueError: this backward fails" in told
+
+
 REFUSED = {
     "Residual": "changes what blocks.",
     "Backwards": "is called where blocks.0 is expected",
     "Skipping": "is given more than its hidden state by embedding",
     "NoLoss": "gives no loss in a pipeline",
     "short": "pipeline_parallel=2 with 0 blocks",
+    "batches": "a pipeline's ranks were given different batches",
     "scaled": "was multiplied by 2 before the backward",
     "penalty": "has other terms that reach its parameters",
     "gradients": "engine.gradients of a pipelined model",
@@ -99,9 +113,18 @@ def test_an_overflow_of_one_stage_skips_the_step_on_all(run_ranks: RunRanks) -> 
     assert first == last == [(True, 2.0**39), (True, 2.0**38)]
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, 2, 1), (2, 1, 3)), ((2, 1, 2), (2, 2, 0)), ((2, 2, 3), (1, 1, 0))])
+LAYOUTS: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
+    ((2, 2, 1), (2, 1, 3)),
+    ((2, 1, 2), (2, 2, 0)),
+    ((2, 2, 3), (1, 1, 0)),
+    ((4, 2, 1, 2), (2, 2, 2)),
+]
+"""Ranks, stages, ZeRO stage, tensor-parallel ranks: of who saves and who loads."""
+
+
+@pytest.mark.parametrize(("before", "after"), LAYOUTS)
 def test_checkpoints_go_on_in_another_layout(
-    run_ranks: RunRanks, tmp_path: Path, before: tuple[int, int, int], after: tuple[int, int, int]
+    run_ranks: RunRanks, tmp_path: Path, before: tuple[int, ...], after: tuple[int, ...]
 ) -> None:
     saved = run_ranks(pipelines.saved, before[0], str(tmp_path), *before[1:])[0]
     for found in run_ranks(pipelines.resumed, after[0], str(tmp_path), *after[1:]):

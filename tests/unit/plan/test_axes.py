@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from distui.core.axes.schedules import course, tables
 from distui.core.config.check import check
 from distui.core.config.schema import Config
 from distui.core.errors import UserError
@@ -31,6 +32,29 @@ def test_context_ranks_share_a_sequence_and_the_states() -> None:
     assert footprint(model, cut, "cuda").model_states == footprint(model, whole, "cuda").model_states
     assert sum(activation_bytes(model, cut, 2)) == pytest.approx(sum(activation_bytes(model, whole, 2)) / 4)
     assert step_time(model, cut, RATES).forward_s == pytest.approx(step_time(model, whole, RATES).forward_s / 4)
+
+
+@pytest.mark.parametrize(("stages", "micro"), [(2, 2), (2, 8), (4, 4), (4, 16), (8, 32)])
+def test_a_pipelines_bubble_and_memory_are_those_of_its_table(stages: int, micro: int) -> None:
+    model = load_model("llama-7b", 2048)
+    cut = replace(BASE, data_parallel=8 // stages, pipeline_parallel=stages, accumulation=micro)
+    timing, table = step_time(model, cut, RATES), course("1f1b", tables("1f1b", stages, micro))
+    assert timing.bubble_s / (timing.bubble_s + timing.forward_s + timing.backward_s) == pytest.approx(table.bubble)
+    one, two = (sum(activation_bytes(model, replace(cut, accumulation=m), 2)) for m in (stages, micro))
+    assert table.peak == stages and one == two, "more micro-batches are not under way together"
+    assert (
+        check(Config.model_validate({"strategy": {"pipeline_parallel": stages}, "batch": {"accumulation": micro}}))
+        == []
+    )
+
+
+def test_a_pipeline_that_has_too_few_micro_batches_is_planned_as_what_does_not_fit() -> None:
+    plans = plan_all(load_model("llama-7b", 2048), EIGHT, global_size=8)
+    deep = [plan for plan in plans if plan.pipeline_parallel == 8 and plan.data_parallel == 1]
+    assert deep and all(plan.accumulation == 8 for plan in deep)
+    few = [plan for plan in plan_all(load_model("llama-7b", 2048), EIGHT, global_size=4) if plan.pipeline_parallel == 8]
+    assert few and not any(plan.fits for plan in few)
+    assert "global_size=4 gives 4 micro-batches a step" in few[0].why and "a pipeline needs 8" in few[0].why
 
 
 def test_expert_ranks_hold_a_part_of_the_experts_and_shards_stay_equal() -> None:

@@ -1,0 +1,51 @@
+"""What a pipelined model returns on each rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from distui.core.errors import UserError
+
+
+class Output:
+    """What a pipelined model returns: the loss; anything else is not on this rank, and says so where it is used."""
+
+    def __init__(self, loss: torch.Tensor | None, why: str) -> None:
+        self.loss, self._why = loss, why
+
+    def __getitem__(self, key: Any) -> Any:
+        if (key == "loss" or (key == 0 and type(key) is int)) and self.loss is not None:
+            return self.loss
+        raise self._elsewhere(f"output[{key!r}]")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the loss."""
+        return self.loss if key == "loss" else self[key]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self._elsewhere(f"output.{name}")
+
+    def __iter__(self) -> Any:
+        raise self._elsewhere("taking the output apart")
+
+    def _elsewhere(self, what: str) -> UserError:
+        return UserError(
+            f"{what} of a pipelined model",
+            f"all ranks have its loss; of other outputs, {self._why}",
+            "compute what you need of them in engine.prepare(..., loss=fn), or set strategy.pipeline_parallel to 1",
+        )
+
+
+def loss_in(output: Any) -> Any:
+    """Return the loss that a model's output holds, or is; None where there is none."""
+    if isinstance(output, torch.Tensor):
+        return output if output.numel() == 1 else None
+    if isinstance(output, dict):
+        return output.get("loss")
+    if isinstance(output, tuple) and output and not hasattr(output, "loss"):
+        return loss_in(output[0]) if isinstance(output[0], torch.Tensor) else None
+    return getattr(output, "loss", None)
