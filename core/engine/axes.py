@@ -14,8 +14,8 @@ from distui.core.axes.groups import Axes
 from distui.core.axes.sizes import AxisSizes
 from distui.core.backends.base import Backend
 from distui.core.backends.registry import load_backend
-from distui.core.config.batch import micro_size_of, solve_batch
 from distui.core.config.backends import axes_problems
+from distui.core.config.batch import micro_size_of, solve_batch
 from distui.core.config.check import rank_problems
 from distui.core.config.schema import Config
 from distui.core.errors import ConfigError
