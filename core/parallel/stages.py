@@ -142,7 +142,7 @@ class Stage:
         """
         line, group = axes["pp"], axes["pp"] if tensor is None else axes["model"]
         assert line is not None and group is not None
-        cuts = Cuts(group, "ranks of a pipeline", "pipeline_parallel")
+        cuts = Cuts(group, "ranks of a pipeline", ("pipeline_parallel", self.num_stages))
         cuts.tensor = tensor
         cuts.shared.update({number: who for number, who in self.shared.items() if self.index in self.holders[number]})
         start.share([*self.model.parameters(), *self.model.buffers()], Cuts(line))

@@ -22,11 +22,12 @@ class Cuts:
     """The cut parameters of one model by identity; what is not among them every rank of the group holds whole."""
 
     def __init__(
-        self, group: dist.ProcessGroup, kind: str = "tensor-parallel ranks", setting: str = "tensor_parallel"
+        self, group: dist.ProcessGroup, kind: str = "tensor-parallel ranks", setting: tuple[str, int] | None = None
     ) -> None:
         """`group` are the ranks over which parameters are cut, `kind` and `setting` what errors call them."""
-        self.group, self.kind, self.setting = group, kind, setting
+        self.group, self.kind = group, kind
         self.index, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.setting, self.size = setting or ("tensor_parallel", self.num_ranks)
         self.of: dict[int, Cut] = {}
         self.elsewhere: set[int] = set()
         """Parameters of which this rank holds nothing, by identity: those of a pipeline's other stages."""

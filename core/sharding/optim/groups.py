@@ -33,7 +33,7 @@ def refuse_cut(inner: torch.optim.Optimizer, sights: Sequence[Sight], cuts: Cuts
         if not sight.flat:
             cuts.refuse(
                 group["params"],
-                f"the optimizer {type(inner).__name__} with strategy.{cuts.setting}",
+                f"the optimizer {type(inner).__name__} with strategy.{cuts.setting}={cuts.size}",
                 f"{sight.why_not_flat or 'it sees more than elements'}, so a piece would be stepped as something else",
                 f"use an element-wise optimizer such as torch.optim.AdamW, or set strategy.{cuts.setting} to 1",
             )
