@@ -38,6 +38,7 @@ from distui.core.engine.scheduler import PreparedScheduler
 from distui.core.engine.started import say_started
 from distui.core.engine.states import States
 from distui.core.engine.step_clock import StepClock
+from distui.core.engine.without_sync import step_allowed, without_sync
 from distui.core.errors import UserError
 from distui.core.model.activation_checkpointing import apply_activation_checkpointing, remove_activation_checkpointing
 from distui.core.model.flops import FlopMeter
@@ -174,7 +175,7 @@ class Engine(States, ProcessState):
         if isinstance(optimizer, PreparedOptimizer):
             return optimizer
         prepared = self.backend.prepare_optimizer(optimizer)
-        prepared.step_allowed = lambda: self.sync_gradients
+        prepared.step_allowed = functools.partial(step_allowed, self)
         prepared.before_step = self._before_step
         prepared.after_step = self._after_step
         self._notice_forgetting(prepared)
@@ -233,13 +234,9 @@ class Engine(States, ProcessState):
 
     @contextmanager
     def no_sync(self, model: nn.Module | None = None) -> Iterator[None]:
-        """Keep gradients of the passes inside local (stages 2 and 3 reduce into shards); no optimizer steps there."""
-        before = self.sync_gradients
-        self._set_sync(False)
-        try:
+        """Keep gradients of the passes inside local (stages 2 and 3 reduce into shards); to step there is an error."""
+        with without_sync(self):
             yield
-        finally:
-            self._set_sync(before)
 
     def _set_sync(self, sync: bool) -> None:
         self.sync_gradients = sync

@@ -46,6 +46,7 @@ class States(Tracking):
     data_group: torch.distributed.ProcessGroup | None
     active_loaders: list[Any]
     gradient_accumulation_steps: int
+    inside_no_sync = False
     wait_for_everyone: Callable[[], None]
     scaler: LossScaler | None
     _models: list[nn.Module]

@@ -41,10 +41,11 @@ def test_it_saves_ends_with_75_and_the_next_launch_goes_on(place: Place) -> None
     outcome = read_outcome(run)
     assert outcome is not None and outcome.state == "stopped" and "gave way" in outcome.message
     # The schedule, the data and the steps go on as if nothing had been; the new script says where it ends.
-    options = {"out": "again", "epochs": last["epoch"] + 2}
+    num_epochs = last["epoch"] + 2
+    options = {"out": "again", "epochs": num_epochs}
     done = place.distui("launch", "--nproc", "2", *KEPT, "steps.py", json.dumps(options))
     assert done.returncode == 0, done.stderr
     again = place.steps("again", 0)
     first = again[0]
     assert first["step"] == last["step"] + 1 and first["lr"] == pytest.approx(0.05 / first["step"])
-    assert again[-1]["step"] == 6 * options["epochs"]
+    assert again[-1]["step"] == 6 * num_epochs

@@ -231,6 +231,23 @@ def test_no_sync_adds_up(run_ranks: RunRanks, stage: int) -> None:
         torch.testing.assert_close(state, dict(model.state_dict()), atol=1e-6, rtol=1e-5)
 
 
+def _step_in_no_sync() -> bool:
+    engine = distui.Engine(strategy={"zero_stage": 0})
+    model = _model()
+    model, optimizer = engine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with engine.no_sync(model):
+        engine.backward(_loss(model, _loader(4).dataset[:4][0]))
+        for refused in (optimizer.step, optimizer.zero_grad):
+            with pytest.raises(UserError, match="inside engine.no_sync"):
+                refused()
+    optimizer.step()
+    return optimizer.step_was_skipped
+
+
+def test_a_step_inside_no_sync_is_refused(run_ranks: RunRanks) -> None:
+    assert run_ranks(_step_in_no_sync, 2) == [False, False]
+
+
 def test_sections_are_validated_with_every_problem() -> None:
     with pytest.raises(ConfigError) as caught:
         distui.Engine(strategy={"zero_stage": 7}, precision={"dtype": "fp8"})

@@ -1,0 +1,42 @@
+"""`no_sync`: backward passes that keep their gradients on this rank, and nothing that steps in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from distui.core.errors import UserError
+
+
+class Synced(Protocol):
+    """What of an engine is asked."""
+
+    sync_gradients: bool
+    inside_no_sync: bool
+
+    def _set_sync(self, sync: bool) -> None: ...
+
+
+@contextmanager
+def without_sync(engine: Synced) -> Iterator[None]:
+    """Keep gradients local inside."""
+    before = engine.sync_gradients, engine.inside_no_sync
+    engine._set_sync(False)
+    engine.inside_no_sync = True
+    try:
+        yield
+    finally:
+        engine._set_sync(before[0])
+        engine.inside_no_sync = before[1]
+
+
+def step_allowed(engine: Synced) -> bool:
+    """Tell whether the optimizer steps now: not while gradients accumulate. Raises: UserError inside `no_sync`."""
+    if engine.inside_no_sync:
+        raise UserError(
+            "optimizer.step() or zero_grad() inside engine.no_sync",
+            "the gradients there are this rank's alone: weights stepped by them would differ over ranks",
+            "call it after the with block, or let `with engine.accumulate(model):` say which steps are real",
+        )
+    return engine.sync_gradients
