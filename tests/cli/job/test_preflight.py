@@ -62,8 +62,10 @@ def test_unknown_key_and_impossible_combination(capsys: pytest.CaptureFixture[st
     told = refused(capsys, "--nproc", "2", "--set", "batch.global_size=10", "--set", "batch.micro_size=4", "train.py")
     assert "set batch.global_size to 8 or 16" in told
     assert "not available in this version" in refused(
-        capsys, "--nproc", "2", "--set", "strategy.pipeline_parallel=2", "train.py"
+        capsys, "--nproc", "2", "--set", "strategy.expert_parallel=2", "train.py"
     )
+    told = refused(capsys, "--nproc", "2", "--set", "strategy.pipeline_parallel=2", "train.py")
+    assert "set batch.accumulation to 2 or more" in told
     told = refused(capsys, "--nproc", "3", "--set", "strategy.tensor_parallel=2", "train.py")
     assert "tensor x pipeline x context = 2 x 1 x 1 = 2; 3 = 1 x 2 + 1" in told
     assert "only the native backend does this" in refused(
