@@ -74,7 +74,6 @@ def test_sizes_that_do_not_fit_come_with_the_nearest_that_do(
     [
         ("strategy.context_method", "ring"),
         ("strategy.expert_parallel", "4"),
-        ("cluster.max_restarts", "1"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused(key: str, value: str) -> None:
@@ -245,3 +244,19 @@ def test_8_bit_states_are_adams_on_the_device() -> None:
     )
     problems = [problem.what for problem in found if problem.path == "optimizer.state_bits"]
     assert problems == ["state_bits=8 with name=sgd", "state_bits=8 with offload.optimizer=cpu"]
+
+
+def test_only_one_command_for_all_hosts_can_start_them_again() -> None:
+    by_hand = {"cluster.nodes": "2", "cluster.master_port": "29500", "cluster.max_restarts": "1"}
+    (problem,) = check(load(None, by_hand, {}).config)
+    assert problem.path == "cluster.max_restarts" and "--hosts" in problem.fix
+    assert not check(
+        load(None, {"cluster.hosts": "a:1,b:1", "cluster.nodes": "2", "cluster.max_restarts": "1"}, {}).config
+    )
+
+
+def test_compression_needs_as_many_ranks_on_each_host() -> None:
+    given = {"cluster.hosts": "a:1,b:2", "cluster.nproc": "1", "compression.gradients": "int8"}
+    assert "cluster.hosts" in [problem.path for problem in check(load(None, given, {}).config)]
+    given["cluster.hosts"] = "a:2,b:2"
+    assert "cluster.hosts" not in [problem.path for problem in check(load(None, given, {}).config)]
