@@ -57,7 +57,7 @@ def test_first_numbers_on_the_host_travel_over_a_gpu(
 def test_the_scripts_own_tensors_travel_too_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     _elsewhere(monkeypatch)
     monkeypatch.setattr(ops, "_world", lambda group=None: 2)
-    monkeypatch.setattr(ops, "check_same", lambda *_, group: None)
+    monkeypatch.setattr(ops, "check_same", lambda *_, group=None: None)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, op, group: tensor.mul_(2.0))
     monkeypatch.setattr(dist, "broadcast", lambda tensor, src: tensor.fill_(9.0))
     given = torch.ones(3)
