@@ -15,9 +15,9 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 demo: setup
 	@$(BIN)/distui demo
 
-# Two at a time: many tests wait for processes more than they work.
+# Three at a time, on two cores: many tests wait for processes more than they work.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # Jobs on hosts that are namespaces of this machine, each with an sshd: needs root and openssh-server, else it skips.
 test-cluster: setup
