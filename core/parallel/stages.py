@@ -61,7 +61,7 @@ class Stage:
                 f"pipeline_parallel={self.num_stages} with {len(self.blocks)} blocks in {type(model).__name__}",
                 "each stage holds one block at least; blocks are modules of one class in a ModuleList or Sequential, "
                 "or of the classes that the model names in _no_split_modules",
-                f"set strategy.pipeline_parallel to {max(1, len(self.blocks))} or less",
+                f"set strategy.pipeline_parallel to {f'{most} or less' if (most := len(self.blocks)) > 1 else '1'}",
             )
         self._place_modules()
         costs = [float(sum(param.numel() for param in block.parameters())) for _, block in self.blocks]
