@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tests.dist.parallel.trainings import MAX_NORM, ROWS, VOCAB, build, optimizer_of, samples
+from tests.dist.parallel.trainings import ROWS, VOCAB, build, optimizer_of, samples, steps, trained
 
 import distui
 from distui.core.errors import DistuiError
@@ -61,28 +61,8 @@ def prepared(name: str, stages: int, stage: int, **sections: Any) -> tuple[distu
     return engine, model, optimizer, loader
 
 
-def steps(name: str, engine: distui.Engine, model: Any, optimizer: Any, loader: Any) -> dict[str, Any]:
-    losses, norms = [], []
-    for ids_BT in loader:
-        with engine.accumulate(model):
-            loss = loss_of(name, model, ids_BT)
-            engine.backward(loss)
-            norm = engine.clip_grad_norm_(model.parameters(), MAX_NORM)
-            assert norm is not None
-            norms.append(float(norm))
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(float(engine.reduce(loss.detach(), "mean")))
-    return {"losses": losses, "norms": norms}
-
-
 def train(name: str, stages: int, stage: int, **sections: Any) -> dict[str, Any]:
-    """Return losses, norms and whole weights of a training; on every rank the same."""
-    engine, model, optimizer, loader = prepared(name, stages, stage, **sections)
-    found = steps(name, engine, model, optimizer, loader)
-    found["weights"] = engine.get_state_dict(model)
-    engine.free_memory()
-    return found
+    return trained(name, *prepared(name, stages, stage, **sections), loss_of)
 
 
 def trainings(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
@@ -96,19 +76,9 @@ def accumulated(name: str, sections: dict[str, Any]) -> dict[str, Any]:
     model = model_of(name, 0)
     loader: Any = torch.utils.data.DataLoader(samples(), batch_size=ROWS // 2)  # type: ignore[arg-type]
     model, optimizer, loader = engine.prepare(model, optimizer_of(model), loader)
-    losses, norms = [], []
-    for ids_BT in loader:
-        with engine.accumulate(model):
-            loss = loss_of(name, model, ids_BT)
-            engine.backward(loss)
-            norm = engine.clip_grad_norm_(model.parameters(), MAX_NORM)
-            norms += [] if norm is None else [float(norm)]
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    means = [(one + other) / 2 for one, other in zip(losses[::2], losses[1::2], strict=True)]
-    found = {"losses": means, "norms": norms, "weights": engine.get_state_dict(model)}
-    engine.free_memory()
+    found = trained(name, engine, model, optimizer, loader, loss_of)
+    losses = found["losses"]
+    found["losses"] = [(one + other) / 2 for one, other in zip(losses[::2], losses[1::2], strict=True)]
     return found
 
 
@@ -305,11 +275,11 @@ def saved(folder: str, stages: int, stage: int, tensor: int = 1) -> dict[str, An
     """Train two steps and save; return the weights, and what the steps after it give."""
     engine, model, optimizer, loader = prepared("llama-tied", stages, stage, strategy={"tensor_parallel": tensor})
     batches = list(loader)
-    steps("llama-tied", engine, model, optimizer, batches[:2])
+    steps("llama-tied", engine, model, optimizer, batches[:2], loss_of)
     engine.save_state(f"{folder}/state")
     engine.save_model(model, f"{folder}/model")
     weights = engine.get_state_dict(model)
-    found = steps("llama-tied", engine, model, optimizer, batches[2:])
+    found = steps("llama-tied", engine, model, optimizer, batches[2:], loss_of)
     engine.free_memory()
     return {**found, "saved": weights, "weights": {}}
 
@@ -320,7 +290,7 @@ def resumed(folder: str, stages: int, stage: int, tensor: int = 1) -> dict[str, 
     batches = list(loader)
     engine.load_state(f"{folder}/state")
     weights = engine.get_state_dict(model)
-    found = steps("llama-tied", engine, model, optimizer, batches[2:])
+    found = steps("llama-tied", engine, model, optimizer, batches[2:], loss_of)
     engine.free_memory()
     return {**found, "saved": weights, "weights": {}}
 

@@ -213,28 +213,40 @@ def prepared(name: str, tensor: int, stage: int, **sections: Any) -> tuple[distu
     return engine, model, optimizer, loader
 
 
-def steps(name: str, engine: distui.Engine, model: Any, optimizer: Any, loader: Any) -> dict[str, Any]:
+LossOf = Callable[[str, Any, torch.Tensor], torch.Tensor]
+
+
+def steps(
+    name: str, engine: distui.Engine, model: Any, optimizer: Any, loader: Any, loss_of: LossOf = loss_of
+) -> dict[str, Any]:
+    """Return losses, one each batch, and norms, one each step; on every rank the same."""
     losses, norms = [], []
     for ids_BT in loader:
         with engine.accumulate(model):
             loss = loss_of(name, model, ids_BT)
             engine.backward(loss)
             norm = engine.clip_grad_norm_(model.parameters(), MAX_NORM)
-            assert norm is not None
-            norms.append(float(norm))
+            if engine.sync_gradients:
+                assert norm is not None
+                norms.append(float(norm))
             optimizer.step()
             optimizer.zero_grad()
         losses.append(float(engine.reduce(loss.detach(), "mean")))
     return {"losses": losses, "norms": norms}
 
 
-def train(name: str, tensor: int, stage: int, **sections: Any) -> dict[str, Any]:
-    """Return losses, norms and whole weights of a training; on every rank the same."""
-    engine, model, optimizer, loader = prepared(name, tensor, stage, **sections)
-    found = steps(name, engine, model, optimizer, loader)
+def trained(
+    name: str, engine: distui.Engine, model: Any, optimizer: Any, loader: Any, loss_of: LossOf = loss_of
+) -> dict[str, Any]:
+    """Return losses, norms and whole weights of a training."""
+    found = steps(name, engine, model, optimizer, loader, loss_of)
     found["weights"] = engine.get_state_dict(model)
     engine.free_memory()
     return found
+
+
+def train(name: str, tensor: int, stage: int, **sections: Any) -> dict[str, Any]:
+    return trained(name, *prepared(name, tensor, stage, **sections))
 
 
 def trainings(cases: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
