@@ -71,7 +71,10 @@ class Resuming:
         return True
 
     def _newest(self) -> str:
-        """Return the newest whole checkpoint; "" without one. One in the midst of an epoch's end comes last."""
+        """Return the newest whole checkpoint; "" without one. One in the midst of an epoch's end comes last.
+
+        What a restart says beforehand (`launcher/node/restarts`) follows the same rule, without torch.
+        """
         from distui.core.checkpoint.folder import read_manifest
         from distui.core.checkpoint.rotation import checkpoints
         from distui.core.checkpoint.saver import folder_of_step

@@ -42,7 +42,7 @@ from distui.launcher.cluster.verdict import first_cause
 from distui.launcher.job.outcome import Ending, Outcome, RankOutcome, gave_way, preempted_words
 from distui.launcher.job.processes import AGENT_PID_ENV, GRACE_S, die_with_parent, kill_job, stop_requested
 from distui.launcher.node.facts import gather
-from distui.launcher.node.restarts import Restarts, checkpoints_of, newest_checkpoint, restart_words, say_notice
+from distui.launcher.node.restarts import Restarts, newest_checkpoint, restart_words, say_notice
 from distui.proto import cluster_pb2 as pb
 
 AWAITED_S = 10.0
@@ -352,7 +352,7 @@ class Supervisor:
             return False
         num_ranks = sum(host.num_ranks for host in self._hosts)
         self._restarts.begin(self._run, outcome, step, num_ranks)
-        newest = newest_checkpoint(checkpoints_of(self._run, self._config.checkpoint.dir))
+        newest = newest_checkpoint(self._run, self._config.checkpoint)
         self._notice(restart_words(outcome, self._restarts, newest))
         if lost := self._lost():
             try:

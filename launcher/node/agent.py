@@ -24,13 +24,7 @@ from distui.launcher.job.outcome import Ending, Outcome, gave_way, judge, last_s
 from distui.launcher.job.processes import AGENT_PID_ENV, die_with_parent, kill_job, request_preemption, stop_requested
 from distui.launcher.node.peers import Peers
 from distui.launcher.node.ranks import STOP_SIGNALS, Place, Ranks, listen
-from distui.launcher.node.restarts import (
-    Restarts,
-    checkpoints_of,
-    newest_checkpoint,
-    restart_words,
-    say_notice,
-)
+from distui.launcher.node.restarts import Restarts, newest_checkpoint, restart_words, say_notice
 
 
 def main() -> None:
@@ -75,7 +69,7 @@ def run_job(run: RunFolder, command: Sequence[str]) -> Outcome:
             say_notice(run, f"not started again: {why_not}")
             return outcome
         restarts.begin(run, outcome, step, cluster.nproc)
-        newest = newest_checkpoint(checkpoints_of(run, config.checkpoint.dir))
+        newest = newest_checkpoint(run, config.checkpoint)
         say_notice(run, restart_words(outcome, restarts, newest))
 
 

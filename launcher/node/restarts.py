@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distui.core.config.schema import CheckpointSection
 from distui.core.errors import EXIT_RANK_FAILED
 from distui.core.paths import RunFolder, open_own, remove_own, write_own
 from distui.core.telemetry.harmless import harmless
@@ -70,14 +71,20 @@ def put_away(run: RunFolder, attempt: int, num_ranks: int) -> None:
         remove_own(run.ending)
 
 
-def newest_checkpoint(folder: Path) -> int | None:
-    """Return the step of the newest whole checkpoint in `folder`; None where there is none. For words only."""
+def newest_checkpoint(run: RunFolder, chosen: CheckpointSection) -> int | None:
+    """Return the step of the checkpoint that the next attempt goes on from; None where there is none. For words only.
+
+    It is what `core/engine/resuming` loads, which says so of the same manifests with torch at hand: of this run, unless
+    any will do, the one that was saved last, and one in the midst of a step only where there is no other.
+    """
     found = []
-    for path in folder.glob("step_*/manifest.json"):
+    for path in checkpoints_of(run, chosen.dir).glob("step_*/manifest.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            found.append((float(manifest["saved_at_s"]), int(manifest["step"])))
-    return max(found)[1] if found else None
+            if chosen.resume == "always" or manifest.get("run") == run.run_id:
+                is_whole = not manifest.get("provisional")
+                found.append((is_whole, float(manifest["saved_at_s"]), int(manifest["step"])))
+    return max(found)[2] if found else None
 
 
 def checkpoints_of(run: RunFolder, chosen: str) -> Path:

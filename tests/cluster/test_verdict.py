@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from distui.core.config.schema import CheckpointSection
 from distui.core.paths import RunFolder
 from distui.launcher.cluster.gang import Member
 from distui.launcher.cluster.hosts import Host
@@ -109,11 +110,19 @@ def test_errors_of_an_attempt_are_put_away(run: RunFolder) -> None:
     assert json.loads((run.errors / "attempt0-rank1.txt").read_text())["message"] == "bad batch"
 
 
-def test_the_newest_checkpoint_is_the_one_that_was_saved_last(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path / "none") is None
-    for step, saved_at_s in ((10, 5.0), (20, 3.0)):
-        folder = tmp_path / f"step_{step:08d}"
-        folder.mkdir()
-        (folder / "manifest.json").write_text(json.dumps({"step": step, "saved_at_s": saved_at_s}))
-    (tmp_path / "step_00000030").mkdir()
-    assert newest_checkpoint(tmp_path) == 10
+def test_the_checkpoint_that_is_named_is_the_one_that_the_engine_goes_on_from(tmp_path: Path) -> None:
+    run, chosen = RunFolder(tmp_path / "mine"), CheckpointSection(dir=str(tmp_path / "ck"))
+    assert newest_checkpoint(run, chosen) is None
+    for step, saved_at_s, run_id, provisional in (
+        (10, 5.0, "mine", False),
+        (20, 3.0, "mine", False),
+        (40, 7.0, "mine", True),
+        (50, 8.0, "another's", False),
+    ):
+        folder = tmp_path / "ck" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        facts = {"step": step, "saved_at_s": saved_at_s, "run": run_id, "provisional": provisional}
+        (folder / "manifest.json").write_text(json.dumps(facts))
+    (tmp_path / "ck" / "step_00000030").mkdir()
+    assert newest_checkpoint(run, chosen) == 10
+    assert newest_checkpoint(run, chosen.model_copy(update={"resume": "always"})) == 50
