@@ -43,7 +43,7 @@ class UnitParameters(Shards):
         self.touched = False
         """The script may have written to the parameters since `take_writes`."""
         self._versions = [0] * len(self.params)
-        """Of each parameter that is shown, autograd's count of writes as far as it is taken note of."""
+        """Of each parameter, autograd's count of writes as far as it is taken note of."""
         self._num_shown = 0
         self._own_references = 0
         whole, part = self._begin(start)
@@ -131,7 +131,8 @@ class UnitParameters(Shards):
             param.__class__ = kept
             shape, strides, offset = self._cuts[index]
             DATA.__set__(param, full.as_strided(shape, strides, start + offset))  # one call: blocks come and go
-            self._versions[index] = param._version
+            if param._version != self._versions[index]:  # by a view from before, which counts with it
+                self.touched, self._versions[index] = True, param._version
             shown.append(index)
         self._num_shown += len(shown)
         return shown
@@ -147,18 +148,17 @@ class UnitParameters(Shards):
             if type(param) is fetched:
                 continue
             if param._version != self._versions[index]:
-                self.touched = True
+                self.touched, self._versions[index] = True, param._version
             DATA.__set__(param, self._nan[index])
             param.__class__ = fetched
             self._num_shown -= 1
 
     def _note_writes(self) -> bool:
-        """Return whether parameters that are shown were written to since this was last asked."""
-        written = False
-        for index, (param, (kept, _)) in enumerate(zip(self.params, self._classes, strict=True)):
-            if type(param) is kept and param._version != self._versions[index]:
-                self._versions[index] = param._version
-                written = True
+        """Return whether parameters were written to since this was last asked, hidden ones by views from before."""
+        with torch._C.DisableTorchFunctionSubclass():
+            versions = [param._version for param in self.params]
+        written = versions != self._versions
+        self._versions = versions
         return written
 
     def place(self, full: torch.Tensor) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tests.dist.sharding.trainings import BATCH, DIM, Block, Net, Result, Run, batch, decaying, kind, square, train
@@ -232,3 +234,24 @@ def odd_parameters(run: Run) -> Result:
             return self.back(self.conv(image * self.scale).flatten(1)) + self.empty.sum()
 
     return train(run, Odd())
+
+
+class Looking(Block):
+    """Reads the block beside it."""
+
+    beside: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        other = self.__dict__["beside"]
+        return super().forward(x) + 0.1 * F.linear(x, other.inner.weight)
+
+
+@kind(joined=True)
+def compiled_blocks_that_read_each_other(run: Run) -> Result:
+    net = Net(Looking)
+    for index, block in enumerate(net.blocks):
+        vars(block)["beside"] = net.blocks[index - 1]
+        block.compile(backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
+        return train(run, net, num_steps=3)

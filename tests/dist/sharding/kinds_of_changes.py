@@ -205,6 +205,30 @@ def adapters_merged_and_unmerged(run: Run) -> Result:
     return run.state(model) | {"seen": seen}
 
 
+class Showing(Block):
+    """Hands out what it computes with."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.shown = [] if torch.is_grad_enabled() else [self.inner.weight.detach(), self.inner.bias.view(-1)]
+        return super().forward(x)
+
+
+@kind()
+def written_by_views_that_blocks_handed_out(run: Run) -> Result:
+    """They are written to when the block is over, and gone before anything else is done."""
+
+    @torch.no_grad()
+    def after(step: int, model: Any) -> None:
+        model(run.local(batch(step)))
+        for block in model.blocks:
+            for view in block.shown:
+                view.mul_(0.95)
+            block.shown.clear()
+            del view
+
+    return train(run, Net(Showing), num_steps=4, after=after)
+
+
 @kind()
 def written_by_data_after_other_reads(run: Run) -> Result:
     """Frozen blocks are read in the order of earlier steps, which fetches ahead what is written here and there."""

@@ -31,8 +31,8 @@ FILES = (
 )
 
 
-def _compare(names: list[str], num_ranks: int, stage: int) -> list[str]:
-    return compare_kinds(names, num_ranks, stage)
+def _compare(names: list[str], num_ranks: int, stage: int, joined: bool = False) -> list[str]:
+    return compare_kinds(names, num_ranks, stage, joined)
 
 
 def _in_bf16(names: list[str], stage: int) -> dict[str, tuple[Result, Result]]:
@@ -55,14 +55,25 @@ def test_every_kind_under_the_other_one(run_ranks: RunRanks, file: object, stage
     _all_as_plain_torch(run_ranks, _names(file, stage)[(stage + 1) % 2 :: 2], stage)
 
 
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    "file",
+    [file if file is kinds_of_blocks else pytest.param(file, marks=pytest.mark.matrix) for file in FILES],
+    ids=lambda file: file.__name__.rpartition(".")[2],
+)
+def test_blocks_that_share_a_unit_are_as_plain_torch(run_ranks: RunRanks, file: object) -> None:
+    """At stage 3 a block shows its own parameters there, not its neighbours'."""
+    _all_as_plain_torch(run_ranks, _names(file, 3), 3, joined=True)
+
+
 def _names(file: object, stage: int) -> list[str]:
     names = [name for name, each in KINDS.items() if stage in each.stages and vars(file).get(name) is each.train]
     assert names
     return names
 
 
-def _all_as_plain_torch(run_ranks: RunRanks, names: list[str], stage: int) -> None:
-    for told in run_ranks(_compare, 2, names, 2, stage, timeout_s=200.0):
+def _all_as_plain_torch(run_ranks: RunRanks, names: list[str], stage: int, joined: bool = False) -> None:
+    for told in run_ranks(_compare, 2, names, 2, stage, joined, timeout_s=200.0):
         assert not told, "\n".join(told)
 
 

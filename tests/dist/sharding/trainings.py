@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,22 +78,31 @@ class Run:
         return {name: value.detach().clone() for name, value in state.items()}
 
 
+@dataclass(frozen=True)
 class Kind:
     """A training, and where it is run."""
 
-    def __init__(self, train: Callable[[Run], Result], stages: tuple[int, ...], in_bf16: bool, settings: Any) -> None:
-        self.train, self.stages, self.in_bf16, self.settings = train, stages, in_bf16, settings
+    train: Callable[[Run], Result]
+    stages: tuple[int, ...]
+    in_bf16: bool
+    joined: bool
+    settings: dict[str, Any]
 
 
 KINDS: dict[str, Kind] = {}
 
 
-def kind(*, stages: tuple[int, ...] = STAGES, in_bf16: bool = False, **settings: Any) -> Callable[[Any], Any]:
-    """Have a training run at `stages` on ranks, and against one process `in_bf16` too; `settings` are the engine's."""
+def kind(
+    *, stages: tuple[int, ...] = STAGES, in_bf16: bool = False, joined: bool = False, **settings: Any
+) -> Callable[[Any], Any]:
+    """Have a training run at `stages` on ranks, and against one process `in_bf16` too; `settings` are the engine's.
+
+    Its blocks share one unit where they are `joined`; else each has its own.
+    """
 
     def add(train: Callable[[Run], Result]) -> Callable[[Run], Result]:
         assert train.__name__ not in KINDS
-        KINDS[train.__name__] = Kind(train, stages, in_bf16, settings)
+        KINDS[train.__name__] = Kind(train, stages, in_bf16, joined, settings)
         return train
 
     return add
@@ -208,10 +218,12 @@ def problems(
     return told
 
 
-def run_kind(name: str, num_ranks: int, stage: int, dtype: str | None) -> tuple[Result, Result]:
+def run_kind(
+    name: str, num_ranks: int, stage: int, dtype: str | None, joined: bool = False
+) -> tuple[Result, Result]:
     """Return what a kind starts from and ends with: in plain torch where `dtype` is None, else on this job's ranks."""
-    partition.SMALL_UNIT_NUMEL = 1  # a unit a block
     chosen = KINDS[name]
+    partition.SMALL_UNIT_NUMEL = 1 << 21 if joined or chosen.joined else 1  # one is a unit a block
     engine = None
     if dtype is not None:
         sections = {"strategy": {"zero_stage": stage}, "precision": {"dtype": dtype}, **chosen.settings}
@@ -231,10 +243,10 @@ def run_kind(name: str, num_ranks: int, stage: int, dtype: str | None) -> tuple[
     return run.start, found
 
 
-def compare_kinds(names: list[str], num_ranks: int, stage: int) -> list[str]:
+def compare_kinds(names: list[str], num_ranks: int, stage: int, joined: bool = False) -> list[str]:
     """Run each kind plainly and on this job's ranks, and return the problems. Collective: all ranks."""
     told = []
     for name in names:
         start, expected = run_kind(name, num_ranks, stage, None)
-        told += problems(name, start, expected, run_kind(name, num_ranks, stage, "fp32")[1])
+        told += problems(name, start, expected, run_kind(name, num_ranks, stage, "fp32", joined)[1])
     return told
