@@ -38,7 +38,7 @@ from distui.core.engine.scheduler import PreparedScheduler
 from distui.core.engine.started import say_started
 from distui.core.engine.states import States
 from distui.core.engine.step_clock import StepClock
-from distui.core.engine.without_sync import step_allowed, without_sync
+from distui.core.engine.without_sync import step_allowed, without_sync, zeroing_allowed
 from distui.core.errors import UserError
 from distui.core.model.activation_checkpointing import apply_activation_checkpointing, remove_activation_checkpointing
 from distui.core.model.flops import FlopMeter
@@ -176,6 +176,7 @@ class Engine(States, ProcessState):
             return optimizer
         prepared = self.backend.prepare_optimizer(optimizer)
         prepared.step_allowed = functools.partial(step_allowed, self)
+        prepared.zeroing_allowed = functools.partial(zeroing_allowed, self)
         prepared.before_step = self._before_step
         prepared.after_step = self._after_step
         self._notice_forgetting(prepared)

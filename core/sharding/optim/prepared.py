@@ -48,7 +48,9 @@ class PreparedOptimizer(torch.optim.Optimizer):
         self.grad_factor = 1.0
         """Multiplied into the gradients at the next step: clipping and loss scaling, each without a pass of its own."""
         self.step_allowed: Callable[[], bool] = lambda: True
-        """False while gradients accumulate: `step` and `zero_grad` then do nothing."""
+        """False while gradients accumulate: `step` then does nothing."""
+        self.zeroing_allowed: Callable[[], bool] = lambda: True
+        """The same of `zero_grad`."""
         self.before_step: Callable[[Any], None] = lambda _: None
         self.after_step: Callable[[Any], None] = lambda _: None
         self.skip_next = False
@@ -142,7 +144,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; nothing while they accumulate."""
-        if self.step_allowed():
+        if self.zeroing_allowed():
             self.discard_gradients(set_to_none)
             self.grad_factor = self.loss_scale = 1.0
 
