@@ -343,10 +343,15 @@ class PreparedLoader:
         progress.worker_states.clear()
         progress.starts_workers = False
 
-    def replay(self) -> None:
-        """Have a script that counts epochs from 0 again pass over those before the position that was loaded."""
-        if self._progress.next_epoch:
-            self._progress.until_epoch, self._progress.next_epoch = self._progress.next_epoch, 0
+    def replay(self) -> bool:
+        """Have a script that counts epochs from 0 again pass over those before the position that was loaded.
+
+        Returns whether there are any.
+        """
+        if not self._progress.next_epoch:
+            return False
+        self._progress.until_epoch, self._progress.next_epoch = self._progress.next_epoch, 0
+        return True
 
     @property
     def _items_per_batch(self) -> int:

@@ -9,12 +9,14 @@ epochs from 0 comes to the one in which it was. A script that calls `load_state`
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from distui.core.errors import UserError
 from distui.core.paths import current_run
 from distui.core.ranks import ops
+from distui.core.ranks.random_states import RandomStates
 
 if TYPE_CHECKING:  # the room of checkpoints takes a second to import: it is when it is first used
     from distui.core.checkpoint.trained import Trained
@@ -43,6 +45,8 @@ class Resuming:
         """Whether the script has not trained yet, and is to go on from a checkpoint."""
         self.is_passing = False
         """Whether the script passes over epochs that were trained before."""
+        self._random: RandomStates | None = None
+        """Those of the checkpoint, until the script is there."""
 
     def before_batch(self) -> None:
         """Load what is due where the script wants a batch to train with. Collective."""
@@ -54,7 +58,13 @@ class Resuming:
         """Load what is due where the script begins to train. Collective."""
         if self.is_due:
             self._load()
-        self.is_passing = False
+        self.is_passing, self._random = False, None
+
+    def arrive(self) -> None:
+        """Forget what the script drew on its way to the epoch in which it was, in evaluations, say."""
+        if self._random is not None:
+            self._random.give_back()
+            self._random = None
 
     def _load(self) -> bool:
         """Load the newest checkpoint, if there is one; tell whether there was."""
@@ -66,8 +76,12 @@ class Resuming:
         if not found:
             return False
         engine.load_state(found)
-        for loader in engine._loaders:
-            loader.replay()
+        again = [loader for loader in engine._loaders if loader.replay()]
+        if again:
+            self._random = RandomStates.take()
+        if engine.process_index == 0:
+            passed = "; loops over epochs that were trained before give no batch" if again else ""
+            print(f"distui: going on from {found}{passed}", file=sys.stderr, flush=True)
         return True
 
     def _newest(self) -> str:

@@ -46,7 +46,8 @@ class States(Tracking):
     data_group: torch.distributed.ProcessGroup | None
     active_loaders: list[Any]
     gradient_accumulation_steps: int
-    inside_no_sync = False
+    inside_no_sync = 0
+    sync_outside = True
     wait_for_everyone: Callable[[], None]
     scaler: LossScaler | None
     _models: list[nn.Module]
@@ -81,6 +82,7 @@ class States(Tracking):
         """What is saved when the step that asked for it is over."""
         self.resuming = Resuming(self)
         self.step_end.before_batch, self.step_end.before_work = self.resuming.before_batch, self.resuming.before_work
+        self.step_end.arrived = self.resuming.arrive
 
     def gather_for_metrics(self, data: Any, use_gather_object: bool = False) -> Any:
         """Gather, without the samples that were repeated to even out the last batch. Collective."""

@@ -63,6 +63,8 @@ class StepEnd:
         """Called when the script wants a batch."""
         self.before_work: Callable[[], None] = lambda: None
         """Called when the script begins to train with one."""
+        self.arrived: Callable[[], None] = lambda: None
+        """Called when the script has come to the epoch in which it was before it was started again."""
         self.after_save: Callable[[], None] = lambda: None
         """Called when what was asked for is being saved, and the script is still there."""
         _open.add(self)
@@ -104,7 +106,12 @@ class StepEnd:
 
     def passes_over(self, loader: Any) -> bool:
         """Tell whether the script comes again to an epoch that it has trained before it was started again."""
-        return self._trains() and loader.next_epoch < loader.until_epoch
+        if not self._trains():
+            return False
+        passes = bool(loader.next_epoch < loader.until_epoch)
+        if not passes:
+            self.arrived()
+        return passes
 
     def handed(self, loader: Any) -> None:
         """The script has got a batch of `loader`."""

@@ -56,6 +56,11 @@ with open(f"{options['out']}-{rank}.jsonl", "a") as out:
             if step == options.get("raise") and rank == options.get("rank", 1):
                 raise ValueError("a bad batch")
             time.sleep(options.get("pause_s", 0.0))
+        with torch.no_grad():
+            model.eval()
+            for (batch,) in torch.utils.data.DataLoader(data, 8, shuffle=True):  # an evaluation that draws
+                model(batch)
+            model.train()
 '''
 """Its state is all that a checkpoint has: weights, moments, schedule, order, random numbers (dropout)."""
 
