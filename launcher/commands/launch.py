@@ -127,8 +127,11 @@ def command(
     too (--num_gpus, --hostfile, --include, ...). The exit status is the job's: 0 done (or left in the background), 3 a
     rank failed, 130 stopped by Ctrl-C, 2 a mistake found first.
     """
+    from distui.core.errors import UserError
     from distui.launcher.job.launch import LaunchRequest, launch
 
+    if hosts is not None and not hosts.strip():
+        raise UserError("--hosts names no host", "it is empty", "name hosts, as a,b:4, or leave --hosts out")
     flags = {
         "cluster.hosts": hosts,
         "cluster.max_restarts": max_restarts,

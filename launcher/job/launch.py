@@ -93,7 +93,7 @@ def launch(request: LaunchRequest) -> int:
         if isinstance(job, Background):
             outcome = _look_at(config, job, start_daemon(config))
         else:
-            say_start(run)
+            say_start(run, config)
             with terminal_kept():
                 outcome = hold(config, job, lambda socket: follow_plain(job, config, socket))
     finally:
@@ -269,7 +269,7 @@ def hold(config: Config, job: Job, follow: Callable[[Path | None], None] = lambd
 def _look_at(config: Config, job: Background, socket: Path | None) -> Outcome | None:
     """Show the job on the dashboard, in plain lines where there is no daemon; None where the user left it."""
     if socket is None:
-        say_start(job.run)
+        say_start(job.run, config)
         follow_plain(job, config, None)
         return job.finish()
     from distui.tui.monitor.app import run_dashboard

@@ -37,13 +37,15 @@ def say(line: str) -> None:
     print(f"distui: {line}", file=sys.stderr, flush=True)
 
 
-def say_start(run: RunFolder) -> None:
-    """Write the start line: run, ranks, strategy, and where the logs are."""
+def say_start(run: RunFolder, config: Config) -> None:
+    """Write the start line: run, ranks, strategy, where the logs are; and what a restart would have to begin with."""
     spec = json.loads(read_own(run.spec))
     world = spec["world_size"]
     ranks = f"{world} rank{'s' if world > 1 else ''}"
     nodes = f" on {spec['num_nodes']} nodes" if spec["num_nodes"] > 1 else ""
     say(f"run {run.run_id}: {ranks}{nodes}, {spec['strategy']}; logs in {run.logs}")
+    if config.cluster.max_restarts and not config.checkpoint.every_steps:
+        say("a restart begins from the beginning: checkpoint.every_steps is 0, so that nothing is saved by itself")
 
 
 def follow_plain(
@@ -61,7 +63,7 @@ def follow_plain(
         progress.start()
     known = list_own(job.run.logs).get(log.name) if from_now else None
     if from_now:
-        say_start(job.run)
+        say_start(job.run, config)
     first = FirstFailure(job.run, shown)
     skip = known.st_size if known is not None else 0
     output = LogCopy(log, sys.stdout.buffer, skip, sys.stderr.buffer, first.tell)

@@ -63,6 +63,7 @@ def test_what_cannot_start_is_told_in_three_lines_and_no_rank_is_started(place: 
     for words, told in (
         (("--hosts", "a", "--set", "cluster.starter=shs"), "there is no starter 'shs'"),
         (("--hosts", "a,a"), "names a again"),
+        (("--hosts", ""), "--hosts names no host"),
         (("--hosts", "a", "--node-rank", "1"), "--node-rank"),
         (("--include", "a"), "--include and --exclude choose among hosts"),
     ):
