@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from distui.core.axes.sizes import AXES, GROUPS, AxisSizes
+from distui.core.axes.sizes import AXES, FOLDED, GROUPS, AxisSizes
 
 _lists: weakref.WeakKeyDictionary[dist.ProcessGroup, Sequence[list[int]]] = weakref.WeakKeyDictionary()
 """The ranks of all groups that were made together with one."""
@@ -26,10 +26,12 @@ class Axes:
         self.place = sizes.place(self.rank)
         """This rank's coordinate on each axis."""
         self._groups: dict[str, dist.ProcessGroup | None] = {}
-        made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
-        for kind, axes in GROUPS.items():
-            groups = sizes.groups(axes)
-            alike = tuple(map(tuple, groups))  # where an axis has one rank, kinds have the same groups
+        made: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = {}
+        for kind in (*GROUPS, *FOLDED):
+            groups = sizes.groups(kind)
+            # Where an axis has one rank, kinds have the same groups. But tokens travel to experts in the midst of a
+            # backward, beside sums and gathers that have an order of their own.
+            alike = kind == "ep", tuple(map(tuple, groups))
             if alike not in made:
                 made[alike] = self._make(kind, groups)
             self._groups[kind] = made[alike]
@@ -37,7 +39,7 @@ class Axes:
     def _make(self, kind: str, groups: Sequence[list[int]]) -> dist.ProcessGroup | None:
         if len(groups[0]) == 1:
             return None
-        return dist.group.WORLD if len(groups) == 1 else make(groups, kind)
+        return dist.group.WORLD if len(groups) == 1 and kind != "ep" else make(groups, kind)
 
     def __getitem__(self, kind: str) -> dist.ProcessGroup | None:
         """Return this rank's group of `kind`; None where that is this rank alone."""
@@ -45,7 +47,7 @@ class Axes:
 
     def size(self, kind: str) -> int:
         """Return how many ranks a group of `kind` has."""
-        return self.sizes.size(GROUPS[kind])
+        return len(self.peers(kind))
 
     def index(self, kind: str) -> int:
         """Return this rank's place in its group of `kind`, from 0."""
@@ -53,7 +55,7 @@ class Axes:
 
     def peers(self, kind: str) -> list[int]:
         """Return the ranks of this rank's group of `kind`, in order."""
-        return self.sizes.peers(self.rank, GROUPS[kind])
+        return self.sizes.of_kind(self.rank, kind)
 
     @functools.cached_property
     def alone(self) -> dist.ProcessGroup:

@@ -1,4 +1,4 @@
-"""How the world is laid out: world = pp x dp x cp x tp, tp innermost. Torch-free."""
+"""How the world is laid out: world = pp x dp x cp x tp, tp innermost; ep is folded into dp x cp. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "model": ("pp", "cp", "tp"),
 }
 """What each kind of group spans: `data` has different batches, `shard` shares states (ZeRO), `model` one batch."""
+FOLDED = ("ep", "expert_shard")
+"""Kinds that divide a shard group: neighbours have different experts, ranks that are ep apart the same ones."""
 
 
 class Strategy(Protocol):
@@ -27,16 +29,18 @@ class Strategy(Protocol):
     tensor_parallel: int
     pipeline_parallel: int
     context_parallel: int
+    expert_parallel: int
 
 
 @dataclass(frozen=True, slots=True)
 class AxisSizes:
-    """The sizes of the axes; their product is the number of ranks."""
+    """The sizes of the axes; the product of all but ep is the number of ranks, and ep divides dp x cp."""
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     tp: int = 1
+    ep: int = 1
 
     @classmethod
     def of(cls, strategy: Strategy, world_size: int) -> AxisSizes:
@@ -47,7 +51,10 @@ class AxisSizes:
         pp, cp, tp = strategy.pipeline_parallel, strategy.context_parallel, strategy.tensor_parallel
         if world_size % (pp * cp * tp):
             raise ValueError(f"pp x cp x tp = {pp} x {cp} x {tp} does not divide {world_size} ranks")
-        return cls(pp, world_size // (pp * cp * tp), cp, tp)
+        dp, ep = world_size // (pp * cp * tp), strategy.expert_parallel
+        if dp * cp % ep:
+            raise ValueError(f"ep = {ep} does not divide dp x cp = {dp} x {cp}")
+        return cls(pp, dp, cp, tp, ep)
 
     @property
     def world(self) -> int:
@@ -83,8 +90,15 @@ class AxisSizes:
         ranges = [range(getattr(self, axis)) if axis in free else (place[axis],) for axis in AXES]
         return [self.rank_at(dict(zip(AXES, found, strict=True))) for found in itertools.product(*ranges)]
 
-    def groups(self, axes: Iterable[str]) -> list[list[int]]:
-        """Return all groups along `axes`, in one order: every rank is in exactly one of them."""
-        wanted = tuple(axes)
-        found = [self.peers(rank, wanted) for rank in range(self.world)]
+    def of_kind(self, rank: int, kind: str) -> list[int]:
+        """Return the ranks of the group of `kind` that `rank` is in, in order."""
+        if kind not in FOLDED:
+            return self.peers(rank, GROUPS[kind])
+        sharing = self.of_kind(rank, "shard")
+        at = sharing.index(rank)
+        return sharing[at % self.ep :: self.ep] if kind == "expert_shard" else sharing[at - at % self.ep :][: self.ep]
+
+    def groups(self, kind: str) -> list[list[int]]:
+        """Return all groups of `kind`, in one order: every rank is in exactly one of them."""
+        found = [self.of_kind(rank, kind) for rank in range(self.world)]
         return [ranks for rank, ranks in enumerate(found) if ranks[0] == rank]

@@ -13,7 +13,13 @@ from torch import nn
 
 from distui.core.backends.base import Backend, Part
 from distui.core.backends.native_beside import NativeBeside
-from distui.core.config.check import offload_problems, pipeline_problems, tensor_problems, unavailable
+from distui.core.config.check import (
+    expert_problems,
+    offload_problems,
+    pipeline_problems,
+    tensor_problems,
+    unavailable,
+)
 from distui.core.config.schema import Config
 from distui.core.errors import ConfigError, UserError
 from distui.core.ranks.precision import DTYPES, apply_border_casts
@@ -24,6 +30,7 @@ from distui.core.sharding.optim.optim import ShardedOptimizer
 from distui.core.sharding.optim.prepared import PreparedOptimizer
 from distui.core.sharding.sharded import ShardedModel
 from distui.core.sharding.start.weight_files import WeightFiles
+from distui.core.sharding.transport.agreement import Place
 from distui.core.sharding.transport.compression import Compression
 
 if TYPE_CHECKING:  # pipelines and cut models are few; their files are read where there is one
@@ -48,10 +55,10 @@ class NativeBackend(NativeBeside, Backend):
         if id(model) not in self._models:
             # A script that runs without `distui launch` has not been checked.
             problems = [*unavailable(self.config), *offload_problems(self.config), *tensor_problems(self.config)]
-            problems += pipeline_problems(self.config)
+            problems += [*pipeline_problems(self.config), *expert_problems(self.config)]
             if problems:
                 raise ConfigError(problems)
-            cuts, pipeline, strategy = None, None, self.config.strategy
+            cuts, pipeline, exchange, strategy = None, None, None, self.config.strategy
             refuse_cut(model)
             if self.axes is not None:
                 from distui.core.parallel.tensor import cut_model
@@ -64,6 +71,10 @@ class NativeBackend(NativeBeside, Backend):
                         model, self.axes, strategy.pipeline_schedule, self.num_micro, self.loss_of, self.loss_factor
                     )
                 cuts = cut_model(model, self.axes, start, strategy.tensor_plan, self.plan)
+                if self.axes.size("ep") > 1:
+                    from distui.core.parallel.experts.tokens import spread_experts
+
+                    cuts, exchange = spread_experts(model, self.axes, start)
                 if (group := self.axes["cp"]) is not None:
                     from distui.core.parallel.sequence import SequenceCut
 
@@ -85,6 +96,8 @@ class NativeBackend(NativeBeside, Backend):
                 optimizer_of=self.optimizer_of,
                 cuts=cuts,
             )
+            if exchange is not None and (residence := self._models[id(model)].schedule.residence) is not None:
+                exchange.before = functools.partial(residence.serve, Place.FORWARD_END)
             if pipeline is not None:
                 self._pipelines[id(model)] = pipeline
                 pipeline.before_micro = functools.partial(self._before_backward_of, self._models[id(model)])

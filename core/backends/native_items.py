@@ -16,6 +16,7 @@ from distui.core.sharding.homes.home import CellSlice
 from distui.core.sharding.optim.optim import ShardedOptimizer
 from distui.core.sharding.optim.runs import FlatRun
 from distui.core.sharding.sharded import ShardedModel
+from distui.core.sharding.units.placement import Placement
 from distui.core.sharding.units.unit import Unit
 
 
@@ -53,22 +54,22 @@ def _range(
     return FlatShard(source[at : at + high - low], low, numel, cut)
 
 
-def _own_part(sharded_rank: int, part: Part | None, num_ranks: int, is_cut: bool) -> Part | None:
+def _own_part(placement: Placement, part: Part | None, cuts: Cuts | None) -> Part | None:
     """Return which part of what every rank of the shard group holds this one gives: they are not the whole world."""
-    return part if part is None or not is_cut else (sharded_rank, num_ranks)
+    return part if part is None or cuts is None else (placement.rank, placement.num_ranks)
 
 
 def model_items(sharded: ShardedModel, part: Part | None) -> dict[str, torch.Tensor]:
     """Return the tensors of a model by key: flat shards of what is in units, plain tensors of the rest."""
     sharded.schedule.take_writes()
-    cuts, placement = sharded.cuts, sharded.placement
-    part = _own_part(placement.rank, part, placement.num_ranks, cuts is not None)
+    cuts, given = sharded.cuts, part
     items: dict[str, torch.Tensor] = {}
     in_units: set[int] = set()
     for unit in sharded.units:
         cell = unit.master_cell
         source: torch.Tensor | CellSlice = unit.master if cell is None else CellSlice(cell, 0, cell.numel)
         base, end = unit.layout.shard(unit.rank)
+        part = _own_part(unit.placement, given, cuts)
         for index, (name, param) in enumerate(zip(unit.param_names, unit.params, strict=True)):
             in_units.add(id(param))
             low, high = _held(unit, index, base, end, part)
@@ -76,20 +77,19 @@ def model_items(sharded: ShardedModel, part: Part | None) -> dict[str, torch.Ten
             items[name] = _range(source, at, low, high, (unit, index), part)
     for name, param in nn.Module.named_parameters(sharded.model):
         if id(param) not in in_units:
-            items[name] = _replicated(param, part, cuts)
+            items[name] = _replicated(param, _own_part(sharded.placement_of(param), given, cuts), cuts)
     for name, buffer in sharded.model.named_buffers():
-        items[name] = _replicated(buffer, part, cuts)
+        items[name] = _replicated(buffer, _own_part(sharded.placement, given, cuts), cuts)
     return items
 
 
 def optimizer_items(optimizer: ShardedOptimizer, part: Part | None) -> dict[str, Any]:
     """Return optimizer states by key: `<parameter>.<state>`, flat shards, whole tensors or numbers."""
     items: dict[str, Any] = {}
-    if optimizer.units:
-        placement = optimizer.units[0].placement
-        part = _own_part(placement.rank, part, placement.num_ranks, optimizer.cuts is not None)
+    given = part
     for runs in optimizer.runs:
         for run in runs:
+            part = _own_part(run.unit.placement, given, optimizer.cuts)
             state = optimizer.state_of(run)
             for key, value in state.items():
                 if isinstance(value, (int, float)):

@@ -35,7 +35,7 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
         world_size = config.cluster.world_size()
     problems = [*unavailable(config), *check_backend(config), *_cluster(config), *_folders(config)]
     problems += [*offload_problems(config), *_states(config), *_compression(config), *_notify(config)]
-    problems += [*tensor_problems(config), *pipeline_problems(config)]
+    problems += [*tensor_problems(config), *pipeline_problems(config), *expert_problems(config)]
     if hardware is not None:
         problems += _devices(config, hardware)
     if world_size is not None:
@@ -56,9 +56,6 @@ def unavailable(config: Config) -> Iterator[Problem]:
     """Yield what the schema knows and this version does not do."""
     if (method := config.strategy.context_method) == "ring":
         yield _not_available("strategy.context_method", f"context_method={method}", "auto or ulysses")
-    for axis in ("expert_parallel",):
-        if (size := getattr(config.strategy, axis)) > 1:
-            yield _not_available(f"strategy.{axis}", f"{axis}={size}", "1")
     if size := config.strategy.shard_size:
         yield _not_available(
             "strategy.shard_size", f"shard_size={size}", "0, which shards over all data-parallel ranks"
@@ -301,6 +298,30 @@ def pipeline_problems(config: Config) -> Iterator[Problem]:
             )
 
 
+def expert_problems(config: Config) -> Iterator[Problem]:
+    """Yield what does not go with experts over ranks."""
+    size = config.strategy.expert_parallel
+    if size == 1 or config.strategy.backend != "native":  # refused with the backend
+        return
+    for axis in MODEL_AXES:
+        if (other := getattr(config.strategy, axis)) > 1:
+            yield _not_available(f"strategy.{axis}", f"{axis}={other} with expert_parallel={size}", "1")
+    off: list[tuple[str, str, object, object]] = [
+        ("compression", "gradients", config.compression.gradients, "none"),
+        ("compression", "weights", config.compression.weights, "none"),
+        ("optimizer", "state_bits", config.optimizer.state_bits, 32),
+    ]
+    for section, key, value, without in off:
+        if value != without:
+            yield Problem(
+                f"{section}.{key}",
+                f"{key}={value} with expert_parallel={size}",
+                "experts and what is whole are shared among different ranks, and scales of blocks are not in this "
+                "version",
+                f"set {section}.{key} to {without}, or strategy.expert_parallel to 1",
+            )
+
+
 def rank_problems(config: Config, world_size: int) -> Iterator[Problem]:
     """Yield what does not fit the number of ranks."""
     model_ranks = 1
@@ -318,6 +339,15 @@ def rank_problems(config: Config, world_size: int) -> Iterator[Problem]:
             f"start {ranks} ranks, or choose axes whose product divides {world_size}: {_divisors(world_size)}",
         )
         return
+    experts, sharing = config.strategy.expert_parallel, world_size // model_ranks * config.strategy.context_parallel
+    if sharing % experts:
+        yield Problem(
+            "strategy.expert_parallel",
+            f"expert_parallel={experts} does not divide the {sharing} data-parallel ranks",
+            f"they share the experts among them, {experts} at a time; {sharing} = {sharing // experts} x {experts} + "
+            f"{sharing % experts}",
+            f"set strategy.expert_parallel to one of {_divisors(sharing)}",
+        )
     try:
         accumulation = solve_batch(config.batch, world_size // model_ranks).accumulation or 1
     except ConfigError as error:

@@ -43,7 +43,8 @@ def join_axes(process: ProcessState, config: Config) -> Axes | None:
     Collective: all ranks. Raises: ConfigError where the sizes do not divide the world.
     """
     strategy = config.strategy
-    if strategy.tensor_parallel * strategy.pipeline_parallel * strategy.context_parallel == 1:
+    model_ranks = strategy.tensor_parallel * strategy.pipeline_parallel * strategy.context_parallel
+    if model_ranks * strategy.expert_parallel == 1:
         return None
     if problems := [*axes_problems(config), *rank_problems(config, process.num_processes)]:
         raise ConfigError(problems)

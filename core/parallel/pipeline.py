@@ -353,7 +353,7 @@ class _Told(torch.autograd.Function):
 
 def _ends(axes: Axes) -> dist.ProcessGroup:
     """Return the group of the first and the last stage. Collective: the world."""
-    lines = axes.sizes.groups(("pp",))
+    lines = axes.sizes.groups("pp")
     return make([part for line in lines for part in ([line[0], line[-1]], line[1:-1])], "pp ends")
 
 

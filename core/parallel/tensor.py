@@ -20,9 +20,8 @@ from distui.core.parallel.regions import Region
 from distui.core.parallel.styles import STYLES, Cutting, Rule, divide, divisors, parameter
 from distui.core.sharding.cuts import MARK, Cuts
 from distui.core.sharding.hooks import Hook
-from distui.core.sharding.start.start import Start
+from distui.core.sharding.start.start import Start, refuse_trained
 from distui.core.sharding.transport.alike import check_alike
-from distui.core.sharding.units.guarded import place_of
 
 _HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
@@ -38,7 +37,7 @@ def cut_model(model: nn.Module, axes: Axes, start: Start, text: str, given: Mapp
     if group is None:
         return None
     check_alike(model, dist.group.WORLD)  # type: ignore[arg-type]
-    _refuse_trained(model)
+    refuse_trained(model)
     region = Region(group)
     cutting = Cutting(group, region, axes.index("tp"), axes.size("tp"))
     plan = plan_of(model, text, given)
@@ -81,16 +80,6 @@ def _called_around(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
     while isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
         name = name.rpartition(".")[0]
     return modules[name]
-
-
-def _refuse_trained(model: nn.Module) -> None:
-    for name, param in model.named_parameters():
-        if param.grad is not None and place_of(param) is None:
-            raise UserError(
-                f"{name} has a gradient already",
-                "it would be of the whole parameter",
-                "call prepare before any backward",
-            )
 
 
 def _num_heads(cutting: Cutting, modules: Mapping[str, nn.Module], plan: Mapping[str, str], name: str) -> int:

@@ -35,6 +35,10 @@ class Cuts:
         """In a pipeline of tensor-parallel ranks: what these alone have cut."""
         self.shared: dict[int, str] = {}
         """Whole parameters that other stages of a pipeline hold as well, by identity, and which stages these are."""
+        self.are_experts = False
+        """Whether the ranks are data-parallel: they share the states of what is whole, and each batch is another."""
+        self.copies: dist.ProcessGroup | None = None
+        """Experts: the ranks that hold the same pieces, and share their states; None where that is this rank alone."""
 
     def get(self, param: torch.Tensor) -> Cut | None:
         """Return how `param` is cut; None of one that is whole."""
@@ -43,7 +47,11 @@ class Cuts:
     def counts(self, param: torch.Tensor) -> bool:
         """Tell whether this rank, of all that hold the same, counts it in a norm and writes it to a file."""
         cut = self.of.get(id(param))
-        return self.index == 0 if cut is None else cut.is_owner
+        return self.are_experts or self.index == 0 if cut is None else cut.is_owner
+
+    def is_expert(self, param: torch.Tensor) -> bool:
+        """Tell whether the states of `param` are shared among others than those of what is whole."""
+        return self.are_experts and id(param) in self.of
 
     def assemble(self, param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
         """Return the whole of what every rank has its piece of, which lies as `param` does. Collective: the group."""

@@ -90,9 +90,9 @@ class Residence:
         """Blocks that are entered, and whether hooks for what autograd saves were set for it."""
         self.all_whole = False
         """Inside `full_parameters`: every unit is whole in memory of its own."""
-        self._largest: dict[tuple[torch.dtype, torch.device], int] = {}
+        self._largest: dict[tuple[Any, ...], int] = {}
         for unit in (unit for units in self._groups for unit in units if not unit.is_root):
-            kind = (unit.dtype, unit.device)
+            kind = (unit.dtype, unit.device, unit.placement)
             self._largest[kind] = max(self._largest.get(kind, 0), unit.layout.padded_numel)
         for index, units in enumerate(self._groups):
             for unit in units:
@@ -193,7 +193,7 @@ class Residence:
         """Return room for whole parameters: blocks of all sizes take turns on buffers of the largest's."""
         numel = unit.layout.padded_numel
         if not unit.is_root:
-            numel = self._largest[unit.dtype, unit.device]
+            numel = self._largest[unit.dtype, unit.device, unit.placement]
         return self._pool.take(numel, unit.dtype, unit.device, _KIND)
 
     def _make_room(self, keep: int | None) -> None:

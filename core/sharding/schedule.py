@@ -63,7 +63,11 @@ class Schedule(ShownGradients):
         self._grad_hooks: dict[int, dict[int, Any]] = {}
         """Handles of the hooks on gradients, by unit and parameter."""
         self.residence: Residence | None = None
+        self.waits_late = False
+        """Whether a rank that waits for a sum in the midst of a backward may keep others waiting, for tokens."""
         if stage >= 3:
+            # Experts that one rank alone has are whole on it.
+            groups = [own for units in groups if (own := [unit for unit in units if unit.placement.shards_parameters])]
             pool = self.units[0].pool
             self.residence = Residence(groups, agreement, pool, self._which_were_sent, self._finish_sent, self._line)
         self._register(groups)
@@ -192,7 +196,8 @@ class Schedule(ShownGradients):
             self._next += 1
             if self._next >= 2 and self.stage >= 1 and not self._waits_by_agreement:
                 # Two gradients in flight at most: the one that fills and the one that travels.
-                self.order[self._next - 2].finish_reduce()
+                for before in self.order[0 if self.waits_late else self._next - 2 : self._next - 1]:
+                    before.finish_reduce(only_done=self.waits_late)
 
     def _keep_small(self) -> None:
         for unit in self.order:
@@ -370,8 +375,6 @@ class Schedule(ShownGradients):
         if self.residence is not None:
             if not self.residence.all_whole:
                 self.residence.serve(Place.MET)
-            self.residence.settle()
-            return
         for unit in self.units:
             unit.finish_gather()
             unit.take_writes()
@@ -388,7 +391,7 @@ class Schedule(ShownGradients):
                 own = range(len(unit.params)) if stepped is None else stepped[id(unit)]
                 present = [index for index in own if unit.present[index]]
                 changed += [unit] if present else []
-                if self.residence is None:
+                if not unit.placement.shards_parameters:
                     unit.count_step(present)
                 unit.publish(refresh)
         if self.residence is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -82,14 +83,14 @@ class ShardedModel(WholeStates):
             moves_gradients=self.homes is not None and self.homes.gradients is not None,
             moves_parameters=self.homes is not None and self.homes.params is not None,
         )
+        device = start.device_for(model.parameters())
         if group is not None and num_ranks > 1:
-            self.transport = make_transport(group, "data_parallel", self.pool, compression)
-            self.gathers = self.transport
-            if self.placement.shards_parameters:
-                # Reductions and gathers have an order each; on one communicator they would need a common one.
-                refuse_one_queue(start.device_for(model.parameters()))
-                second = beside(group)
-                self.gathers = make_transport(second, "data_parallel_gather", self.pool, compression, gradients=False)
+            self.transport, self.gathers = self._talk_over(group, "data_parallel", device)
+        experts = cuts is not None and cuts.are_experts
+        self._of_experts = (
+            self._share_of_experts(device) if experts else (self.placement, self.transport, self.gathers)
+        )
+        """How the states of experts that are cut over the ranks are shared, and over what."""
         self.frozen: list[tuple[str, nn.Parameter]] = []
         """Stages 0 to 2: parameters that are in no unit, because they were frozen when the model was prepared."""
         groups = self._build_units(start, optimizer_of)
@@ -100,12 +101,38 @@ class ShardedModel(WholeStates):
         zero_missing = zero_missing or (compression is not None and compression.gradients == "onebit")
         self.schedule = Schedule(model, groups, self.placement.effective_stage, agreement, zero_missing)
         self.schedule.before_gradients = self._settle_clipping
+        self.schedule.waits_late = experts and device.type == "cpu"
         self.optimizers: list[ShardedOptimizer] = []
         self._replacing = False
         """A state_dict is being taken whose parameters are replaced afterwards."""
         self._guards: list[Any] = []
         self._guard_reads()
         model.zero_grad = ClearingGradients(model, self._forget_gradients)  # type: ignore[method-assign]
+
+    def _talk_over(self, group: dist.ProcessGroup, name: str, device: torch.device) -> tuple[Transport, Transport]:
+        """Return what sums and what gathers over `group`. Collective: as `group` was made."""
+        transport = make_transport(group, name, self.pool, self.compression)
+        if not self.placement.shards_parameters:
+            return transport, transport
+        # Reductions and gathers have an order each; on one communicator they would need a common one.
+        refuse_one_queue(device)
+        second = beside(group)
+        return transport, make_transport(second, f"{name}_gather", self.pool, self.compression, gradients=False)
+
+    def _share_of_experts(self, device: torch.device) -> tuple[Placement, Transport | None, Transport | None]:
+        assert self.cuts is not None
+        group = self.cuts.copies
+        rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        # Their gradients are of all ranks' losses, whoever holds them.
+        placement = replace(self.placement, rank=rank, num_ranks=num_ranks, num_averaged=self.placement.num_ranks)
+        return placement, *((None, None) if group is None else self._talk_over(group, "experts", device))
+
+    def _is_expert(self, param: torch.Tensor) -> bool:
+        return self.cuts is not None and self.cuts.is_expert(param)
+
+    def placement_of(self, param: torch.Tensor) -> Placement:
+        """Return how the states of `param` are shared."""
+        return self._of_experts[0] if self._is_expert(param) else self.placement
 
     def _forget_gradients(self, set_to_none: bool) -> None:
         self.schedule.discard_gradients(keep_zeros=not set_to_none)
@@ -122,7 +149,7 @@ class ShardedModel(WholeStates):
         for spec in specs if self.cuts is None else self.cuts.held(specs):
             units = []
             start.bring([param for _, param in spec.params])  # together: a block initialises all that it holds
-            for _, trainable, params in split_by_kind(spec, optimizer_of):
+            for _, trainable, params in split_by_kind(spec, optimizer_of, self._is_expert):
                 if not trainable and not self.placement.shards_parameters:
                     self.frozen += params
                     continue
@@ -144,9 +171,11 @@ class ShardedModel(WholeStates):
     def _unit(
         self, name: str, params: list[tuple[str, nn.Parameter]], modules: list[nn.Module], is_root: bool, start: Start
     ) -> Unit:
-        placement, pool, transport, gathers = self.placement, self.pool, self.transport, self.gathers
-        unit = Unit(name, params, modules, is_root, placement, pool, transport, gathers, self.homes, start)
-        unit.cuts = self.cuts
+        placement, transport, gathers = self.placement, self.transport, self.gathers
+        if is_expert := self._is_expert(params[0][1]):
+            placement, transport, gathers = self._of_experts
+        unit = Unit(name, params, modules, is_root, placement, self.pool, transport, gathers, self.homes, start)
+        unit.cuts = self.cuts if is_expert or self.cuts is None or not self.cuts.are_experts else None
         return unit
 
     def follow_requires_grad(self, also: Callable[[str, nn.Parameter], bool] = lambda name, param: False) -> None:
@@ -167,9 +196,9 @@ class ShardedModel(WholeStates):
             gone = {id(param) for _, param in thawed}
             self.frozen = [(name, param) for name, param in self.frozen if id(param) not in gone]
             alone = Start(self.model)  # every rank has them already
-            for dtype in dict.fromkeys(param.dtype for _, param in thawed):
-                of_dtype = [(name, param) for name, param in thawed if param.dtype == dtype]
-                new.append(self._unit(f"unfrozen.{len(schedule.units)}", of_dtype, [], True, alone))
+            spec = UnitSpec(f"unfrozen.{len(schedule.units)}", is_root=True, params=thawed)
+            for _, _, params in split_by_kind(spec, is_expert=self._is_expert):
+                new.append(self._unit(spec.name, params, [], True, alone))
             schedule.units += new
         for unit in [*new, *stirred]:
             if not unit.trainable:
@@ -264,15 +293,17 @@ class ShardedModel(WholeStates):
             del self.model.zero_grad
         for unit in self.units:
             unit.let_go()
-        if self.gathers is not None and self.gathers is not self.transport and dist.is_initialized():
-            dist.destroy_process_group(self.gathers.group)
+        for transport, gathers in dict.fromkeys(((self.transport, self.gathers), self._of_experts[1:])):
+            if gathers is not None and gathers is not transport and dist.is_initialized():
+                dist.destroy_process_group(gathers.group)
 
     # ---- accounting ----------------------------------------------------------------------------------------------
 
     @property
     def transports(self) -> list[Transport]:
         """All that this model's collectives go through."""
-        found = {id(transport): transport for transport in (self.transport, self.gathers) if transport is not None}
+        every = (self.transport, self.gathers, *self._of_experts[1:])
+        found = {id(transport): transport for transport in every if transport is not None}
         return [inner for transport in found.values() for inner in (transport, *transport.hops)]
 
     @property

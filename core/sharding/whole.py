@@ -49,7 +49,8 @@ class WholeStates:
         residence.settle()
         residence.release_all()
         residence.all_whole = True
-        for unit in self.units:
+        sharded = [unit for unit in self.units if unit.placement.shards_parameters]
+        for unit in sharded:
             whole = torch.zeros(unit.layout.padded_numel, dtype=unit.dtype, device=unit.device)
             unit.gather_into(whole, unit.read_shard())
             unit.place(whole)
@@ -57,7 +58,7 @@ class WholeStates:
             yield self.model
         finally:
             residence.all_whole = False
-            for unit in self.units:
+            for unit in sharded:
                 if writeback and unit.full is not None:
                     start, end = unit.layout.shard(unit.rank)
                     unit.write_shard(unit.full[start:end])

@@ -37,7 +37,7 @@ def check_whole_gradients(optimizer: Steps, num_steps: int) -> None:
     """
     cuts = optimizer.cuts
     cuts = cuts.tensor if cuts is not None and cuts.elsewhere else cuts
-    if cuts is None or num_steps >= LOOKED_AT:
+    if cuts is None or cuts.are_experts or num_steps >= LOOKED_AT:
         return
     names, squares = [], []
     for unit in optimizer.units:
@@ -74,7 +74,33 @@ def gradient_norm(optimizer: Steps, place: dict[int, set[int]] | None, norm_type
     What is cut over other axes is summed over them, and what ranks hold copies of counts once. Collective: all ranks
     (one number travels). Shapes: a scalar, on the shards' device.
     """
-    units = optimizer.units
+    units, cuts = optimizer.units, optimizer.cuts
+    shards = optimizer.transport is not None and any(unit.placement.shards_optimizer for unit in units)
+    device = units[0].device if units else torch.device("cpu")
+    op = dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM
+    if cuts is not None and cuts.are_experts and not shards:
+        # Of the rest each rank has everything; experts are its own, and others have the same beside it.
+        experts = _own_part([unit for unit in units if unit.cuts is not None], place, norm_type, device)
+        dist.all_reduce(experts, op=op, group=cuts.group)
+        total = _own_part([unit for unit in units if unit.cuts is None], place, norm_type, device)
+        total = torch.maximum(total, experts) if math.isinf(norm_type) else total + experts
+    else:
+        total = _own_part(units, place, norm_type, device)
+    if optimizer.onebit is not None and optimizer.onebit.frozen:
+        total = optimizer.onebit.mean_norm(total, norm_type)
+    elif shards and optimizer.transport is not None:
+        optimizer.transport.all_reduce(total, op=op).wait()
+    if cuts is not None and not cuts.are_experts:
+        dist.all_reduce(total, op=op, group=cuts.group)
+    if not math.isinf(norm_type):
+        total = total.pow(1.0 / norm_type)
+    return total.float() * abs(optimizer.grad_factor)
+
+
+def _own_part(
+    units: list[Unit], place: dict[int, set[int]] | None, norm_type: float, device: torch.device
+) -> torch.Tensor:
+    """Return what this rank's shards of `units` give to a norm, before its root is taken."""
     parts = []
     for unit in units:
         if not unit.trainable or not unit.has_gradient:
@@ -95,20 +121,7 @@ def gradient_norm(optimizer: Steps, place: dict[int, set[int]] | None, norm_type
                 parts += [l2_norm(piece) for piece in pieces]
             else:
                 parts += [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float32) for piece in pieces]
-    device = units[0].device if units else torch.device("cpu")
     norms = torch.stack(parts) if parts else torch.zeros(1, device=device)
     if math.isinf(norm_type):
-        total = norms.max()
-        op = dist.ReduceOp.MAX
-    else:
-        total = norms.double().pow(norm_type).sum() if norms.device.type == "cpu" else norms.pow(norm_type).sum()
-        op = dist.ReduceOp.SUM
-    if optimizer.onebit is not None and optimizer.onebit.frozen:
-        total = optimizer.onebit.mean_norm(total, norm_type)
-    elif units and units[0].placement.shards_optimizer and optimizer.transport is not None:
-        optimizer.transport.all_reduce(total, op=op).wait()
-    if optimizer.cuts is not None:
-        dist.all_reduce(total, op=op, group=optimizer.cuts.group)
-    if not math.isinf(norm_type):
-        total = total.pow(1.0 / norm_type)
-    return total.float() * abs(optimizer.grad_factor)
+        return norms.max()
+    return norms.double().pow(norm_type).sum() if norms.device.type == "cpu" else norms.pow(norm_type).sum()

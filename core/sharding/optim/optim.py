@@ -197,7 +197,7 @@ class ShardedOptimizer(PreparedOptimizer):
 
     def _rebind(self) -> None:
         sights = [sight_of(self.inner, group) for group in self.inner.param_groups]
-        sharded = bool(self.units) and self.units[0].placement.shards_optimizer
+        sharded = any(unit.placement.shards_optimizer for unit in self.units)
         self._refuse(sights, sharded)
         if self.cuts is not None:
             refuse_cut(self.inner, sights, self.cuts)

@@ -57,13 +57,16 @@ def whole_state_dict(optimizer: Steps) -> dict[str, Any]:
     _refuse_stages(optimizer)
     held = _held(optimizer)
     states: dict[int, dict[str, Any]] = defaultdict(dict)
-    if lies_in_parts(optimizer) and optimizer.transport is not None:
-        for number, key, value in _gathered(held, optimizer.transport.group):
-            states[number][key] = value
-    else:
-        for (number, key), (shape, _, value) in held.items():
-            states[number][key] = value if shape is None else value.view(shape)
     params = [param for group in optimizer.given for param in group]
+    groups = {_group_of(optimizer, param): None for param in params}  # in one order on all ranks
+    for group in groups:
+        own = {place: of for place, of in held.items() if _group_of(optimizer, params[place[0]]) is group}
+        if group is not None:
+            for number, key, value in _gathered(own, group):
+                states[number][key] = value
+            continue
+        for (number, key), (shape, _, value) in own.items():
+            states[number][key] = value if shape is None else value.view(shape)
     if optimizer.cuts is not None:
         for number, state in sorted(states.items()):
             for key, value in sorted(state.items()):
@@ -78,6 +81,14 @@ def whole_state_dict(optimizer: Steps) -> dict[str, Any]:
         return optimizer.inner.state_dict()
     finally:
         optimizer.inner.state = kept
+
+
+def _group_of(optimizer: Steps, param: Any) -> dist.ProcessGroup | None:
+    """Return the ranks that have parts of the states of `param`; None where this one has them whole."""
+    unit, _ = optimizer.place.get(id(param), (None, 0))
+    if unit is None or not unit.placement.shards_optimizer or unit.transport is None:
+        return None
+    return unit.transport.group
 
 
 def _held(optimizer: Steps) -> Held:

@@ -17,7 +17,7 @@ from distui.core.sharding.start.initialise import Init, Initialiser, make_real
 from distui.core.sharding.start.unread import take_unread
 from distui.core.sharding.start.weight_files import WeightFiles
 from distui.core.sharding.transport.alike import broadcast_alike, check_alike
-from distui.core.sharding.units.guarded import DATA, GRAD
+from distui.core.sharding.units.guarded import DATA, GRAD, place_of
 from distui.core.sharding.units.layout import FlatLayout
 
 
@@ -53,6 +53,8 @@ class Start:
         self.files = unread if weights is None else None
         if weights is not None:
             self.files = agreed(lambda: WeightFiles(weights, model, strict), self._group)
+        self._experts: set[int] = set()
+        """What is cut within the group, by identity: a rank has the numbers of its piece already."""
         self._initialiser: Initialiser | None = None
         if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
             self._initialiser = Initialiser(model, self.device_for(model.parameters()), seed, init)
@@ -60,8 +62,13 @@ class Start:
     def cut(self, params: Sequence[nn.Parameter], cuts: Cuts) -> None:
         """Leave of `params` what `cuts` says that this rank holds; of others than a file's, the first rank's numbers.
 
-        Collective: the ranks of `cuts`, whose models are alike.
+        Collective: the ranks of `cuts`, whose models are alike; for experts those of this start.
         """
+        group = cuts.group
+        if cuts.are_experts:
+            assert self._group is not None
+            group = self._group
+            self._experts.update(map(id, params))
         self.bring(params)
         for param in params:
             cut = cuts.of[id(param)]
@@ -70,7 +77,7 @@ class Start:
                 _set_data(param, torch.empty(cut.local_shape, dtype=param.dtype, device="meta"))
                 continue
             whole = DATA.__get__(param)
-            broadcast_alike([whole], cuts.group)
+            broadcast_alike([whole], group)
             _set_data(param, take(whole, cut))
 
     def share(self, tensors: Iterable[torch.Tensor], cuts: Cuts) -> None:
@@ -121,14 +128,15 @@ class Start:
         return found
 
     def fill(self, params: Sequence[nn.Parameter], whole: torch.Tensor, layout: FlatLayout) -> None:
-        """Fill the flat `whole` with the parameters that rank 0 has. Collective."""
-        if self._group is None or dist.get_rank(self._group) == 0:
+        """Fill the flat `whole` with the parameters that rank 0 has, or each its experts. Collective."""
+        group = None if id(params[0]) in self._experts else self._group
+        if group is None or dist.get_rank(group) == 0:
             for param, span in zip(params, layout.spans, strict=True):
                 in_files = self.files is not None and self.files.has(param)
                 source = self.files.read(param) if in_files else DATA.__get__(param)  # type: ignore[union-attr]
                 whole[span.offset : span.end].copy_(source.reshape(-1))
-        if self._group is not None:
-            broadcast_alike([whole], self._group)
+        if group is not None:
+            broadcast_alike([whole], group)
 
     # ---- what is in no unit --------------------------------------------------------------------------------------
 
@@ -156,12 +164,24 @@ class Start:
                     _set_data(tensor, values)
                 continue
             _set_data(tensor, DATA.__get__(tensor).to(device, dtype))
-            sent.append(DATA.__get__(tensor))
+            if id(tensor) not in self._experts:
+                sent.append(DATA.__get__(tensor))
         return sent
 
     def place_all(self) -> None:
         """Bring the whole model to the device, as this rank has it."""
         self._place(list(self.model.parameters()), None)
+
+
+def refuse_trained(model: nn.Module) -> None:
+    """Refuse a model that is about to be cut and has gradients. Raises: UserError."""
+    for name, param in model.named_parameters():
+        if param.grad is not None and place_of(param) is None:
+            raise UserError(
+                f"{name} has a gradient already",
+                "it would be of the whole parameter",
+                "call prepare before any backward",
+            )
 
 
 def _set_data(tensor: torch.Tensor, values: torch.Tensor) -> None:

@@ -61,6 +61,10 @@ class Reading:
         self._error: BaseException | None = None
         self._ended = threading.Event()
 
+    def is_completed(self) -> bool:
+        """Tell whether it has ended."""
+        return self._ended.is_set()
+
     def execute(self) -> None:
         """Do this rank's part; on the reading thread."""
         run, self._run = self._run, lambda: None  # it holds the group

@@ -37,6 +37,9 @@ class Work(Protocol):
     def wait(self) -> Any:
         """Wait until done: on CUDA the current stream waits, on the CPU the calling thread."""
 
+    def is_completed(self) -> bool:
+        """Tell whether a wait would end at once."""
+
 
 class Pending:
     """A collective in flight; `wait` finishes it once and is free afterwards."""
@@ -56,6 +59,11 @@ class Pending:
         self._held = transport.underway.hold(self, works, tensors)
         if token and len(works) == 1 and not isinstance(works[0], Reading):
             see_end(transport.telemetry, works[0], token)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a wait would end at once, as far as is known."""
+        return all(work.is_completed() for work in self._works)
 
     def wait(self) -> None:
         """Block until the result is in its buffer, and account the time as exposed communication."""

@@ -9,7 +9,7 @@ parameter without calling the module that holds it (`x @ self.embedding.weight.T
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -134,13 +134,16 @@ def _join_small(units: list[UnitSpec]) -> list[UnitSpec]:
 
 
 def split_by_kind(
-    spec: UnitSpec, optimizer_of: Mapping[int, int] = MappingProxyType({})
+    spec: UnitSpec,
+    optimizer_of: Mapping[int, int] = MappingProxyType({}),
+    is_expert: Callable[[nn.Parameter], bool] = lambda param: False,
 ) -> list[tuple[torch.dtype, bool, list[tuple[str, nn.Parameter]]]]:
     """Split a unit's parameters by dtype, requires_grad and optimizer: one flat buffer holds one kind.
 
     Optimizers that step at different times (of a generator and its critic) must not make each other's parameters old.
+    Experts over ranks have their states among others.
     """
-    kinds: dict[tuple[torch.dtype, bool, int], list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    kinds: dict[tuple[torch.dtype, bool, int, bool], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, param in spec.params:
-        kinds[param.dtype, param.requires_grad, optimizer_of.get(id(param), 0)].append((name, param))
-    return [(dtype, requires_grad, params) for (dtype, requires_grad, _), params in kinds.items()]
+        kinds[param.dtype, param.requires_grad, optimizer_of.get(id(param), 0), is_expert(param)].append((name, param))
+    return [(dtype, requires_grad, params) for (dtype, requires_grad, *_), params in kinds.items()]

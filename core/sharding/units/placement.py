@@ -20,6 +20,8 @@ class Placement:
     moves_gradients: bool = False
     """Whether reduced gradients have another home than the device: then one rank alone does as several do."""
     moves_parameters: bool = False
+    num_averaged: int = 0
+    """Ranks over whose losses gradients are averaged; 0 are those that hold the same, `num_ranks`."""
 
     @property
     def shards_optimizer(self) -> bool:

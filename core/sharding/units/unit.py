@@ -27,7 +27,7 @@ from distui.core.ranks import streams
 from distui.core.sharding.homes.home import Cell, Transfer, Waitable
 from distui.core.sharding.homes.homes import Homes
 from distui.core.sharding.start.start import Start
-from distui.core.sharding.transport.transport import Transport
+from distui.core.sharding.transport.transport import Pending, Transport
 from distui.core.sharding.units.guarded import GRAD
 from distui.core.sharding.units.placement import Placement
 from distui.core.sharding.units.pool import BufferPool
@@ -65,7 +65,7 @@ class Unit(SeenGradients, UnitParameters):
         low_precision = self.dtype.itemsize < 4
         self.grad_dtype = torch.float32 if low_precision and placement.reduce_in_fp32 else self.dtype
         self._gaps = self.layout.gaps
-        self.share = self.inverse_ranks = 1.0 / placement.num_ranks
+        self.share = self.inverse_ranks = 1.0 / (placement.num_averaged or placement.num_ranks)
         """`share` is what an arriving gradient is multiplied by, so that the ranks' sum is what is stepped."""
 
         # Gradients.
@@ -239,7 +239,7 @@ class Unit(SeenGradients, UnitParameters):
             self.grad_full[:start].zero_()
             self.grad_full[end:].zero_()
         else:
-            self.grad_full.mul_(self.inverse_ranks)
+            self.grad_full.mul_(1.0 / self.placement.num_ranks)
 
     def fill_missing(self) -> None:
         """Count gradients that did not come as zero (parameters that the loss does not depend on)."""
@@ -341,8 +341,10 @@ class Unit(SeenGradients, UnitParameters):
             for low, high in self._gaps:
                 summed[min(max(low, start), end) - start : min(max(high, start), end) - start].zero_()
 
-    def finish_reduce(self) -> None:
-        """Wait for the sum; the pooled gradient buffer goes back."""
+    def finish_reduce(self, only_done: bool = False) -> None:
+        """Wait for the sum, or with `only_done` take it where it is here; the pooled gradient buffer goes back."""
+        if only_done and not (isinstance(self.pending, Pending) and self.pending.is_done):
+            return
         self._wait_for_sum()
         if self._reduced is not None:
             assert self.homes is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,12 +12,17 @@ from distui.core.axes.sizes import AXES, GROUPS, AxisSizes
 from distui.core.config.schema import StrategySection
 
 SIZES = st.builds(AxisSizes, *(st.integers(1, 3) for _ in AXES))
+FOLDS = SIZES.flatmap(
+    lambda sizes: st.sampled_from([ep for ep in range(1, 10) if sizes.dp * sizes.cp % ep == 0]).map(
+        lambda ep: replace(sizes, ep=ep)
+    )
+)
 
 
 @given(SIZES)
 def test_each_rank_is_in_one_group_of_a_kind_whose_members_differ_along_it_alone(sizes: AxisSizes) -> None:
-    for axes in GROUPS.values():
-        groups = sizes.groups(axes)
+    for kind, axes in GROUPS.items():
+        groups = sizes.groups(kind)
         assert sorted(rank for ranks in groups for rank in ranks) == list(range(sizes.world))
         for ranks in groups:
             assert len(ranks) == sizes.size(axes) and ranks == sorted(ranks)
@@ -28,9 +35,30 @@ def test_each_rank_is_in_one_group_of_a_kind_whose_members_differ_along_it_alone
 def test_tensor_parallel_ranks_are_neighbours() -> None:
     sizes = AxisSizes.of(StrategySection(tensor_parallel=2, pipeline_parallel=2), 8)
     assert sizes == AxisSizes(pp=2, dp=2, cp=1, tp=2) and sizes.has_model_axes
-    assert sizes.groups(GROUPS["tp"]) == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert sizes.groups(GROUPS["shard"]) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert sizes.groups("tp") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert sizes.groups("shard") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert sizes.peers(3, GROUPS["model"]) == [2, 3, 6, 7] and sizes.place(6) == {"pp": 1, "dp": 1, "cp": 0, "tp": 0}
     assert not AxisSizes.of(StrategySection(), 3).has_model_axes
     with pytest.raises(ValueError, match="1 x 1 x 2 does not divide 3 ranks"):
         AxisSizes.of(StrategySection(tensor_parallel=2), 3)
+
+
+@given(FOLDS)
+def test_expert_ranks_divide_the_ranks_that_share_states(sizes: AxisSizes) -> None:
+    for kind, num in (("ep", sizes.ep), ("expert_shard", sizes.dp * sizes.cp // sizes.ep)):
+        groups = sizes.groups(kind)
+        assert sorted(rank for ranks in groups for rank in ranks) == list(range(sizes.world))
+        assert all(len(ranks) == num for ranks in groups)
+    for rank in range(sizes.world):
+        experts, copies = sizes.of_kind(rank, "ep"), sizes.of_kind(rank, "expert_shard")
+        assert set(experts) & set(copies) == {rank}
+        sharing = {other for expert in experts for other in sizes.of_kind(expert, "expert_shard")}
+        assert sharing == set(sizes.of_kind(rank, "shard"))
+
+
+def test_neighbours_have_different_experts() -> None:
+    sizes = AxisSizes.of(StrategySection(expert_parallel=2), 4)
+    assert sizes.groups("ep") == [[0, 1], [2, 3]] and sizes.groups("expert_shard") == [[0, 2], [1, 3]]
+    assert not sizes.has_model_axes
+    with pytest.raises(ValueError, match="ep = 3 does not divide dp x cp = 4 x 1"):
+        AxisSizes.of(StrategySection(expert_parallel=3), 4)

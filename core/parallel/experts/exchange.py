@@ -1,0 +1,88 @@
+"""Rows that travel between ranks, each to a rank of its own: an uneven all-to-all that autograd can go back through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distui.core.ranks import ops
+from distui.core.sharding.transport.transport import Transport
+from distui.core.sharding.units.pool import BufferPool
+
+
+class Exchange:
+    """The way between the ranks that share experts. All of them must come to each call, forward and backward."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.transport = Transport(group, "experts", BufferPool())
+        self.group, self.rank, self.num_ranks = group, dist.get_rank(group), dist.get_world_size(group)
+        self.before: Callable[[], None] = lambda: None
+        """Called before each travel: a rank that waits for tokens serves nobody who waits for parameters (stage 3)."""
+
+    def counts(self, own: torch.Tensor) -> list[list[int]]:
+        """Return the `own` counts [experts] of every rank. Collective; the host waits."""
+        self.before()
+        mine = own.to(ops.device_over(own.device, self.group))
+        found = torch.empty(self.num_ranks * mine.numel(), dtype=mine.dtype, device=mine.device)
+        self.transport.all_gather(found, mine).wait()
+        counts: list[list[int]] = found.view(self.num_ranks, -1).tolist()
+        return counts
+
+    @torch.compiler.disable
+    def send(self, tensors: Sequence[torch.Tensor], sizes_out: list[int], sizes_in: list[int], num_rows: int) -> Any:
+        """Send the first `sizes_out[0]` rows of each tensor to rank 0, and so on; return what came, in rank order.
+
+        Collective, in backward too, whatever requires a gradient here. `num_rows` are those that all ranks send.
+        """
+        # Where nothing on this rank requires a gradient, something on another may, which comes back through here.
+        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        return _Travel.apply(self, sizes_out, sizes_in, num_rows, anchor, *tensors)
+
+    def travel(
+        self, tensors: Sequence[torch.Tensor], sizes_out: list[int], sizes_in: list[int], num_rows: int
+    ) -> tuple[torch.Tensor, ...]:
+        """Send rows of several tensors together, as bytes: backends know few formats."""
+        self.before()
+        rows, num_in = [_as_bytes(tensor) for tensor in tensors], sum(sizes_in)
+        widths = [row.shape[1] for row in rows]
+        device = ops.device_over(rows[0].device, self.group)
+        sent = (torch.cat(rows, 1) if len(rows) > 1 else rows[0]).to(device)
+        came = torch.empty((num_in, sum(widths)), dtype=torch.uint8, device=device)
+        self.transport.all_to_all_uneven(came, sent, sizes_in, sizes_out, num_rows * sum(widths)).wait()
+        self.transport.sent_bytes += (sum(sizes_out) - sizes_out[self.rank]) * sum(widths)
+        parts = came.to(rows[0].device).split(widths, 1) if len(rows) > 1 else [came.to(rows[0].device)]
+        return tuple(
+            part.contiguous().view(tensor.dtype).view(num_in, *tensor.shape[1:])
+            for part, tensor in zip(parts, tensors, strict=True)
+        )
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    width = math.prod(tensor.shape[1:]) * tensor.element_size()
+    return tensor.detach().contiguous().view(tensor.shape[0], -1).view(torch.uint8).view(tensor.shape[0], width)
+
+
+class _Travel(torch.autograd.Function):
+    """Rows there; their gradients the same way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        exchange: Exchange,
+        sizes_out: list[int],
+        sizes_in: list[int],
+        num_rows: int,
+        anchor: torch.Tensor,
+        *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.exchange, ctx.sizes, ctx.num_rows = exchange, (sizes_out, sizes_in), num_rows
+        return exchange.travel(tensors, sizes_out, sizes_in, num_rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        sizes_out, sizes_in = ctx.sizes
+        return None, None, None, None, None, *ctx.exchange.send(grads, sizes_in, sizes_out, ctx.num_rows)

@@ -1,0 +1,189 @@
+"""Which rank has which experts, and how a token comes to them.
+
+transformers' experts are one module a layer, whose parameters have the experts as their first dimension and which is
+called with the tokens, the experts of each, and their weights. Here every rank keeps its share of that dimension. A
+call sorts the tokens by expert, sends each to the rank that has it, has the module's own forward compute there, as if
+each had come with one expert, and brings the weighted results back, where a token's are added. No token is dropped.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from distui.core.axes.cut import Cut
+from distui.core.axes.groups import Axes
+from distui.core.errors import UserError
+from distui.core.parallel.experts.exchange import Exchange
+from distui.core.sharding.cuts import MARK, Cuts
+from distui.core.sharding.start.start import Start, refuse_trained
+
+
+def experts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Give the modules of `model` that hold several experts in each of their parameters, with their names."""
+    for name, module in model.named_modules():
+        num_experts = getattr(module, "num_experts", None)
+        own = [param for param in module._parameters.values() if param is not None]
+        if isinstance(num_experts, int) and own and all(param.shape[:1] == (num_experts,) for param in own):
+            if hasattr(module, "_is_expert_parallel") or _takes_routed_tokens(module):
+                yield name, module
+
+
+def _takes_routed_tokens(module: nn.Module) -> bool:
+    required = [
+        name
+        for name, param in inspect.signature(module.forward).parameters.items()
+        if param.kind is param.POSITIONAL_OR_KEYWORD
+    ]
+    return len(required) == 3 and "ind" in required[1] and "weight" in required[2]
+
+
+def spread_experts(model: nn.Module, axes: Axes, start: Start) -> tuple[Cuts, Exchange]:
+    """Leave of each layer's experts this rank's share, in place.
+
+    Collective: all ranks, with the same model. Raises: UserError on all ranks where there are none, or they do not
+    divide.
+    """
+    group = axes["ep"]
+    assert group is not None
+    num_ranks, index = axes.size("ep"), axes.index("ep")
+    cuts = Cuts(group, "expert-parallel ranks", ("expert_parallel", num_ranks))
+    cuts.are_experts, cuts.copies = True, axes["expert_shard"]
+    found = list(experts_of(model))
+    if not found:
+        raise UserError(
+            f"expert_parallel={num_ranks}, and {type(model).__name__} has no experts that could be shared",
+            "a layer's experts are one module with num_experts, parameters of which they are the first dimension, and "
+            "forward(hidden_states, top_k_index, top_k_weights), as in transformers and distui.MoE",
+            "set strategy.expert_parallel to 1: the ranks then are data-parallel",
+        )
+    refuse_trained(model)
+    exchange = Exchange(group)
+    for name, module in found:
+        _cut(cuts, name, module, num_ranks, index)
+    held = {id(param): param for _, module in found for param in module.parameters(recurse=False)}
+    _refuse_ties(model, held, {id(module) for _, module in found})
+    start.cut(list(held.values()), cuts)
+    for param in held.values():
+        vars(param)[MARK] = True
+    for name, module in found:
+        module.forward = Spread(module, name, exchange)
+        module.num_experts //= num_ranks
+    return cuts, exchange
+
+
+def _cut(cuts: Cuts, name: str, module: Any, num_ranks: int, index: int) -> None:
+    if module.num_experts % num_ranks:
+        fitting = [size for size in range(1, module.num_experts + 1) if module.num_experts % size == 0]
+        raise UserError(
+            f"expert_parallel={num_ranks} does not divide the {module.num_experts} experts of {name}",
+            "every rank holds as many",
+            f"set strategy.expert_parallel to {' or '.join(map(str, fitting))}",
+        )
+    for param in module.parameters(recurse=False):
+        cuts.of[id(param)] = Cut.split(tuple(param.shape), 0, num_ranks, index)
+
+
+def _refuse_ties(model: nn.Module, held: dict[int, nn.Parameter], modules: set[int]) -> None:
+    for name, module in model.named_modules():
+        for own, param in module._parameters.items():
+            if param is not None and id(param) in held and id(module) not in modules:
+                raise UserError(
+                    f"{name}.{own} is tied to the experts of another module",
+                    "a rank keeps its share of the experts, and this module would compute with that",
+                    "give the module a parameter of its own, or set strategy.expert_parallel to 1",
+                )
+
+
+class Spread:
+    """The forward of one layer's experts, of which other ranks have the rest."""
+
+    def __init__(self, module: Any, name: str, exchange: Exchange) -> None:
+        """Take the place of the forward of `module`, which still has all experts by its `num_experts`."""
+        self.module, self.name, self.exchange = module, name, exchange
+        self.own_forward = module.forward
+        self.num_experts = module.num_experts
+        self.num_local = module.num_experts // exchange.num_ranks
+        self.load: torch.Tensor | None = None
+        """Tokens that each of all experts got from this rank in the last forward."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the sum of each token's weighted experts. Collective: all ranks that share the experts."""
+        given = (*args, *kwargs.values())
+        if len(given) != 3 or not all(isinstance(value, torch.Tensor) for value in given):
+            raise self._refusal(f"it was called with {len(args)} arguments and {', '.join(kwargs) or 'no keywords'}")
+        hidden, index, weights = given
+        if index.is_floating_point() or weights.shape != index.shape or hidden.shape[:-1].numel() != len(_rows(index)):
+            shapes = ", ".join(str(list(value.shape)) for value in given)
+            raise self._refusal(f"it was called with tensors of {shapes}, which are no tokens with an index and weights")
+        return self._forward(hidden, _rows(index), _rows(weights)).view(hidden.shape)
+
+    def _forward(self, hidden: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Legend: T tokens, K experts of each, N = T x K pairs of both, D features."""
+        exchange, num_local = self.exchange, self.num_local
+        tokens_TD = hidden.reshape(-1, hidden.shape[-1])
+        with torch.no_grad():
+            # Models say num_experts for no expert at all; such pairs stay here, behind all others.
+            experts_N = index_TK.reshape(-1).clamp(0, self.num_experts)
+            order_N = torch.argsort(experts_N, stable=True)
+            self.load = torch.bincount(experts_N, minlength=self.num_experts + 1)[: self.num_experts]
+            counts = exchange.counts(self.load)
+            sizes_out = _by_rank(counts[exchange.rank], num_local)
+            here = slice(exchange.rank * num_local, (exchange.rank + 1) * num_local)
+            sizes_in = [sum(of_rank[here]) for of_rank in counts]
+            num_rows = sum(map(sum, counts))
+            sent_N = order_N[: sum(sizes_out)]
+            came = torch.tensor([of_rank[here] for of_rank in counts], device=hidden.device).reshape(-1)
+            local = torch.arange(num_local, device=hidden.device).repeat(exchange.num_ranks)
+            local_experts = local.repeat_interleave(came, output_size=sum(sizes_in))
+        rows, weights = exchange.send(
+            (tokens_TD[sent_N // index_TK.shape[1]], weights_TK.reshape(-1)[sent_N].unsqueeze(1)),
+            sizes_out,
+            sizes_in,
+            num_rows,
+        )
+        computed = self._compute(rows, local_experts.unsqueeze(1), weights).to(rows.dtype)
+        (back,) = exchange.send((computed,), sizes_in, sizes_out, num_rows)
+        pairs_ND = back.new_zeros(len(order_N), back.shape[1]).index_copy(0, sent_N, back)
+        return pairs_ND.view(*index_TK.shape, -1).sum(1).to(hidden.dtype)
+
+    def _compute(self, rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if len(rows):
+            found: torch.Tensor = self.own_forward(rows, index, weights)
+            return found
+        # A rank without tokens has gradients of zero, as soon as the others have theirs: they wait for its sums.
+        params = [param for param in self.module.parameters() if param.requires_grad]
+        return _Unused.apply(rows * weights, *params) if params and torch.is_grad_enabled() else rows * weights
+
+    def _refusal(self, why: str) -> UserError:
+        return UserError(
+            f"the experts {self.name} cannot be shared among {self.exchange.num_ranks} ranks",
+            why,
+            "expected are hidden_states, top_k_index and top_k_weights; set strategy.expert_parallel to 1",
+        )
+
+
+class _Unused(torch.autograd.Function):
+    """Hands rows through, and gives each parameter a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
+        ctx.kinds = [(param.shape, param.dtype, param.device) for param in params]
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.kinds)
+
+
+def _rows(of_pairs: torch.Tensor) -> torch.Tensor:
+    return of_pairs.reshape(math.prod(of_pairs.shape[:-1]), of_pairs.shape[-1])
+
+
+def _by_rank(counts: list[int], num_local: int) -> list[int]:
+    return [sum(counts[at : at + num_local]) for at in range(0, len(counts), num_local)]
