@@ -62,8 +62,7 @@ class Exchange:
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    width = math.prod(tensor.shape[1:]) * tensor.element_size()
-    return tensor.detach().contiguous().view(tensor.shape[0], -1).view(torch.uint8).view(tensor.shape[0], width)
+    return tensor.detach().contiguous().view(tensor.shape[0], math.prod(tensor.shape[1:])).view(torch.uint8)
 
 
 class _Travel(torch.autograd.Function):

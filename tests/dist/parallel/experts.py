@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tests.dist.parallel import trainings
-from tests.dist.parallel.trainings import VOCAB, prepared, trained
+import torch.nn.functional as F
+from tests.dist.parallel import test_tensor_states, trainings
+from tests.dist.parallel.trainings import VOCAB, loss_of, prepared, steps, trained
 from torch import nn
 
+from distui.core.errors import UserError
+from distui.core.sharding.units import partition
+
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 16, "bos_token_id": None, "eos_token_id": None,
     "pad_token_id": None,
 }  # fmt: skip
@@ -37,6 +41,7 @@ def _deepseek() -> nn.Module:
         "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
         "moe_intermediate_size": 8, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
         "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "num_key_value_heads": 4,
+        "use_cache": False,
     }  # fmt: skip
     return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes))
 
@@ -72,3 +77,140 @@ def train(name: str, experts: int, stage: int, sections: dict[str, Any] | None =
 def several(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     return [train(*case) for case in cases]
+
+
+# ---- states ----------------------------------------------------------------------------------------------------------
+
+
+def saved(name: str, layout: tuple[int, int], folder: str) -> dict[str, Any]:
+    """`layout` is how many ranks share the experts, and the ZeRO stage."""
+    return test_tensor_states._save(name, (1, layout[1]), folder, strategy={"expert_parallel": layout[0]})
+
+
+def loaded(name: str, layout: tuple[int, int], folder: str) -> dict[str, Any]:
+    return test_tensor_states._load(name, (1, layout[1]), folder, strategy={"expert_parallel": layout[0]})
+
+
+def features(folder: str, stage: int) -> dict[str, Any]:
+    """Return whole gradients and weights, what a rank holds, and what is refused."""
+    found: dict[str, Any] = {}
+    engine, model, optimizer, loader = prepared("deepseek", 1, stage, strategy={"expert_parallel": 2})
+    batch = next(iter(loader))
+    engine.backward(loss_of("deepseek", model, batch))
+    with engine.gradients(model) as gradients:
+        found["gradients"] = {name: grad.clone() for name, grad in gradients.items()}
+        gradients[EXPERTS].mul_(2.0)
+    with engine.gradients(model) as gradients:
+        found["doubled"] = torch.equal(gradients[EXPERTS], 2 * found["gradients"][EXPERTS])
+    optimizer.step()
+    optimizer.zero_grad()
+    found["shapes"] = [tuple(param.shape) for name, param in model.named_parameters() if name == EXPERTS]
+    found["data"] = engine.num_data_ranks, engine.data_index
+    for what, act in {
+        "state_dict": model.state_dict,
+        "full": lambda: engine.full_parameters(model).__enter__(),
+        "shape": lambda: engine.load_state_dict(model, {EXPERTS: torch.zeros(3, 3)}, strict=False),
+    }.items():
+        try:
+            act()
+            found[what] = "nothing was said"
+        except UserError as error:
+            found[what] = error.what
+    engine.save_model(model, folder)
+    before = engine.get_state_dict(model)
+    steps("deepseek", engine, model, optimizer, loader)
+    engine.load_weights(model, folder)
+    after = engine.get_state_dict(model)
+    found["weights"] = all(torch.equal(before[name], after[name]) for name in before)
+    engine.free_memory()
+    return found
+
+
+EXPERTS = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+# ---- other models, other uses ----------------------------------------------------------------------------------------
+
+
+class Skewed(nn.Module):
+    """A mixture in which all tokens go to the first experts, so that the second rank gets none; some of it frozen."""
+
+    def __init__(self, frozen: str) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 16)
+        self.layers = nn.ModuleList(SkewedLayer() for _ in range(3))
+        self.head = nn.Linear(16, VOCAB)
+        for name, param in self.named_parameters():
+            param.requires_grad_((frozen.strip("!") not in name) ^ frozen.startswith("!") or not frozen)
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.embedding(ids_BT)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD)
+        return self.head(x_BTD)
+
+
+class Experts(nn.Module):
+    """Not transformers' own: two matrices an expert, in a loop."""
+
+    def __init__(self, num_experts: int, dim: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.up = nn.Parameter(torch.randn(num_experts, dim, 2 * dim) * 0.2)
+        self.down = nn.Parameter(torch.randn(num_experts, 2 * dim, dim) * 0.2)
+
+    def forward(self, hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        found = torch.zeros_like(hidden)
+        for expert in range(self.num_experts):
+            token, place = torch.where(indices == expert)
+            if len(token):
+                inner = torch.relu(hidden[token] @ self.up[expert]) @ self.down[expert]
+                found = found.index_add(0, token, inner * weights[token, place, None])
+        return found
+
+
+class SkewedLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.gate = nn.Linear(16, 2)
+        self.experts = Experts(4, 16)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(x_BTD).flatten(0, 1)
+        weights = self.gate(hidden).softmax(-1)
+        chosen = torch.tensor([0, 1]).expand(len(hidden), 2)
+        return x_BTD + self.experts(hidden, chosen, weights).view_as(x_BTD)
+
+
+trainings.MODELS |= {
+    "skewed": lambda: Skewed(""),
+    "skewed-frozen-experts": lambda: Skewed("experts"),
+    "skewed-experts-only": lambda: Skewed("!experts"),
+    "skewed-frozen-up": lambda: Skewed("up"),
+}
+
+
+def plain_loss(name: str, model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(ids_BT[:, :-1]).flatten(0, 1), ids_BT[:, 1:].flatten())
+
+
+def skewed(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Each layer is a unit of its own, so that sums, gathers and tokens cross."""
+    torch.set_num_threads(1)
+    before, partition.SMALL_UNIT_NUMEL = partition.SMALL_UNIT_NUMEL, 1
+    try:
+        return [_skewed(*case) for case in cases]
+    finally:
+        partition.SMALL_UNIT_NUMEL = before
+
+
+def _skewed(name: str, num_experts: int, stage: int, sections: dict[str, Any]) -> dict[str, Any]:
+    strategy = {"expert_parallel": num_experts}
+    return trained(name, *prepared(name, 1, stage, strategy=strategy, **sections), plain_loss)
+
+
+def with_losses_of_routers(num_experts: int, stage: int) -> dict[str, Any]:
+    """Train with the balancing loss that transformers adds in each forward, of a rank's own batch."""
+    trainings.MODELS["balanced"] = lambda: _mixtral(output_router_logits=True, router_aux_loss_coef=0.5)
+    return train("balanced", num_experts, stage)

@@ -35,3 +35,48 @@ def test_two_pairs_equal_one_process(run_ranks: RunRanks) -> None:
 @pytest.mark.parametrize(("num_ranks", "num_experts"), [(2, 2), (4, 2), (4, 4)])
 def test_all_models_under_all_stages(run_ranks: RunRanks, num_ranks: int, num_experts: int) -> None:
     compare(run_ranks, num_ranks, [(name, num_experts, stage) for name in MODELS for stage in range(4)])
+
+
+KINDS: list[tuple[str, str, int, dict[str, Any], float]] = [
+    ("bf16", "mixtral", 2, {"precision": {"dtype": "bf16"}}, 3e-2),
+    ("fp16", "mixtral", 3, {"precision": {"dtype": "fp16", "initial_loss_scale": 256.0}}, 1e-2),
+    ("recomputed", "deepseek", 3, {"activation_checkpointing": {"mode": "full"}}, 1e-5),
+    ("recomputed", "qwen2-moe", 1, {"activation_checkpointing": {"mode": "selective"}}, 1e-5),
+    ("offloaded", "olmoe", 2, {"offload": {"optimizer": "cpu"}}, 1e-5),
+    ("offloaded", "olmoe", 3, {"offload": {"optimizer": "cpu", "params": "cpu"}}, 1e-5),
+    ("accumulated", "mixtral", 0, {"batch": {"accumulation": 2}}, 1e-5),
+    ("accumulated", "mixtral", 3, {"batch": {"accumulation": 2}}, 1e-5),
+]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_formats_recomputation_and_homes_go_with_it(run_ranks: RunRanks, num_ranks: int) -> None:
+    cases = [(name, 2, stage, sections) for _, name, stage, sections, _ in KINDS]
+    alone_in = [
+        (name, 1, 0, sections if kind == "accumulated" else {}) for kind, name, _, sections, _ in KINDS
+    ]
+    alone = run_ranks(experts.several, 1, alone_in)[0]
+    for found in run_ranks(experts.several, num_ranks, cases):
+        for (kind, *_, tolerance), mine, expected in zip(KINDS, found, alone, strict=True):
+            assert mine["losses"] == pytest.approx(expected["losses"], abs=tolerance), kind
+            assert mine["norms"] == pytest.approx(expected["norms"], rel=max(tolerance, 2e-5)), kind
+
+
+SKEWED = ("skewed", "skewed-frozen-experts", "skewed-experts-only", "skewed-frozen-up")
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_rank_whose_experts_get_no_token(run_ranks: RunRanks, num_ranks: int) -> None:
+    alone = dict(zip(SKEWED, run_ranks(experts.skewed, 1, [(name, 1, 0, {}) for name in SKEWED])[0], strict=True))
+    recomputed = {"activation_checkpointing": {"mode": "full"}}
+    cases: list[tuple[Any, ...]] = [(name, num_ranks, stage, {}) for name in SKEWED for stage in range(4)]
+    cases += [(SKEWED[0], 2, stage, recomputed) for stage in (1, 3)]
+    for found in run_ranks(experts.skewed, num_ranks, cases):
+        for case, mine in zip(cases, found, strict=True):
+            assert difference(mine, alone[case[0]]) < TOLERANCE, case
+
+
+def test_losses_of_routers_are_those_of_data_parallel_ranks(run_ranks: RunRanks) -> None:
+    plain = run_ranks(experts.with_losses_of_routers, 2, 1, 0)[0]
+    for found in run_ranks(experts.with_losses_of_routers, 2, 2, 1):
+        assert difference(found, plain) < TOLERANCE
