@@ -145,8 +145,9 @@ class Skewed(nn.Module):
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         x_BTD = self.embedding(ids_BT)
+        odd = ids_BT[:, 0] % 2 == 1
         for layer in self.layers:
-            x_BTD = layer(x_BTD)
+            x_BTD = layer(x_BTD, odd)
         return self.head(x_BTD)
 
 
@@ -175,8 +176,11 @@ class SkewedLayer(nn.Module):
         self.norm = nn.LayerNorm(16)
         self.gate = nn.Linear(16, 2)
         self.experts = Experts(4, 16)
+        self.seldom = nn.Parameter(torch.ones(16))
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
+        if odd.any():  # in some batches on one rank alone
+            x_BTD = x_BTD + self.seldom * odd[:, None, None]
         hidden = self.norm(x_BTD).flatten(0, 1)
         weights = self.gate(hidden).softmax(-1)
         chosen = torch.tensor([0, 1]).expand(len(hidden), 2)
