@@ -113,7 +113,7 @@ def refuse_cut(model: nn.Module) -> None:
     for name, param in nn.Module.named_parameters(model):
         if MARK in vars(param):
             raise UserError(
-                f"{name} is a piece of {tuple(param.shape)}: the model was cut over tensor-parallel ranks before",
+                f"{name} is a piece of {tuple(param.shape)}: the model was cut over ranks before",
                 "its modules compute with pieces, and an engine would take them for the whole",
                 "build the model anew, and load engine.get_state_dict(model) of the earlier one into it",
             )

@@ -50,10 +50,8 @@ class Schedule(ShownGradients):
         self._line = streams.line_of(self.units[0].device, self._keep_small) if self.units else None
         """On a GPU: autograd calls hooks in the streams of the forward, and a script may make any stream current."""
         self.order: list[Unit] = []
-        self._next = 0
-        self.num_steps = 0
+        self._next, self._open, self.num_steps = 0, False, 0
         """How often optimizers of this model have stepped: ranks whose backward passes meet have the same."""
-        self._open = False
         self.before_gradients: Callable[[], None] = lambda: None
         """Called before the first gradient of a backward is added to what there is."""
         # Whether gradients are zero rather than None, and whether no backward has said so since.
@@ -195,7 +193,7 @@ class Schedule(ShownGradients):
             unit.reduce()
             self._next += 1
             if self._next >= 2 and self.stage >= 1 and not self._waits_by_agreement:
-                # Two gradients in flight at most: the one that fills and the one that travels.
+                # Two gradients in flight: the one that fills and the one that travels.
                 for before in self.order[0 if self.waits_late else self._next - 2 : self._next - 1]:
                     before.finish_reduce(only_done=self.waits_late)
 
@@ -372,9 +370,8 @@ class Schedule(ShownGradients):
 
     def take_writes(self) -> None:
         """Before a step: take what the script wrote to parameters into what is stepped. Collective: all ranks."""
-        if self.residence is not None:
-            if not self.residence.all_whole:
-                self.residence.serve(Place.MET)
+        if self.residence is not None and not self.residence.all_whole:
+            self.residence.serve(Place.MET)
         for unit in self.units:
             unit.finish_gather()
             unit.take_writes()

@@ -87,9 +87,7 @@ class ShardedModel(WholeStates):
         if group is not None and num_ranks > 1:
             self.transport, self.gathers = self._talk_over(group, "data_parallel", device)
         experts = cuts is not None and cuts.are_experts
-        self._of_experts = (
-            self._share_of_experts(device) if experts else (self.placement, self.transport, self.gathers)
-        )
+        self._of_experts = self._share_of_experts(device) if experts else (self.placement, self.transport, self.gathers)
         """How the states of experts that are cut over the ranks are shared, and over what."""
         self.frozen: list[tuple[str, nn.Parameter]] = []
         """Stages 0 to 2: parameters that are in no unit, because they were frozen when the model was prepared."""

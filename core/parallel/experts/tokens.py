@@ -29,9 +29,9 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         num_experts = getattr(module, "num_experts", None)
         own = [param for param in module._parameters.values() if param is not None]
-        if isinstance(num_experts, int) and own and all(param.shape[:1] == (num_experts,) for param in own):
-            if hasattr(module, "_is_expert_parallel") or _takes_routed_tokens(module):
-                yield name, module
+        holds = isinstance(num_experts, int) and own and all(param.shape[:1] == (num_experts,) for param in own)
+        if holds and (hasattr(module, "_is_expert_parallel") or _takes_routed_tokens(module)):
+            yield name, module
 
 
 def _takes_routed_tokens(module: nn.Module) -> bool:
@@ -120,7 +120,7 @@ class Spread:
         hidden, index, weights = given
         if index.is_floating_point() or weights.shape != index.shape or hidden.shape[:-1].numel() != len(_rows(index)):
             shapes = ", ".join(str(list(value.shape)) for value in given)
-            raise self._refusal(f"it was called with tensors of {shapes}, which are no tokens with an index and weights")
+            raise self._refusal(f"it was called with tensors of {shapes}, no tokens with their experts and weights")
         return self._forward(hidden, _rows(index), _rows(weights)).view(hidden.shape)
 
     def _forward(self, hidden: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:

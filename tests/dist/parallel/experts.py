@@ -10,6 +10,7 @@ from tests.dist.parallel import test_tensor_states, trainings
 from tests.dist.parallel.trainings import VOCAB, loss_of, prepared, steps, trained
 from torch import nn
 
+import distui
 from distui.core.errors import UserError
 from distui.core.sharding.units import partition
 
@@ -218,3 +219,59 @@ def with_losses_of_routers(num_experts: int, stage: int) -> dict[str, Any]:
     """Train with the balancing loss that transformers adds in each forward, of a rank's own batch."""
     trainings.MODELS["balanced"] = lambda: _mixtral(output_router_logits=True, router_aux_loss_coef=0.5)
     return train("balanced", num_experts, stage)
+
+
+def gradients() -> dict[str, torch.Tensor]:
+    """Return those of one process, of the batch that four ranks have together."""
+    engine, model, _, _ = prepared("deepseek", 1, 0)
+    engine.backward(loss_of("deepseek", model, torch.stack(trainings.samples()[: trainings.ROWS])))
+    with engine.gradients(model) as found:
+        kept = {name: grad.clone() for name, grad in found.items()}
+    engine.free_memory()
+    return kept
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refusals(kinds: list[str]) -> list[str]:
+    """Return what each kind of model, or of use, is told on this rank."""
+    return [_refusal(kind) for kind in kinds]
+
+
+def _refusal(kind: str) -> str:
+    engine = distui.Engine(strategy={"expert_parallel": 2})
+    model: Any = Skewed("")
+    if kind == "llama":
+        model = trainings.build("llama")
+    if kind == "three":
+        model = _mixtral(num_local_experts=3)
+    if kind == "tied":
+        model.other = nn.ParameterList([model.layers[0].experts.up])
+    try:
+        if kind == "trained":
+            model(torch.ones(1, 3, dtype=torch.int64)).sum().backward()
+        if kind == "again":
+            engine.prepare(model)
+            distui.Engine().prepare(model)
+        if kind == "muon":
+            engine.prepare(model, Whole(model.parameters()))
+        engine.prepare(model)
+        model.layers[0].experts(torch.zeros(3, 16))
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.free_memory()
+    return "nothing"
+
+
+class Whole(torch.optim.Optimizer):
+    """Steps a parameter by the norm of all of its gradient."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_(param.grad / param.grad.norm())

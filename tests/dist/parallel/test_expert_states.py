@@ -1,0 +1,87 @@
+"""Experts over ranks: checkpoints that any other layout loads, whole states, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.dist.parallel import experts
+from tests.dist.parallel.test_tensor_states import _equal
+
+from distui.core.checkpoint.weights import read_weights
+
+if TYPE_CHECKING:
+    from tests.dist.rank_pool import RunRanks
+
+Layout = tuple[int, tuple[int, int]]
+"""Ranks, and of them those that share the experts, with the ZeRO stage."""
+
+WAYS: list[tuple[str, Layout, list[Layout]]] = [
+    ("gpt-oss", (2, (2, 0)), [(1, (1, 0)), (4, (2, 3))]),
+    ("deepseek", (4, (2, 3)), [(4, (4, 1)), (2, (1, 2))]),
+]
+
+
+@pytest.mark.parametrize(("name", "before", "others"), WAYS)
+def test_a_checkpoint_is_loaded_by_other_layouts_bit_for_bit(
+    run_ranks: RunRanks, tmp_path: Path, name: str, before: Layout, others: list[Layout]
+) -> None:
+    folder = tmp_path / "saved"
+    saved = run_ranks(experts.saved, before[0], name, before[1], str(folder))
+    assert all(_equal(found, saved[0]) for found in saved[1:])
+    for num_ranks, layout in others:
+        for found in run_ranks(experts.loaded, num_ranks, name, layout, str(folder)):
+            assert _equal(found, saved[0])
+    whole = {key.removeprefix("weights."): value for key, value in saved[0].items() if key.startswith("weights.")}
+    consolidated = read_weights(folder, tied=True)["model0"]
+    assert consolidated.keys() == whole.keys()
+    assert all(torch.equal(value, whole[key]) for key, value in consolidated.items())
+    written = load_file(tmp_path / "saved-model" / "model.safetensors")
+    assert all(torch.equal(value, whole[key]) for key, value in written.items())
+
+
+GRID: list[Layout] = [(ranks, (num, stage)) for ranks, num in ((2, 2), (4, 2), (4, 4), (2, 1)) for stage in range(4)]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("number", range(len(GRID)))
+def test_every_layout_is_loaded_by_others(run_ranks: RunRanks, tmp_path: Path, number: int) -> None:
+    ranks, layout = GRID[number]
+    saved = run_ranks(experts.saved, ranks, "mixtral", layout, str(tmp_path / "saved"))[0]
+    for step in (1, 6, 11):  # so that over all of them every kind meets every other
+        ranks, layout = GRID[(number + step) % len(GRID)]
+        assert _equal(run_ranks(experts.loaded, ranks, "mixtral", layout, str(tmp_path / "saved"))[0], saved), layout
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_whole_gradients_weights_and_refusals(run_ranks: RunRanks, tmp_path: Path, stage: int) -> None:
+    expected = experts.gradients()
+    for rank, found in enumerate(run_ranks(experts.features, 4, str(tmp_path / "weights"), stage)):
+        for name, grad in expected.items():
+            torch.testing.assert_close(found["gradients"][name], grad, rtol=1e-4, atol=2e-6)
+        assert found["doubled"] and found["weights"]
+        assert found["shapes"] == [(4, 16, 16)]
+        assert found["data"] == (4, rank)
+        assert found["state_dict"] == "state_dict of a model that is cut over 2 expert-parallel ranks"
+        assert found["full"] == "full_parameters of a model that is cut over ranks"
+        assert found["shape"].startswith(f"{experts.EXPERTS} is [3, 3] in the state and [8, 16, 16]")
+
+
+WRONG = {
+    "llama": "expert_parallel=2, and LlamaForCausalLM has no experts that could be shared",
+    "three": "expert_parallel=2 does not divide the 3 experts of model.layers.0.mlp.experts",
+    "tied": "other.0 is tied to the experts of another module",
+    "trained": "embedding.weight has a gradient already",
+    "called": "the experts layers.0.experts cannot be shared among 2 ranks",
+    "again": "layers.0.experts.up is a piece of (2, 16, 32)",
+    "muon": "the optimizer Whole with strategy.expert_parallel=2",
+}
+
+
+def test_what_cannot_be_is_said_on_every_rank(run_ranks: RunRanks) -> None:
+    for found in run_ranks(experts.refusals, 2, list(WRONG)):
+        for kind, told in zip(WRONG, found, strict=True):
+            assert WRONG[kind] in told, (kind, told)
