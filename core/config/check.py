@@ -303,7 +303,7 @@ def expert_problems(config: Config) -> Iterator[Problem]:
     size = config.strategy.expert_parallel
     if size == 1 or config.strategy.backend != "native":  # refused with the backend
         return
-    for axis in MODEL_AXES:
+    for axis in ("tensor_parallel", "pipeline_parallel"):
         if (other := getattr(config.strategy, axis)) > 1:
             yield _not_available(f"strategy.{axis}", f"{axis}={other} with expert_parallel={size}", "1")
     off: list[tuple[str, str, object, object]] = [

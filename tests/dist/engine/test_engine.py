@@ -290,8 +290,8 @@ def test_axes_that_are_not_there_are_refused_where_a_script_asks_for_them() -> N
         distui.Engine(strategy={"tensor_parallel": 2})
     with pytest.raises(ConfigError, match="tensor_parallel=2 with backend=ddp: only the native backend does this"):
         distui.Engine(strategy={"tensor_parallel": 2, "backend": "ddp"})
-    with pytest.raises(ConfigError, match="expert_parallel=2 is not available"):
-        distui.Engine(strategy={"expert_parallel": 2}).prepare(_model())
+    with pytest.raises(ConfigError, match="expert_parallel=2 does not divide the 1 data-parallel ranks"):
+        distui.Engine(strategy={"expert_parallel": 2})
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:

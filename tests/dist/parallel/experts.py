@@ -72,7 +72,12 @@ trainings.MODELS |= {
 def train(name: str, experts: int, stage: int, sections: dict[str, Any] | None = None) -> dict[str, Any]:
     given = dict(sections or {})
     strategy = {"expert_parallel": experts, **given.pop("strategy", {})}
-    return trained(name, *prepared(name, 1, stage, strategy=strategy, **given))
+    return trained(name, *prepared(name, 1, stage, strategy=strategy, **given), even_loss)
+
+
+def even_loss(name: str, model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Return the loss of sequences that two ranks divide."""
+    return loss_of(name, model, ids_BT[:, :8])
 
 
 def several(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:

@@ -31,6 +31,11 @@ def test_two_pairs_equal_one_process(run_ranks: RunRanks) -> None:
     compare(run_ranks, 4, [("qwen3-moe", 2, 0), ("deepseek", 2, 1), ("olmoe", 2, 2), ("mixtral", 2, 3)])
 
 
+def test_with_context_parallel_ranks(run_ranks: RunRanks) -> None:
+    context = {"strategy": {"context_parallel": 2}}
+    compare(run_ranks, 4, [("mixtral", 2, 1, context), ("olmoe", 4, 3, context)])
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize(("num_ranks", "num_experts"), [(2, 2), (4, 2), (4, 4)])
 def test_all_models_under_all_stages(run_ranks: RunRanks, num_ranks: int, num_experts: int) -> None:

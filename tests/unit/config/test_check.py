@@ -73,7 +73,6 @@ def test_sizes_that_do_not_fit_come_with_the_nearest_that_do(
     ("key", "value"),
     [
         ("strategy.context_method", "ring"),
-        ("strategy.expert_parallel", "4"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused(key: str, value: str) -> None:
@@ -211,6 +210,27 @@ def test_what_does_not_go_with_a_pipeline_is_refused() -> None:
     assert "3 micro-batches a step, 1 of 4 stages" in problem.why
     assert problem.fix == "set batch.accumulation to 4 or more; 16 leave 16% of the time unused, 4 43%"
     assert not found_in(4, strategy__pipeline_parallel="4", batch__accumulation="4", strategy__zero_stage="3")
+
+
+def test_what_does_not_go_with_experts_over_ranks_is_refused() -> None:
+    given: dict[str, Any] = {
+        "strategy__expert_parallel": "2",
+        "strategy__tensor_parallel": "2",
+        "compression__weights": "int8",
+        "optimizer__state_bits": "8",
+    }
+    found = {problem.path: problem.what for problem in found_in(8, **given)}
+    assert found["strategy.tensor_parallel"] == (
+        "tensor_parallel=2 with expert_parallel=2 is not available in this version"
+    )
+    assert found["optimizer.state_bits"] == "state_bits=8 with expert_parallel=2"
+    assert "weights=int8 with expert_parallel=2" in found["compression.weights"]
+    (problem,) = found_in(6, strategy__expert_parallel="4")
+    assert problem.what == "expert_parallel=4 does not divide the 6 data-parallel ranks"
+    assert problem.fix == "set strategy.expert_parallel to one of 1, 2, 3, 6"
+    assert not found_in(4, strategy__expert_parallel="4", strategy__context_parallel="2", strategy__zero_stage="3")
+    (problem,) = found_in(4, strategy__expert_parallel="2", strategy__backend="ddp")
+    assert problem.what == "expert_parallel=2 with backend=ddp"
 
 
 def test_parallel_axes_must_divide_the_ranks() -> None:
