@@ -11,16 +11,28 @@ __version__ = "0.1.0"
 _LAZY = {
     "Engine": "distui.core.engine.engine",
     "DistuiError": "distui.core.errors",
+    "MoE": "distui.core.parallel.experts.moe",
     "UserError": "distui.core.errors",
+    "balance_experts": "distui.core.parallel.experts.moe",
     "init_empty_weights": "distui.core.sharding.start.empty",
     "notebook_launcher": "distui.launcher.notebook.launcher",
 }
 
-__all__ = ["DistuiError", "Engine", "UserError", "__version__", "init_empty_weights", "notebook_launcher"]
+__all__ = [
+    "DistuiError",
+    "Engine",
+    "MoE",
+    "UserError",
+    "__version__",
+    "balance_experts",
+    "init_empty_weights",
+    "notebook_launcher",
+]
 
 if TYPE_CHECKING:
     from distui.core.engine.engine import Engine
     from distui.core.errors import DistuiError, UserError
+    from distui.core.parallel.experts.moe import MoE, balance_experts
     from distui.core.sharding.start.empty import init_empty_weights
     from distui.launcher.notebook.launcher import notebook_launcher
 

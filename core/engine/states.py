@@ -17,6 +17,7 @@ from distui.core.config.schema import Config
 from distui.core.data.loader import PreparedLoader
 from distui.core.engine.resuming import Resuming
 from distui.core.engine.scheduler import PreparedScheduler
+from distui.core.engine.expert_load import ExpertLoad
 from distui.core.engine.step_end import StepEnd
 from distui.core.engine.tracking import Tracking
 from distui.core.errors import UserError
@@ -80,6 +81,7 @@ class States(Tracking):
             self.num_processes,
         )
         """What is saved when the step that asked for it is over."""
+        self.expert_load = ExpertLoad()
         self.resuming = Resuming(self)
         self.step_end.before_batch, self.step_end.before_work = self.resuming.before_batch, self.resuming.before_work
         self.step_end.arrived = self.resuming.arrive

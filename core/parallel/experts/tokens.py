@@ -29,7 +29,8 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         num_experts = getattr(module, "num_experts", None)
         own = [param for param in module._parameters.values() if param is not None]
-        holds = isinstance(num_experts, int) and own and all(param.shape[:1] == (num_experts,) for param in own)
+        several = isinstance(num_experts, int) and num_experts > 1 and own
+        holds = several and all(param.shape[:1] == (num_experts,) for param in own)
         if holds and (hasattr(module, "_is_expert_parallel") or _takes_routed_tokens(module)):
             yield name, module
 
@@ -150,7 +151,7 @@ class Spread:
         computed = self._compute(rows, local_experts.unsqueeze(1), weights).to(rows.dtype)
         (back,) = exchange.send((computed,), sizes_in, sizes_out, num_rows)
         pairs_ND = back.new_zeros(len(order_N), back.shape[1]).index_copy(0, sent_N, back)
-        return pairs_ND.view(*index_TK.shape, -1).sum(1).to(hidden.dtype)
+        return pairs_ND.view(*index_TK.shape, back.shape[1]).sum(1).to(hidden.dtype)
 
     def _compute(self, rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if len(rows):

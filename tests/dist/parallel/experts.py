@@ -280,3 +280,53 @@ class Whole(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 param.sub_(param.grad / param.grad.norm())
+
+
+# ---- distui.MoE ------------------------------------------------------------------------------------------------------
+
+
+class Mixture(nn.Module):
+    """Two layers of distui.MoE, with a shared expert and balancing, one of them of a small capacity."""
+
+    def __init__(self, capacity: float | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 16)
+        self.layers = nn.ModuleList(MixtureLayer(capacity) for _ in range(2))
+        self.head = nn.Linear(16, VOCAB)
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.embedding(ids_BT)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD)
+        return self.head(x_BTD).clone()  # FSDP2 warns of views
+
+
+class MixtureLayer(nn.Module):
+    def __init__(self, capacity: float | None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.moe = distui.MoE(
+            16, 12, 4, shared_inner=8, scores="sigmoid", scale=2.0, balance_rate=0.01, capacity_factor=capacity
+        )
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return x_BTD + self.moe(self.norm(x_BTD))
+
+
+trainings.MODELS |= {"mixture": Mixture, "mixture-capacity": lambda: Mixture(1.0)}
+
+
+def mixtures(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    return [_mixture(*case) for case in cases]
+
+
+def _mixture(name: str, num_experts: int, stage: int, sections: dict[str, Any]) -> dict[str, Any]:
+    given = dict(sections)
+    strategy = {"expert_parallel": num_experts, **given.pop("strategy", {})}
+    engine, model, optimizer, loader = prepared(name, 1, stage, strategy=strategy, **given)
+    found = steps(name, engine, model, optimizer, loader, plain_loss)
+    found["weights"] = engine.get_state_dict(model)  # biases among them
+    found["loads"] = [layer.moe.load.tolist() for layer in model.layers]
+    engine.free_memory()
+    return found

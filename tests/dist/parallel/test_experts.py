@@ -85,3 +85,29 @@ def test_losses_of_routers_are_those_of_data_parallel_ranks(run_ranks: RunRanks)
     plain = run_ranks(experts.with_losses_of_routers, 2, 1, 0)[0]
     for found in run_ranks(experts.with_losses_of_routers, 2, 2, 1):
         assert difference(found, plain) < TOLERANCE
+
+
+def test_mixtures_of_ours_with_their_balancing_under_every_engine(run_ranks: RunRanks) -> None:
+    recomputed = {"activation_checkpointing": {"mode": "full"}}
+    accumulated = {"batch": {"accumulation": 2}}
+    (alone, accumulating) = run_ranks(experts.mixtures, 1, [("mixture", 1, 0, {}), ("mixture", 1, 0, accumulated)])[0]
+    cases: list[tuple[Any, ...]] = [
+        ("mixture", 2, 0, recomputed),
+        ("mixture", 2, 3, recomputed),
+        ("mixture", 1, 2, {}),
+        ("mixture", 1, 0, {"strategy": {"backend": "ddp"}}),
+        ("mixture", 1, 3, {"strategy": {"backend": "fsdp2"}}),
+        ("mixture", 2, 1, accumulated),
+    ]
+    assert any(name.endswith("bias") and value.abs().max() > 0 for name, value in alone["weights"].items())
+    for found in run_ranks(experts.mixtures, 2, cases):
+        for case, mine in zip(cases, found, strict=True):
+            expected = accumulating if case[3] is accumulated else alone
+            assert difference(mine, expected) < TOLERANCE, case
+            assert mine["loads"] == expected["loads"], case
+
+
+def test_a_capacity_counts_a_ranks_own_tokens_wherever_the_experts_are(run_ranks: RunRanks) -> None:
+    plain = run_ranks(experts.mixtures, 2, [("mixture-capacity", 1, 0, {})])[0][0]
+    for found in run_ranks(experts.mixtures, 2, [("mixture-capacity", 2, 1, {}), ("mixture-capacity", 2, 3, {})]):
+        assert all(difference(mine, plain) < TOLERANCE for mine in found)
