@@ -14,6 +14,7 @@ _LAZY = {
     "MoE": "distui.core.parallel.experts.moe",
     "UserError": "distui.core.errors",
     "balance_experts": "distui.core.parallel.experts.moe",
+    "expert_load": "distui.core.parallel.experts.tokens",
     "init_empty_weights": "distui.core.sharding.start.empty",
     "notebook_launcher": "distui.launcher.notebook.launcher",
 }
@@ -25,6 +26,7 @@ __all__ = [
     "UserError",
     "__version__",
     "balance_experts",
+    "expert_load",
     "init_empty_weights",
     "notebook_launcher",
 ]
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from distui.core.engine.engine import Engine
     from distui.core.errors import DistuiError, UserError
     from distui.core.parallel.experts.moe import MoE, balance_experts
+    from distui.core.parallel.experts.tokens import expert_load
     from distui.core.sharding.start.empty import init_empty_weights
     from distui.launcher.notebook.launcher import notebook_launcher
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from distui.core.parallel.experts.moe import MoE, balance_experts, mixtures_of
+from distui.core.parallel.experts.tokens import expert_load
 from distui.core.telemetry.source import NullSource, TelemetrySource
 
 EVERY_STEPS = 10
@@ -21,6 +21,8 @@ class ExpertLoad:
 
     def __init__(self) -> None:
         self._mixtures: weakref.WeakKeyDictionary[nn.Module, list[MoE]] = weakref.WeakKeyDictionary()
+        self._counting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        """Models that have experts whose load is counted."""
 
     def after_step(
         self,
@@ -39,13 +41,16 @@ class ExpertLoad:
         for model in models:
             if model not in self._mixtures:
                 self._mixtures[model] = [mixture for _, mixture in mixtures_of(model)]
+                if self._mixtures[model] or expert_load(model):
+                    self._counting.add(model)
             found += self._mixtures[model]
         if was_skipped:
             for mixture in found:
                 mixture.take_counts()
             return
         balance_experts(found, group)
-        loads = [mixture.load.float() for mixture in found if mixture.load is not None]
-        if loads and (step < EVERY_STEPS or step % EVERY_STEPS == 0):
-            uneven = torch.stack([load.max() / load.mean().clamp_min(1e-20) for load in loads]).max()
-            telemetry.metrics(step, {"experts.max_over_mean": float(uneven)})
+        if self._counting and (step < EVERY_STEPS or step % EVERY_STEPS == 0):
+            loads = [load for model in self._counting for load in expert_load(model).values() if sum(load)]
+            if loads:
+                uneven = max(max(load) * len(load) / sum(load) for load in loads)
+                telemetry.metrics(step, {"experts.max_over_mean": uneven})

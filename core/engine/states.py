@@ -15,9 +15,9 @@ from distui.core.axes.sizes import AxisSizes
 from distui.core.backends.base import Backend
 from distui.core.config.schema import Config
 from distui.core.data.loader import PreparedLoader
+from distui.core.engine.expert_load import ExpertLoad
 from distui.core.engine.resuming import Resuming
 from distui.core.engine.scheduler import PreparedScheduler
-from distui.core.engine.expert_load import ExpertLoad
 from distui.core.engine.step_end import StepEnd
 from distui.core.engine.tracking import Tracking
 from distui.core.errors import UserError

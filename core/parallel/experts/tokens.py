@@ -20,6 +20,7 @@ from distui.core.axes.cut import Cut
 from distui.core.axes.groups import Axes
 from distui.core.errors import UserError
 from distui.core.parallel.experts.exchange import Exchange
+from distui.core.parallel.experts.moe import Experts, MoE
 from distui.core.sharding.cuts import MARK, Cuts
 from distui.core.sharding.start.start import Start, refuse_trained
 
@@ -110,8 +111,8 @@ class Spread:
         self.own_forward = module.forward
         self.num_experts = module.num_experts
         self.num_local = module.num_experts // exchange.num_ranks
-        self.load: torch.Tensor | None = None
-        """Tokens that each of all experts got from this rank in the last forward."""
+        self.load: list[int] | None = None
+        """Tokens that each of all experts got in the last forward, of the ranks that share them."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the sum of each token's weighted experts. Collective: all ranks that share the experts."""
@@ -132,8 +133,8 @@ class Spread:
             # Models say num_experts for no expert at all; such pairs stay here, behind all others.
             experts_N = index_TK.reshape(-1).clamp(0, self.num_experts)
             order_N = torch.argsort(experts_N, stable=True)
-            self.load = torch.bincount(experts_N, minlength=self.num_experts + 1)[: self.num_experts]
-            counts = exchange.counts(self.load)
+            counts = exchange.counts(torch.bincount(experts_N, minlength=self.num_experts + 1)[: self.num_experts])
+            self.load = [sum(of_ranks) for of_ranks in zip(*counts, strict=True)]
             sizes_out = _by_rank(counts[exchange.rank], num_local)
             here = slice(exchange.rank * num_local, (exchange.rank + 1) * num_local)
             sizes_in = [sum(of_rank[here]) for of_rank in counts]
@@ -188,3 +189,18 @@ def _rows(of_pairs: torch.Tensor) -> torch.Tensor:
 
 def _by_rank(counts: list[int], num_local: int) -> list[int]:
     return [sum(counts[at : at + num_local]) for at in range(0, len(counts), num_local)]
+
+
+def expert_load(model: nn.Module) -> dict[str, list[int]]:
+    """Return how many tokens each expert got, by the layer's name, of the layers that count them.
+
+    Of `distui.MoE` in the last step, over all ranks; of experts that `strategy.expert_parallel` shares in the last
+    forward, over the ranks that share them. On a GPU the host waits for the former.
+    """
+    found: dict[str, list[int] | None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            found[name] = None if module.load is None else module.load.tolist()
+        elif isinstance(spread := vars(module).get("forward"), Spread) and not isinstance(module, Experts):
+            found[name] = spread.load
+    return {name: load for name, load in found.items() if load is not None}

@@ -330,3 +330,28 @@ def _mixture(name: str, num_experts: int, stage: int, sections: dict[str, Any]) 
     found["loads"] = [layer.moe.load.tolist() for layer in model.layers]
     engine.free_memory()
     return found
+
+
+class Heard:
+    """Telemetry that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, dict[str, float]]] = []
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self.told.append((step, values))
+
+
+def loads(name: str, num_experts: int) -> dict[str, Any]:
+    """Train a step; return the load of each expert, and what telemetry is told of it."""
+    engine, model, optimizer, loader = prepared(name, 1, 1, strategy={"expert_parallel": num_experts})
+    loss = even_loss if name == "mixtral" else plain_loss
+    steps(name, engine, model, optimizer, list(loader)[:1], loss)
+    heard: Any = Heard()
+    engine.expert_load.after_step([model], None, heard, 1, True)  # skipped: nothing to tell
+    before = heard.told[:]
+    engine.expert_load._mixtures[model] = []  # what was counted is not counted again
+    engine.expert_load.after_step([model], None, heard, 1, False)
+    found = {"load": distui.expert_load(model), "told": heard.told, "skipped": before}
+    engine.free_memory()
+    return found

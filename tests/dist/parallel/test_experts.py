@@ -36,6 +36,16 @@ def test_with_context_parallel_ranks(run_ranks: RunRanks) -> None:
     compare(run_ranks, 4, [("mixtral", 2, 1, context), ("olmoe", 4, 3, context)])
 
 
+@pytest.mark.parametrize(("name", "layer", "num_pairs"), [("mixtral", "model.layers.1.mlp.experts", 64), ("mixture", "layers.1.moe", 64)])
+def test_the_load_of_each_expert_is_told(run_ranks: RunRanks, name: str, layer: str, num_pairs: int) -> None:
+    first, second = run_ranks(experts.loads, 2, name, 2)
+    assert first == second and first["skipped"] == []
+    load = first["load"][layer]
+    assert len(first["load"]) == 2 and len(load) == 4 and sum(load) == num_pairs
+    uneven = max(max(of_layer) * 4 / num_pairs for of_layer in first["load"].values())
+    assert first["told"] == [(1, {"experts.max_over_mean": uneven})]
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize(("num_ranks", "num_experts"), [(2, 2), (4, 2), (4, 4)])
 def test_all_models_under_all_stages(run_ranks: RunRanks, num_ranks: int, num_experts: int) -> None:
