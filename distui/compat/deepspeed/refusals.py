@@ -14,7 +14,7 @@ _INFERENCE = "distui trains; serve with vLLM or transformers' generate, from `di
 _PIPELINE = (
     "keep the model an nn.Module and choose strategy.pipeline_parallel in distui's settings where it is available"
 )
-_MOE = "write the experts as plain modules; strategy.expert_parallel in distui's settings where it is available"
+_MOE = "use distui.MoE, or experts of transformers, with strategy.expert_parallel in distui's settings"
 _KERNELS = "engine.engine.use_kernels(engine.module) puts kernels into the modules that it knows (docs/kernels.md)"
 _TP = "choose strategy.tensor_parallel in distui's settings where it is available"
 _FLOPS = "`distui launch --profile-flops` prints FLOPs and time of every module; flops_profiler.enabled does so too"
