@@ -144,7 +144,7 @@ class Unit(SeenGradients, UnitParameters):
         if self.collected and self.num_arrived >= self.num_expected - len(self.collected):
             self.collect()
         if self.is_complete:
-            self._write_small()
+            self.fill_missing() if self.num_expected < len(self.params) else self._write_small()
             self.came_last = index
         return self.is_complete
 
