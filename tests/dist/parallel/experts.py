@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tests.dist.parallel import test_tensor_states, trainings
+from tests.dist.parallel import trainings
 from tests.dist.parallel.trainings import VOCAB, loss_of, prepared, steps, trained
 from torch import nn
 
@@ -83,56 +83,6 @@ def even_loss(name: str, model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
 def several(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     return [train(*case) for case in cases]
-
-
-# ---- states ----------------------------------------------------------------------------------------------------------
-
-
-def saved(name: str, layout: tuple[int, int], folder: str) -> dict[str, Any]:
-    """`layout` is how many ranks share the experts, and the ZeRO stage."""
-    return test_tensor_states._save(name, (1, layout[1]), folder, strategy={"expert_parallel": layout[0]})
-
-
-def loaded(name: str, layout: tuple[int, int], folder: str) -> dict[str, Any]:
-    return test_tensor_states._load(name, (1, layout[1]), folder, strategy={"expert_parallel": layout[0]})
-
-
-def features(folder: str, stage: int) -> dict[str, Any]:
-    """Return whole gradients and weights, what a rank holds, and what is refused."""
-    found: dict[str, Any] = {}
-    engine, model, optimizer, loader = prepared("deepseek", 1, stage, strategy={"expert_parallel": 2})
-    batch = next(iter(loader))
-    engine.backward(loss_of("deepseek", model, batch))
-    with engine.gradients(model) as gradients:
-        found["gradients"] = {name: grad.clone() for name, grad in gradients.items()}
-        gradients[EXPERTS].mul_(2.0)
-    with engine.gradients(model) as gradients:
-        found["doubled"] = torch.equal(gradients[EXPERTS], 2 * found["gradients"][EXPERTS])
-    optimizer.step()
-    optimizer.zero_grad()
-    found["shapes"] = [tuple(param.shape) for name, param in model.named_parameters() if name == EXPERTS]
-    found["data"] = engine.num_data_ranks, engine.data_index
-    for what, act in {
-        "state_dict": model.state_dict,
-        "full": lambda: engine.full_parameters(model).__enter__(),
-        "shape": lambda: engine.load_state_dict(model, {EXPERTS: torch.zeros(3, 3)}, strict=False),
-    }.items():
-        try:
-            act()
-            found[what] = "nothing was said"
-        except UserError as error:
-            found[what] = error.what
-    engine.save_model(model, folder)
-    before = engine.get_state_dict(model)
-    steps("deepseek", engine, model, optimizer, loader)
-    engine.load_weights(model, folder)
-    after = engine.get_state_dict(model)
-    found["weights"] = all(torch.equal(before[name], after[name]) for name in before)
-    engine.free_memory()
-    return found
-
-
-EXPERTS = "model.layers.1.mlp.experts.gate_up_proj"
 
 
 # ---- other models, other uses ----------------------------------------------------------------------------------------
@@ -224,62 +174,6 @@ def with_losses_of_routers(num_experts: int, stage: int) -> dict[str, Any]:
     """Train with the balancing loss that transformers adds in each forward, of a rank's own batch."""
     trainings.MODELS["balanced"] = lambda: _mixtral(output_router_logits=True, router_aux_loss_coef=0.5)
     return train("balanced", num_experts, stage)
-
-
-def gradients() -> dict[str, torch.Tensor]:
-    """Return those of one process, of the batch that four ranks have together."""
-    engine, model, _, _ = prepared("deepseek", 1, 0)
-    engine.backward(loss_of("deepseek", model, torch.stack(trainings.samples()[: trainings.ROWS])))
-    with engine.gradients(model) as found:
-        kept = {name: grad.clone() for name, grad in found.items()}
-    engine.free_memory()
-    return kept
-
-
-# ---- refusals --------------------------------------------------------------------------------------------------------
-
-
-def refusals(kinds: list[str]) -> list[str]:
-    """Return what each kind of model, or of use, is told on this rank."""
-    return [_refusal(kind) for kind in kinds]
-
-
-def _refusal(kind: str) -> str:
-    engine = distui.Engine(strategy={"expert_parallel": 2})
-    model: Any = Skewed("")
-    if kind == "llama":
-        model = trainings.build("llama")
-    if kind == "three":
-        model = _mixtral(num_local_experts=3)
-    if kind == "tied":
-        model.other = nn.ParameterList([model.layers[0].experts.up])
-    try:
-        if kind == "trained":
-            model(torch.ones(1, 3, dtype=torch.int64)).sum().backward()
-        if kind == "again":
-            engine.prepare(model)
-            distui.Engine().prepare(model)
-        if kind == "muon":
-            engine.prepare(model, Whole(model.parameters()))
-        engine.prepare(model)
-        model.layers[0].experts(torch.zeros(3, 16))
-    except UserError as error:
-        return str(error)
-    finally:
-        engine.free_memory()
-    return "nothing"
-
-
-class Whole(torch.optim.Optimizer):
-    """Steps a parameter by the norm of all of its gradient."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.1})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for param in group["params"]:
-                param.sub_(param.grad / param.grad.norm())
 
 
 # ---- distui.MoE ------------------------------------------------------------------------------------------------------

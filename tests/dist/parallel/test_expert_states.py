@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tests.dist.parallel import experts
+from safetensors.torch import load_file, save_file
+from tests.dist.parallel import expert_uses, experts, trainings
 from tests.dist.parallel.test_tensor_states import _equal
+from tests.dist.parallel.trainings import difference
 
 from distui.core.checkpoint.weights import read_weights
 
@@ -30,10 +31,10 @@ def test_a_checkpoint_is_loaded_by_other_layouts_bit_for_bit(
     run_ranks: RunRanks, tmp_path: Path, name: str, before: Layout, others: list[Layout]
 ) -> None:
     folder = tmp_path / "saved"
-    saved = run_ranks(experts.saved, before[0], name, before[1], str(folder))
+    saved = run_ranks(expert_uses.saved, before[0], name, before[1], str(folder))
     assert all(_equal(found, saved[0]) for found in saved[1:])
     for num_ranks, layout in others:
-        for found in run_ranks(experts.loaded, num_ranks, name, layout, str(folder)):
+        for found in run_ranks(expert_uses.loaded, num_ranks, name, layout, str(folder)):
             assert _equal(found, saved[0])
     whole = {key.removeprefix("weights."): value for key, value in saved[0].items() if key.startswith("weights.")}
     consolidated = read_weights(folder, tied=True)["model0"]
@@ -50,16 +51,16 @@ GRID: list[Layout] = [(ranks, (num, stage)) for ranks, num in ((2, 2), (4, 2), (
 @pytest.mark.parametrize("number", range(len(GRID)))
 def test_every_layout_is_loaded_by_others(run_ranks: RunRanks, tmp_path: Path, number: int) -> None:
     ranks, layout = GRID[number]
-    saved = run_ranks(experts.saved, ranks, "mixtral", layout, str(tmp_path / "saved"))[0]
+    saved = run_ranks(expert_uses.saved, ranks, "mixtral", layout, str(tmp_path / "saved"))[0]
     for step in (1, 6, 11):  # so that over all of them every kind meets every other
         ranks, layout = GRID[(number + step) % len(GRID)]
-        assert _equal(run_ranks(experts.loaded, ranks, "mixtral", layout, str(tmp_path / "saved"))[0], saved), layout
+        assert _equal(run_ranks(expert_uses.loaded, ranks, "mixtral", layout, str(tmp_path / "saved"))[0], saved), layout
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_whole_gradients_weights_and_refusals(run_ranks: RunRanks, tmp_path: Path, stage: int) -> None:
-    expected = experts.gradients()
-    for rank, found in enumerate(run_ranks(experts.features, 4, str(tmp_path / "weights"), stage)):
+    expected = expert_uses.gradients()
+    for rank, found in enumerate(run_ranks(expert_uses.features, 4, str(tmp_path / "weights"), stage)):
         for name, grad in expected.items():
             torch.testing.assert_close(found["gradients"][name], grad, rtol=1e-4, atol=2e-6)
         assert found["doubled"] and found["weights"]
@@ -67,7 +68,7 @@ def test_whole_gradients_weights_and_refusals(run_ranks: RunRanks, tmp_path: Pat
         assert found["data"] == (4, rank)
         assert found["state_dict"] == "state_dict of a model that is cut over 2 expert-parallel ranks"
         assert found["full"] == "full_parameters of a model that is cut over ranks"
-        assert found["shape"].startswith(f"{experts.EXPERTS} is [3, 3] in the state and [8, 16, 16]")
+        assert found["shape"].startswith(f"{expert_uses.EXPERTS} is [3, 3] in the state and [8, 16, 16]")
 
 
 WRONG = {
@@ -82,6 +83,46 @@ WRONG = {
 
 
 def test_what_cannot_be_is_said_on_every_rank(run_ranks: RunRanks) -> None:
-    for found in run_ranks(experts.refusals, 2, list(WRONG)):
+    for found in run_ranks(expert_uses.refusals, 2, list(WRONG)):
         for kind, told in zip(WRONG, found, strict=True):
             assert WRONG[kind] in told, (kind, told)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_models_on_meta_begin_as_one_process_begins_them(run_ranks: RunRanks, tmp_path: Path, stage: int) -> None:
+    weights = experts._mixtral().state_dict()
+    save_file({name: value.clone() for name, value in weights.items()}, tmp_path / "model.safetensors")
+    (alone,) = run_ranks(expert_uses.from_meta, 1, 1, 0, str(tmp_path))
+    for found in run_ranks(expert_uses.from_meta, 4, 2, stage, str(tmp_path)):
+        assert _equal(found["seeds"], alone["seeds"]) and _equal(found["files"], weights)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_overflow_of_one_expert_skips_the_step_on_all(run_ranks: RunRanks, stage: int) -> None:
+    found = run_ranks(expert_uses.overflowing, 4, 2, stage)
+    assert all(of_rank == found[0] for of_rank in found)
+    assert [skipped for skipped, _ in found[0]] == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize(("num_ranks", "stages"), [(2, [1]), (4, [2, 3])])
+def test_parts_are_frozen_and_thawed_and_matrices_stepped_whole(
+    run_ranks: RunRanks, num_ranks: int, stages: list[int]
+) -> None:
+    (alone,) = run_ranks(expert_uses.thawing, 1, [(1, 0)])[0]
+    for found in run_ranks(expert_uses.thawing, num_ranks, [(2, stage) for stage in stages]):
+        assert all(difference(mine, alone) < 1e-5 for mine in found)
+
+
+def test_frozen_experts_are_saved_and_loaded(run_ranks: RunRanks, tmp_path: Path) -> None:
+    saved = run_ranks(expert_uses.frozen, 4, 2, 0, str(tmp_path / "saved"), False)[0]
+    assert _equal(saved, trainings.build("skewed-frozen-experts").state_dict())
+    for num_ranks, num_experts, stage in ((1, 1, 0), (2, 2, 3)):
+        for found in run_ranks(expert_uses.frozen, num_ranks, num_experts, stage, str(tmp_path / "saved"), True):
+            assert _equal(found, saved)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_ranks_with_empty_batches_take_part(run_ranks: RunRanks, stage: int) -> None:
+    (alone,) = run_ranks(expert_uses.idle, 1, 1, 0)
+    for found in run_ranks(expert_uses.idle, 4, 2, stage):
+        assert difference(found, alone) < 1e-5

@@ -64,31 +64,51 @@ KINDS: list[tuple[str, str, int, dict[str, Any], float]] = [
 ]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_formats_recomputation_and_homes_go_with_it(run_ranks: RunRanks, num_ranks: int) -> None:
-    cases = [(name, 2, stage, sections) for _, name, stage, sections, _ in KINDS]
-    alone_in = [
-        (name, 1, 0, sections if kind == "accumulated" else {}) for kind, name, _, sections, _ in KINDS
-    ]
+def test_formats_recomputation_and_homes_go_with_it(run_ranks: RunRanks) -> None:
+    _compare_kinds(run_ranks, 2, KINDS)
+
+
+def _compare_kinds(run_ranks: RunRanks, num_ranks: int, kinds: list[tuple[str, str, int, dict[str, Any], float]]) -> None:
+    cases = [(name, 2, stage, sections) for _, name, stage, sections, _ in kinds]
+    alone_in = [(name, 1, 0, sections if kind == "accumulated" else {}) for kind, name, _, sections, _ in kinds]
     alone = run_ranks(experts.several, 1, alone_in)[0]
     for found in run_ranks(experts.several, num_ranks, cases):
-        for (kind, *_, tolerance), mine, expected in zip(KINDS, found, alone, strict=True):
+        for (kind, *_, tolerance), mine, expected in zip(kinds, found, alone, strict=True):
             assert mine["losses"] == pytest.approx(expected["losses"], abs=tolerance), kind
             assert mine["norms"] == pytest.approx(expected["norms"], rel=max(tolerance, 2e-5)), kind
+
+
+@pytest.mark.matrix
+def test_formats_recomputation_and_homes_on_two_pairs(run_ranks: RunRanks) -> None:
+    _compare_kinds(run_ranks, 4, KINDS)
 
 
 SKEWED = ("skewed", "skewed-frozen-experts", "skewed-experts-only", "skewed-frozen-up")
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_a_rank_whose_experts_get_no_token(run_ranks: RunRanks, num_ranks: int) -> None:
-    alone = dict(zip(SKEWED, run_ranks(experts.skewed, 1, [(name, 1, 0, {}) for name in SKEWED])[0], strict=True))
-    recomputed = {"activation_checkpointing": {"mode": "full"}}
-    cases: list[tuple[Any, ...]] = [(name, 2, stage, {}) for name in SKEWED for stage in range(4)]
-    cases += [(SKEWED[0], num_ranks, stage, recomputed) for stage in (1, 3)]
+def _compare_skewed(run_ranks: RunRanks, num_ranks: int, cases: list[tuple[Any, ...]]) -> None:
+    names = sorted({case[0] for case in cases})
+    alone = dict(zip(names, run_ranks(experts.skewed, 1, [(name, 1, 0, {}) for name in names])[0], strict=True))
     for found in run_ranks(experts.skewed, num_ranks, cases):
         for case, mine in zip(cases, found, strict=True):
             assert difference(mine, alone[case[0]]) < TOLERANCE, case
+
+
+RECOMPUTED = {"activation_checkpointing": {"mode": "full"}}
+
+
+def test_a_rank_whose_experts_get_no_token(run_ranks: RunRanks) -> None:
+    stages = zip(SKEWED, (3, 0, 1, 2), strict=True)
+    cases: list[tuple[Any, ...]] = [(name, 2, stage, {}) for name, stage in stages]
+    _compare_skewed(run_ranks, 4, [*cases, (SKEWED[0], 2, 2, {}), (SKEWED[0], 2, 3, RECOMPUTED)])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_idle_experts_under_all_stages(run_ranks: RunRanks, num_ranks: int) -> None:
+    cases: list[tuple[Any, ...]] = [(name, 2, stage, {}) for name in SKEWED for stage in range(4)]
+    cases += [(SKEWED[0], num_ranks, stage, RECOMPUTED) for stage in (1, 3)]
+    _compare_skewed(run_ranks, num_ranks, cases)
 
 
 def test_losses_of_routers_are_those_of_data_parallel_ranks(run_ranks: RunRanks) -> None:
@@ -98,12 +118,11 @@ def test_losses_of_routers_are_those_of_data_parallel_ranks(run_ranks: RunRanks)
 
 
 def test_mixtures_of_ours_with_their_balancing_under_every_engine(run_ranks: RunRanks) -> None:
-    recomputed = {"activation_checkpointing": {"mode": "full"}}
     accumulated = {"batch": {"accumulation": 2}}
     (alone, accumulating) = run_ranks(experts.mixtures, 1, [("mixture", 1, 0, {}), ("mixture", 1, 0, accumulated)])[0]
     cases: list[tuple[Any, ...]] = [
-        ("mixture", 2, 0, recomputed),
-        ("mixture", 2, 3, recomputed),
+        ("mixture", 2, 0, RECOMPUTED),
+        ("mixture", 2, 3, RECOMPUTED),
         ("mixture", 1, 2, {}),
         ("mixture", 1, 0, {"strategy": {"backend": "ddp"}}),
         ("mixture", 1, 3, {"strategy": {"backend": "fsdp2"}}),
