@@ -57,7 +57,7 @@ def test_every_layout_is_loaded_by_others(run_ranks: RunRanks, tmp_path: Path, n
         assert _equal(run_ranks(expert_uses.loaded, ranks, "mixtral", layout, str(tmp_path / "saved"))[0], saved), layout
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.matrix), 3])
 def test_whole_gradients_weights_and_refusals(run_ranks: RunRanks, tmp_path: Path, stage: int) -> None:
     expected = expert_uses.gradients()
     for rank, found in enumerate(run_ranks(expert_uses.features, 4, str(tmp_path / "weights"), stage)):
