@@ -37,12 +37,13 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _takes_routed_tokens(module: nn.Module) -> bool:
-    required = [
-        name
-        for name, param in inspect.signature(module.forward).parameters.items()
-        if param.kind is param.POSITIONAL_OR_KEYWORD
-    ]
-    return len(required) == 3 and "ind" in required[1] and "weight" in required[2]
+    names = _argument_names(module)
+    return len(names) == 3 and "ind" in names[1] and "weight" in names[2]
+
+
+def _argument_names(module: nn.Module) -> list[str]:
+    params = inspect.signature(module.forward).parameters.values()
+    return [param.name for param in params if param.kind is param.POSITIONAL_OR_KEYWORD]
 
 
 def spread_experts(model: nn.Module, axes: Axes, start: Start) -> tuple[Cuts, Exchange]:
@@ -87,6 +88,14 @@ def _cut(cuts: Cuts, name: str, module: Any, num_ranks: int, index: int) -> None
             "every rank holds as many",
             f"set strategy.expert_parallel to {' or '.join(map(str, fitting))}",
         )
+    inner = [one for one in module.named_parameters() if "." in one[0]]
+    for own, tensor in [*inner, *module.named_buffers()]:
+        if tensor.shape[:1] == (module.num_experts,):
+            raise UserError(
+                f"{name}.{own} seems to be of {module.num_experts} experts, and stays whole on every rank",
+                "a rank's share of the experts is counted from 0, so each would take another's",
+                f"make it a parameter of {name} itself, or set strategy.expert_parallel to 1",
+            )
     for param in module.parameters(recurse=False):
         cuts.of[id(param)] = Cut.split(tuple(param.shape), 0, num_ranks, index)
 
@@ -109,6 +118,7 @@ class Spread:
         """Take the place of the forward of `module`, which still has all experts by its `num_experts`."""
         self.module, self.name, self.exchange = module, name, exchange
         self.own_forward = module.forward
+        self._names = _argument_names(module)
         self.num_experts = module.num_experts
         self.num_local = module.num_experts // exchange.num_ranks
         self.load: list[int] | None = None
@@ -116,7 +126,8 @@ class Spread:
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the sum of each token's weighted experts. Collective: all ranks that share the experts."""
-        given = (*args, *kwargs.values())
+        rest = self._names[len(args) :]
+        given = (*args, *(kwargs[name] for name in rest)) if sorted(kwargs) == sorted(rest) else ()
         if len(given) != 3 or not all(isinstance(value, torch.Tensor) for value in given):
             raise self._refusal(f"it was called with {len(args)} arguments and {', '.join(kwargs) or 'no keywords'}")
         hidden, index, weights = given
@@ -131,7 +142,7 @@ class Spread:
         tokens_TD = hidden.reshape(-1, hidden.shape[-1])
         with torch.no_grad():
             # Models say num_experts for no expert at all; such pairs stay here, behind all others.
-            experts_N = index_TK.reshape(-1).clamp(0, self.num_experts)
+            experts_N = index_TK.reshape(-1).clamp(max=self.num_experts)
             order_N = torch.argsort(experts_N, stable=True)
             counts = exchange.counts(torch.bincount(experts_N, minlength=self.num_experts + 1)[: self.num_experts])
             self.load = [sum(of_ranks) for of_ranks in zip(*counts, strict=True)]

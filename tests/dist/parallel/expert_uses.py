@@ -88,6 +88,8 @@ def _refusal(kind: str) -> str:
         model = _mixtral(num_local_experts=3)
     if kind == "tied":
         model.other = nn.ParameterList([model.layers[0].experts.up])
+    if kind == "buffer":
+        model.layers[0].experts.register_buffer("limits", torch.ones(4))
     try:
         if kind == "trained":
             model(torch.ones(1, 3, dtype=torch.int64)).sum().backward()
@@ -97,6 +99,10 @@ def _refusal(kind: str) -> str:
         if kind == "muon":
             engine.prepare(model, Whole(model.parameters()))
         engine.prepare(model)
+        if kind == "named":
+            given = {"weights": torch.ones(3, 2), "indices": torch.zeros(3, 2, dtype=torch.int64)}
+            hidden = torch.ones(3, 16)
+            return str(torch.equal(model.layers[0].experts(hidden, **given), model.layers[0].experts(hidden, given["indices"], given["weights"])))
         model.layers[0].experts(torch.zeros(3, 16))
     except UserError as error:
         return str(error)

@@ -76,6 +76,8 @@ WRONG = {
     "three": "expert_parallel=2 does not divide the 3 experts of model.layers.0.mlp.experts",
     "tied": "other.0 is tied to the experts of another module",
     "trained": "embedding.weight has a gradient already",
+    "buffer": "layers.0.experts.limits seems to be of 4 experts",
+    "named": "True",
     "called": "the experts layers.0.experts cannot be shared among 2 ranks",
     "again": "layers.0.experts.up is a piece of (2, 16, 32)",
     "muon": "the optimizer Whole with strategy.expert_parallel=2",
