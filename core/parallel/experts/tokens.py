@@ -124,6 +124,7 @@ class Spread:
         self.load: list[int] | None = None
         """Tokens that each of all experts got in the last forward, of the ranks that share them."""
 
+    @torch.compiler.disable  # how many rows come is known to nobody before they do
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the sum of each token's weighted experts. Collective: all ranks that share the experts."""
         rest = self._names[len(args) :]
