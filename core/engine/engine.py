@@ -354,7 +354,8 @@ class Engine(States, ProcessState):
             skipped=skipped,
         )
         self._unstepped = False
-        self.expert_load.after_step(self._models, self.backend.group, self.telemetry, self.clock.step, skipped)
+        group, telemetry = self.backend.group, self.telemetry
+        self.expert_load.after_step(self._models, stepped, group, telemetry, self.clock.step, skipped)
         self.step_end.stepped()
         every = self.config.checkpoint.every_steps
         if every and self.clock.step % every == 0:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -26,13 +27,14 @@ class ExpertLoad:
 
     def after_step(
         self,
-        models: Iterable[nn.Module],
+        models: Sequence[nn.Module],
+        stepped: Iterable[torch.optim.Optimizer],
         group: dist.ProcessGroup | None,
         telemetry: TelemetrySource | NullSource,
         step: int,
         was_skipped: bool,
     ) -> None:
-        """Balance the mixtures of `models`; a step that an overflow skipped moves nothing. Collective: all ranks.
+        """Balance the mixtures of the `models` that were `stepped`; an overflow moves nothing. Collective: all ranks.
 
         `group` are the ranks whose tokens are others. Telemetry gets `experts.max_over_mean`: the tokens of the
         busiest expert over the mean, of the layer where that is most.
@@ -43,7 +45,8 @@ class ExpertLoad:
                 self._mixtures[model] = [mixture for _, mixture in mixtures_of(model)]
                 if self._mixtures[model] or expert_load(model):
                     self._counting.add(model)
-            found += self._mixtures[model]
+            if self._mixtures[model] and (len(models) == 1 or _is_of(model, stepped)):
+                found += self._mixtures[model]
         if was_skipped:
             for mixture in found:
                 mixture.take_counts()
@@ -54,3 +57,8 @@ class ExpertLoad:
             if loads:
                 uneven = max(max(load) * len(load) / sum(load) for load in loads)
                 telemetry.metrics(step, {"experts.max_over_mean": uneven})
+
+
+def _is_of(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+    params = {id(param) for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]}
+    return any(id(param) in params for param in model.parameters())

@@ -182,7 +182,7 @@ class Experts(nn.Module):
             bound = 1.0 / math.sqrt(weight.shape[-1])
             nn.init.uniform_(weight, -bound, bound)
 
-    @torch.compiler.disable  # it depends on how many tokens an expert gets, and torch's shapes for fp32 refuse grouped_mm
+    @torch.compiler.disable  # shapes depend on the tokens of each expert
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return for each token the weighted sum of its experts; an index of `num_experts` is none.
 

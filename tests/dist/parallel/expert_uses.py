@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from tests.dist.parallel import test_tensor_states, trainings
 from tests.dist.parallel.experts import Mixture, Skewed, _mixtral, plain_loss
-from tests.dist.parallel.trainings import loss_of, prepared, steps
+from tests.dist.parallel.trainings import loss_of, prepared, steps, trained
 from torch import nn
 
 import distui
@@ -224,3 +225,30 @@ def idle(num_experts: int, stage: int) -> dict[str, Any]:
     found = {"weights": engine.get_state_dict(model), "norms": [], "losses": []}
     engine.free_memory()
     return found
+
+
+def compiled(name: str, num_experts: int, stage: int) -> dict[str, Any]:
+    """Train with compiled layers."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    strategy = {"expert_parallel": num_experts}
+    engine, model, optimizer, loader = prepared(name, 1, stage, strategy=strategy)
+    for layer in model.layers if name == "mixture" else model.model.layers:
+        layer.compile(backend="eager")
+    return trained(name, engine, model, optimizer, loader, plain_loss if name == "mixture" else loss_of)
+
+
+def two_models() -> list[list[int] | None]:
+    """Step one of two models that both have run; return the loads that their mixtures know after that."""
+    engine = distui.Engine()
+    pair: list[Any] = [Mixture(), Mixture()]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in pair]
+    one, other, first, second = engine.prepare(*pair, *optimizers)
+    ids_BT = torch.ones(2, 3, dtype=torch.int64)
+    engine.backward(one(ids_BT).sum() + other(ids_BT).sum() * 0)
+    first.step()
+    first.zero_grad()
+    found = [model.layers[0].moe.load for model in (one, other)]
+    second.zero_grad()
+    engine.free_memory()
+    return [None if load is None else load.tolist() for load in found]

@@ -242,10 +242,10 @@ def loads(name: str, num_experts: int) -> dict[str, Any]:
     loss = even_loss if name == "mixtral" else plain_loss
     steps(name, engine, model, optimizer, list(loader)[:1], loss)
     heard: Any = Heard()
-    engine.expert_load.after_step([model], None, heard, 1, True)  # skipped: nothing to tell
+    engine.expert_load.after_step([model], [optimizer], None, heard, 1, True)  # skipped: nothing to tell
     before = heard.told[:]
     engine.expert_load._mixtures[model] = []  # what was counted is not counted again
-    engine.expert_load.after_step([model], None, heard, 1, False)
+    engine.expert_load.after_step([model], [optimizer], None, heard, 1, False)
     found = {"load": distui.expert_load(model), "told": heard.told, "skipped": before}
     engine.free_memory()
     return found

@@ -128,3 +128,18 @@ def test_ranks_with_empty_batches_take_part(run_ranks: RunRanks, stage: int) -> 
     (alone,) = run_ranks(expert_uses.idle, 1, 1, 0)
     for found in run_ranks(expert_uses.idle, 4, 2, stage):
         assert difference(found, alone) < 1e-5
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["mixture", "mixtral"])
+def test_compiled_layers(run_ranks: RunRanks, name: str) -> None:
+    (alone,) = run_ranks(expert_uses.compiled, 1, name, 1, 0)
+    for stage in (1, 3):
+        for found in run_ranks(expert_uses.compiled, 2, name, 2, stage):
+            assert difference(found, alone) < 1e-5
+
+
+def test_a_step_of_one_model_balances_no_other(run_ranks: RunRanks) -> None:
+    for stepped, other in run_ranks(expert_uses.two_models, 2):
+        assert sum(stepped) == 2 * 2 * 3 * 2  # of ranks, rows, tokens, and experts a token
+        assert other is None
