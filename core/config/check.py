@@ -277,9 +277,12 @@ def pipeline_problems(config: Config) -> Iterator[Problem]:
     size = strategy.pipeline_parallel
     if size == 1 or strategy.backend != "native":  # refused with the backend
         return
-    if strategy.pipeline_schedule in ("interleaved", "zbv"):
-        yield _not_available(
-            "strategy.pipeline_schedule", f"pipeline_schedule={strategy.pipeline_schedule}", "1f1b or gpipe"
+    if strategy.pipeline_schedule == "zbv" and strategy.zero_stage > 1:
+        yield Problem(
+            "strategy.pipeline_schedule",
+            f"pipeline_schedule=zbv with zero_stage={strategy.zero_stage}",
+            "its backwards are in two parts, and each would reduce or gather all that the stage holds",
+            "set strategy.zero_stage to 1, or strategy.pipeline_schedule to interleaved or 1f1b",
         )
     if (other := strategy.context_parallel) > 1:
         what = f"context_parallel={other} with pipeline_parallel={size}"
@@ -324,6 +327,16 @@ def rank_problems(config: Config, world_size: int) -> Iterator[Problem]:
         yield from error.problems
         return
     stages = config.strategy.pipeline_parallel
+    if stages > 1 and config.strategy.pipeline_schedule == "interleaved" and accumulation % stages:
+        above = accumulation + stages - accumulation % stages
+        yield Problem(
+            "batch.accumulation",
+            f"accumulation={accumulation} with pipeline_schedule=interleaved on {stages} ranks of a pipeline",
+            f"micro-batches go in rounds of {stages}, and {accumulation} are {accumulation // stages} of them and "
+            f"{accumulation % stages} more",
+            f"set batch.accumulation to {above}, or strategy.pipeline_schedule to 1f1b",
+        )
+        return
     if accumulation < stages:
         yield Problem(
             "batch.accumulation",

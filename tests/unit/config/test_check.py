@@ -193,7 +193,7 @@ def test_what_does_not_go_with_a_pipeline_is_refused() -> None:
         "strategy__pipeline_schedule": "zbv",
         "strategy__tensor_parallel": "2",
         "strategy__context_parallel": "2",
-        "strategy__zero_stage": "1",
+        "strategy__zero_stage": "2",
         "compression__gradients": "onebit",
         "offload__optimizer": "cpu",
         "optimizer__state_bits": "8",
@@ -211,6 +211,11 @@ def test_what_does_not_go_with_a_pipeline_is_refused() -> None:
     assert "3 micro-batches a step, 1 of 4 stages" in problem.why
     assert problem.fix == "set batch.accumulation to 4 or more; 16 leave 16% of the time unused, 4 43%"
     assert not found_in(4, strategy__pipeline_parallel="4", batch__accumulation="4", strategy__zero_stage="3")
+    interleaved = {"strategy__pipeline_parallel": "4", "strategy__pipeline_schedule": "interleaved"}
+    (problem,) = found_in(4, **interleaved, batch__accumulation="6")
+    assert "in rounds of 4, and 6 are 1 of them and 2 more" in problem.why
+    assert problem.fix == "set batch.accumulation to 8, or strategy.pipeline_schedule to 1f1b"
+    assert not found_in(4, **interleaved, batch__accumulation="8", strategy__zero_stage="3")
 
 
 def test_parallel_axes_must_divide_the_ranks() -> None:
