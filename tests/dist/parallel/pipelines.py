@@ -93,7 +93,7 @@ def trainings(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
 
 
 def accumulated(name: str, sections: dict[str, Any]) -> dict[str, Any]:
-    """Train on one process, over the micro-batches that a pipeline of two stages makes of a step."""
+    """Train on one process, over the two micro-batches that a pipeline of two ranks makes of a step."""
     engine = distui.Engine(batch={"accumulation": 2}, **sections)
     model = model_of(name, 0)
     loader: Any = torch.utils.data.DataLoader(samples(), batch_size=ROWS // 2)  # type: ignore[arg-type]
@@ -294,26 +294,32 @@ def overflowing() -> list[tuple[bool, float]]:
     return found
 
 
-def saved(folder: str, stages: int, stage: int, tensor: int = 1) -> dict[str, Any]:
+def saved(
+    folder: str, stages: int, stage: int, tensor: int = 1, schedule: str = "1f1b", name: str = "llama-tied"
+) -> dict[str, Any]:
     """Train two steps and save; return the weights, and what the steps after it give."""
-    engine, model, optimizer, loader = prepared("llama-tied", stages, stage, strategy={"tensor_parallel": tensor})
+    strategy = {"tensor_parallel": tensor, "pipeline_schedule": schedule}
+    engine, model, optimizer, loader = prepared(name, stages, stage, strategy=strategy)
     batches = list(loader)
-    steps("llama-tied", engine, model, optimizer, batches[:2], loss_of)
+    steps(name, engine, model, optimizer, batches[:2], loss_of)
     engine.save_state(f"{folder}/state")
     engine.save_model(model, f"{folder}/model")
     weights = engine.get_state_dict(model)
-    found = steps("llama-tied", engine, model, optimizer, batches[2:], loss_of)
+    found = steps(name, engine, model, optimizer, batches[2:], loss_of)
     engine.free_memory()
     return {**found, "saved": weights, "weights": {}}
 
 
-def resumed(folder: str, stages: int, stage: int, tensor: int = 1) -> dict[str, Any]:
+def resumed(
+    folder: str, stages: int, stage: int, tensor: int = 1, schedule: str = "1f1b", name: str = "llama-tied"
+) -> dict[str, Any]:
     """Load what `saved` wrote into another layout, and go on."""
-    engine, model, optimizer, loader = prepared("llama-tied", stages, stage, strategy={"tensor_parallel": tensor})
+    strategy = {"tensor_parallel": tensor, "pipeline_schedule": schedule}
+    engine, model, optimizer, loader = prepared(name, stages, stage, strategy=strategy)
     batches = list(loader)
     engine.load_state(f"{folder}/state")
     weights = engine.get_state_dict(model)
-    found = steps("llama-tied", engine, model, optimizer, batches[2:], loss_of)
+    found = steps(name, engine, model, optimizer, batches[2:], loss_of)
     engine.free_memory()
     return {**found, "saved": weights, "weights": {}}
 

@@ -56,11 +56,13 @@ def test_four_stages_with_a_tied_embedding_over_the_ends(run_ranks: RunRanks) ->
     compare(run_ranks, 4, [("deep", 4, 1)])
 
 
-def test_bf16_is_that_of_one_process_over_the_same_micro_batches(run_ranks: RunRanks) -> None:
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv"])
+def test_bf16_is_that_of_one_process_over_the_same_micro_batches(run_ranks: RunRanks, schedule: str) -> None:
     bf16 = {"precision": {"dtype": "bf16"}}
-    alone = run_ranks(pipelines.accumulated, 1, "llama-tied", bf16)[0]
-    for found in run_ranks(trainings, 2, [("llama-tied", 2, 1, bf16)]):
-        assert difference(found[0], alone) < 1e-3
+    alone = run_ranks(pipelines.accumulated, 1, "deep", bf16)[0]
+    for found in run_ranks(trainings, 2, [("deep", 2, 1, {**bf16, "strategy": {"pipeline_schedule": schedule}})]):
+        # Under zbv a tied weight's two gradients are rounded apart.
+        assert difference(found[0], alone) < (3e-3 if schedule == "zbv" else 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -148,18 +150,20 @@ def test_an_overflow_of_one_stage_skips_the_step_on_all(run_ranks: RunRanks) -> 
     assert first == last == [(True, 2.0**39), (True, 2.0**38)]
 
 
-LAYOUTS: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
+LAYOUTS: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = [
     ((2, 2, 1), (2, 1, 3)),
     ((2, 1, 2), (2, 2, 0)),
     ((2, 2, 3), (1, 1, 0)),
     ((4, 2, 1, 2), (2, 2, 2)),
+    ((2, 2, 3, 1, "interleaved", "deep"), (2, 2, 1, 1, "zbv", "deep")),
+    ((2, 2, 1, 1, "zbv", "deep"), (2, 1, 3, 1, "1f1b", "deep")),
 ]
-"""Ranks, stages, ZeRO stage, tensor-parallel ranks: of who saves and who loads."""
+"""Ranks, stages, ZeRO stage, tensor-parallel ranks, schedule, model: of who saves and who loads."""
 
 
 @pytest.mark.parametrize(("before", "after"), LAYOUTS)
 def test_checkpoints_go_on_in_another_layout(
-    run_ranks: RunRanks, tmp_path: Path, before: tuple[int, ...], after: tuple[int, ...]
+    run_ranks: RunRanks, tmp_path: Path, before: tuple[Any, ...], after: tuple[Any, ...]
 ) -> None:
     saved = run_ranks(pipelines.saved, before[0], str(tmp_path), *before[1:])[0]
     for found in run_ranks(pipelines.resumed, after[0], str(tmp_path), *after[1:]):
