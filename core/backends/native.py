@@ -65,7 +65,7 @@ class NativeBackend(NativeBeside, Backend):
                 if (group := self.axes["cp"]) is not None:
                     from distui.core.parallel.sequence import SequenceCut
 
-                    SequenceCut(model, group)
+                    SequenceCut(model, group, strategy.context_method)
                 if pipeline is not None:
                     cuts = pipeline.stage.hold(self.axes, start, cuts)
                 self.cuts = {**self.cuts, **(cuts.of if cuts is not None else {})}

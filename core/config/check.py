@@ -54,8 +54,6 @@ def _not_available(path: str, value: object, now: str) -> Problem:
 
 def unavailable(config: Config) -> Iterator[Problem]:
     """Yield what the schema knows and this version does not do."""
-    if (method := config.strategy.context_method) == "ring":
-        yield _not_available("strategy.context_method", f"context_method={method}", "auto or ulysses")
     for axis in ("expert_parallel",):
         if (size := getattr(config.strategy, axis)) > 1:
             yield _not_available(f"strategy.{axis}", f"{axis}={size}", "1")

@@ -110,7 +110,9 @@ class StrategySection(Section):
     )
     context_parallel: PositiveInt = _field(1, "ranks that share each sequence")
     context_method: Literal["auto", "ring", "ulysses"] = _field(
-        "auto", "how they attend: ulysses gives each rank the whole sequence of its heads; auto takes what can run"
+        "auto",
+        "how they attend: ulysses gives each rank the whole sequence of its heads, in a ring keys go around; auto "
+        "takes ulysses where the heads divide",
     )
     expert_parallel: PositiveInt = _field(1, "ranks that share the experts of a mixture-of-experts model")
 

@@ -72,7 +72,6 @@ def test_sizes_that_do_not_fit_come_with_the_nearest_that_do(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("strategy.context_method", "ring"),
         ("strategy.expert_parallel", "4"),
     ],
 )
