@@ -49,7 +49,7 @@ def tables(schedule: str, num_ranks: int, num_micro: int, chunks: int = 2) -> li
     """
     if schedule not in SCHEDULES or num_ranks < 1 or num_micro < 1:
         raise ValueError(f"schedule {schedule} of {num_micro} micro-batches on {num_ranks} ranks")
-    if schedule == "interleaved" and num_micro % num_ranks:
+    if schedule == "interleaved" and num_micro % num_ranks and num_micro > num_ranks:
         raise ValueError(f"interleaved: {num_micro} micro-batches on {num_ranks} ranks")
     return [_table(schedule, num_ranks, num_micro, chunks, rank) for rank in range(num_ranks)]
 
@@ -58,6 +58,10 @@ def _table(schedule: str, num_ranks: int, num_micro: int, chunks: int, rank: int
     if schedule == "zbv":
         return _zbv(num_ranks, num_micro, rank)
     if schedule == "interleaved":
+        if num_micro % num_ranks:  # a last batch of a few rows: one chunk after the other
+            pairs = [(chunk, micro) for chunk in range(chunks) for micro in range(num_micro)]
+            forwards = [Step("F", micro, chunk) for chunk, micro in pairs]
+            return [*forwards, *(Step("B", micro, chunks - 1 - chunk) for chunk, micro in pairs)]
         return _interleaved(num_ranks, num_micro, num_chunks(schedule, chunks), rank)
     ahead = num_micro if schedule == "gpipe" else min(num_ranks - 1 - rank, num_micro)
     steps = [Step("F", micro) for micro in range(ahead)]

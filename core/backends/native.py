@@ -67,9 +67,7 @@ class NativeBackend(NativeBeside, Backend):
                 if self.axes.size("pp") > 1:  # stages are chosen by whole sizes
                     from distui.core.parallel.pipeline import pipelined
 
-                    pipeline = pipelined(
-                        model, self.axes, strategy.pipeline_schedule, self.num_micro, self.loss_of, self.loss_factor
-                    )
+                    pipeline = pipelined(model, self.axes, strategy, self.num_micro, self.loss_of, self.loss_factor)
                 cuts = cut_model(model, self.axes, start, strategy.tensor_plan, self.plan)
                 if self.axes.size("ep") > 1:
                     from distui.core.parallel.experts.tokens import spread_experts
@@ -78,7 +76,7 @@ class NativeBackend(NativeBeside, Backend):
                 if (group := self.axes["cp"]) is not None:
                     from distui.core.parallel.sequence import SequenceCut
 
-                    SequenceCut(model, group)
+                    SequenceCut(model, group, strategy.context_method)
                 if pipeline is not None:
                     cuts = pipeline.stage.hold(self.axes, start, cuts)
                 self.cuts = {**self.cuts, **(cuts.of if cuts is not None else {})}

@@ -6,7 +6,7 @@ Torch-free. `check` is pure but for looking at the folders that the configuratio
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -54,8 +54,6 @@ def _not_available(path: str, value: object, now: str) -> Problem:
 
 def unavailable(config: Config) -> Iterator[Problem]:
     """Yield what the schema knows and this version does not do."""
-    if (method := config.strategy.context_method) == "ring":
-        yield _not_available("strategy.context_method", f"context_method={method}", "auto or ulysses")
     if size := config.strategy.shard_size:
         yield _not_available(
             "strategy.shard_size", f"shard_size={size}", "0, which shards over all data-parallel ranks"
@@ -274,28 +272,30 @@ def pipeline_problems(config: Config) -> Iterator[Problem]:
     size = strategy.pipeline_parallel
     if size == 1 or strategy.backend != "native":  # refused with the backend
         return
-    if strategy.pipeline_schedule in ("interleaved", "zbv"):
-        yield _not_available(
-            "strategy.pipeline_schedule", f"pipeline_schedule={strategy.pipeline_schedule}", "1f1b or gpipe"
+    if strategy.pipeline_schedule == "zbv" and strategy.zero_stage > 1:
+        yield Problem(
+            "strategy.pipeline_schedule",
+            f"pipeline_schedule=zbv with zero_stage={strategy.zero_stage}",
+            "its backwards are in two parts, and each would reduce or gather all that the stage holds",
+            "set strategy.zero_stage to 1, or strategy.pipeline_schedule to interleaved or 1f1b",
         )
     if (other := strategy.context_parallel) > 1:
         what = f"context_parallel={other} with pipeline_parallel={size}"
         yield _not_available("strategy.context_parallel", what, "1")
-    off: list[tuple[str, str, object, object]] = [
-        ("compression", "gradients", config.compression.gradients, "none"),
-        ("compression", "weights", config.compression.weights, "none"),
-        ("offload", "optimizer", config.offload.optimizer, "none"),
-        ("offload", "params", config.offload.params, "none"),
-        ("optimizer", "state_bits", config.optimizer.state_bits, 32),
-    ]
-    for section, key, value, without in off:
-        if value != without:
-            yield Problem(
-                f"{section}.{key}",
-                f"{key}={value} with pipeline_parallel={size}",
-                "a pipeline's stages hold whole states on their devices in this version",
-                f"set {section}.{key} to {without}, or strategy.pipeline_parallel to 1",
-            )
+    keys = ("compression.gradients", "compression.weights", "offload.optimizer", "offload.params", "optimizer.state_bits")
+    why = "a pipeline's stages hold whole states on their devices in this version"
+    yield from _not_beside(config, "pipeline_parallel", keys, why)
+
+
+def _not_beside(config: Config, axis: str, keys: Sequence[str], why: str) -> Iterator[Problem]:
+    for path in keys:
+        section, key = path.split(".")
+        of_section = getattr(config, section)
+        value, default = getattr(of_section, key), type(of_section).model_fields[key].default
+        if value != default:
+            size = getattr(config.strategy, axis)
+            fix = f"set {path} to {default}, or strategy.{axis} to 1"
+            yield Problem(path, f"{key}={value} with {axis}={size}", why, fix)
 
 
 def expert_problems(config: Config) -> Iterator[Problem]:
@@ -306,20 +306,9 @@ def expert_problems(config: Config) -> Iterator[Problem]:
     for axis in ("tensor_parallel", "pipeline_parallel"):
         if (other := getattr(config.strategy, axis)) > 1:
             yield _not_available(f"strategy.{axis}", f"{axis}={other} with expert_parallel={size}", "1")
-    off: list[tuple[str, str, object, object]] = [
-        ("compression", "gradients", config.compression.gradients, "none"),
-        ("compression", "weights", config.compression.weights, "none"),
-        ("optimizer", "state_bits", config.optimizer.state_bits, 32),
-    ]
-    for section, key, value, without in off:
-        if value != without:
-            yield Problem(
-                f"{section}.{key}",
-                f"{key}={value} with expert_parallel={size}",
-                "experts and what is whole are shared among different ranks, and scales of blocks are not in this "
-                "version",
-                f"set {section}.{key} to {without}, or strategy.expert_parallel to 1",
-            )
+    keys = ("compression.gradients", "compression.weights", "optimizer.state_bits")
+    why = "experts and what is whole are shared among different ranks, and blocks with one scale are not in this version"
+    yield from _not_beside(config, "expert_parallel", keys, why)
 
 
 def rank_problems(config: Config, world_size: int) -> Iterator[Problem]:
@@ -354,6 +343,16 @@ def rank_problems(config: Config, world_size: int) -> Iterator[Problem]:
         yield from error.problems
         return
     stages = config.strategy.pipeline_parallel
+    if stages > 1 and config.strategy.pipeline_schedule == "interleaved" and accumulation % stages:
+        above = accumulation + stages - accumulation % stages
+        yield Problem(
+            "batch.accumulation",
+            f"accumulation={accumulation} with pipeline_schedule=interleaved on {stages} ranks of a pipeline",
+            f"micro-batches go in rounds of {stages}, and {accumulation} are {accumulation // stages} of them and "
+            f"{accumulation % stages} more",
+            f"set batch.accumulation to {above}, or strategy.pipeline_schedule to 1f1b",
+        )
+        return
     if accumulation < stages:
         yield Problem(
             "batch.accumulation",

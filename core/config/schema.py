@@ -105,9 +105,14 @@ class StrategySection(Section):
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zbv"] = _field(
         "1f1b", "the order of a pipeline's forwards and backwards"
     )
+    pipeline_chunks: PositiveInt = _field(
+        2, "stages that each rank has under interleaved; the others have their own number"
+    )
     context_parallel: PositiveInt = _field(1, "ranks that share each sequence")
     context_method: Literal["auto", "ring", "ulysses"] = _field(
-        "auto", "how they attend: ulysses gives each rank the whole sequence of its heads; auto takes what can run"
+        "auto",
+        "how they attend: ulysses gives each rank the whole sequence of its heads, in a ring keys go around; auto "
+        "takes ulysses where the heads divide",
     )
     expert_parallel: PositiveInt = _field(1, "ranks that share the experts of a mixture-of-experts model")
 

@@ -3,11 +3,13 @@
 Every message has a head of fixed size on a group of its own on the CPU: formats and shapes, so that these may change
 with every micro-batch, or that the sender failed, so that nobody waits for what never comes. A send is kept until it is
 over, and is never waited for inside the schedule: who waits for a send may be the one that its receiver waits for.
+Messages are told apart by the stage that they go to, for a rank may have several; one to itself stays where it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,22 +35,33 @@ class PeerFailed(DistuiError):
 class Messages:
     """The line of stages that one rank is in."""
 
-    def __init__(self, axes: Axes) -> None:
-        """Make the groups. Collective: the world."""
+    def __init__(self, axes: Axes, num_stages: int, rank_of: Callable[[int], int]) -> None:
+        """Make the groups; `rank_of` says which of the line has a stage. Collective: the world."""
         group = axes["pp"]
         assert group is not None
         self.ranks, self.index = axes.peers("pp"), axes.index("pp")
+        self._num_stages, self._rank_of = num_stages, rank_of
         self.control = beside(group, backend="gloo")
-        # On NCCL what two ranks exchange goes through one queue: each direction has one of its own.
+        # On NCCL what two ranks exchange goes through one queue: each direction to a stage has one of its own.
         self._is_apart = "nccl" in dist.get_backend_config(group)
-        self._data = [beside(group), beside(group)] if self._is_apart else [self.control, self.control]
+        self._data = [beside(group) if self._is_apart else self.control for _ in range(2 * num_stages)]
         self._sent: list[tuple[Any, torch.Tensor]] = []
+        self._own: dict[int, deque[tuple[Parts, bool]]] = {}
+        """To stages of this rank itself: what lies there, by channel."""
 
-    def send(self, direction: int, parts: Sequence[torch.Tensor | None], is_tuple: bool = False) -> None:
-        """Send to the neighbour behind (FORWARD) or before; returns at once.
+    def send(self, direction: int, stage: int, parts: Sequence[torch.Tensor | None], is_tuple: bool = False) -> None:
+        """Send from `stage` to the one behind (FORWARD) or before; returns at once.
 
         Raises: UserError for what no message can hold.
         """
+        channel, there = self._channel(direction, stage + (1 if direction == FORWARD else -1))
+        if there == self.index:
+            kept = tuple(
+                None if part is None else part.detach().requires_grad_(part.requires_grad and part.is_floating_point())
+                for part in parts
+            )
+            self._own.setdefault(channel, deque()).append((kept, is_tuple))
+            return
         head = [0] * _HEAD
         head[:2] = len(parts), int(is_tuple)
         if len(parts) > _MAX_TENSORS:
@@ -71,22 +84,26 @@ class Messages:
                 )
             head[at : at + 3] = _DTYPES.index(part.dtype), int(part.requires_grad), part.dim()
             head[at + 3 : at + 3 + part.dim()] = part.shape
-        peer, group = self._peer(direction, 1), self._data[direction]
-        self._isend(torch.tensor(head, dtype=torch.int64), peer, self.control, 2 * direction)
+        peer, group = self.ranks[there], self._data[channel]
+        self._isend(torch.tensor(head, dtype=torch.int64), peer, self.control, 2 * channel)
         for part in parts:
             if part is not None and part.numel():
                 travelling = part.detach().contiguous().to(self._device_over(part.device, group))
-                self._isend(travelling, peer, group, 2 * direction + 1)
+                self._isend(travelling, peer, group, 2 * channel + 1)
         self._sent = [(work, tensor) for work, tensor in self._sent if not work.is_completed()]
 
-    def receive(self, direction: int, device: torch.device) -> tuple[Parts, bool]:
-        """Wait for what the neighbour before (FORWARD) or behind sent; return it, and whether it was a tuple.
+    def receive(self, direction: int, stage: int, device: torch.device) -> tuple[Parts, bool]:
+        """Wait for what the stage before `stage` (FORWARD) or behind sent; return it, and whether it was a tuple.
 
         Raises: PeerFailed where that one has failed.
         """
-        peer, group = self._peer(direction, -1), self._data[direction]
+        channel, _ = self._channel(direction, stage)
+        if self._own.get(channel):
+            return self._own[channel].popleft()
+        peer = self.ranks[self._rank_of(stage + (-1 if direction == FORWARD else 1))]
+        group = self._data[channel]
         head = torch.empty(_HEAD, dtype=torch.int64)
-        self._recv(head, peer, self.control, 2 * direction)
+        self._recv(head, peer, self.control, 2 * channel)
         values = head.tolist()
         if values[0] == _FAILED:
             raise PeerFailed("a neighbouring stage failed")
@@ -99,16 +116,19 @@ class Messages:
             shape = values[at + 3 : at + 3 + values[at + 2]]
             part = torch.empty(shape, dtype=_DTYPES[values[at]], device=self._device_over(device, group))
             if part.numel():
-                self._recv(part, peer, group, 2 * direction + 1)
+                self._recv(part, peer, group, 2 * channel + 1)
             parts.append(part.to(device).requires_grad_(bool(values[at + 1])))
         return tuple(parts), bool(values[1])
 
     def fail(self) -> None:
-        """Tell both neighbours to expect nothing more; they tell theirs."""
+        """Tell all neighbours to expect nothing more; they tell theirs."""
         head = torch.full((_HEAD,), _FAILED, dtype=torch.int64)
-        for direction, there in ((FORWARD, self.index + 1), (BACKWARD, self.index - 1)):
-            if 0 <= there < len(self.ranks):
-                self._isend(head, self.ranks[there], self.control, 2 * direction)
+        for stage in range(self._num_stages):
+            for direction, sender in ((FORWARD, stage - 1), (BACKWARD, stage + 1)):
+                if 0 <= sender < self._num_stages and self._rank_of(sender) == self.index:
+                    channel, there = self._channel(direction, stage)
+                    if there != self.index:
+                        self._isend(head, self.ranks[there], self.control, 2 * channel)
 
     def finish(self) -> None:
         """Wait until all that was sent is there."""
@@ -119,8 +139,9 @@ class Messages:
     def _device_over(self, device: torch.device, group: dist.ProcessGroup) -> torch.device:
         return ops.device_over(device, group) if self._is_apart else torch.device("cpu")  # gloo sends from the host
 
-    def _peer(self, direction: int, step: int) -> int:
-        return self.ranks[self.index + (step if direction == FORWARD else -step)]
+    def _channel(self, direction: int, stage: int) -> tuple[int, int]:
+        """Return which messages go to `stage` from there, and who of the line has it."""
+        return 2 * stage + direction, self._rank_of(stage)
 
     def _isend(self, tensor: torch.Tensor, peer: int, group: dist.ProcessGroup, tag: int) -> None:
         self._sent.append((dist.isend(tensor, peer, group=group, tag=tag), tensor))

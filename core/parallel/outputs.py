@@ -49,3 +49,23 @@ def loss_in(output: Any) -> Any:
     if isinstance(output, tuple) and output and not hasattr(output, "loss"):
         return loss_in(output[0]) if isinstance(output[0], torch.Tensor) else None
     return getattr(output, "loss", None)
+
+
+class Told(torch.autograd.Function):
+    """The loss of a pass whose backward has run: its own backward compares what it was to be multiplied by."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, loss: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
+        if abs(float(grad) - ctx.factor) > 1e-6 * abs(ctx.factor):
+            raise UserError(
+                f"the loss of a pipelined model was multiplied by {float(grad) / ctx.factor:g} before the backward",
+                f"the pass of the schedule has run its backward already, with {ctx.factor:g}",
+                "give engine.backward the loss as the model returned it; scale by loss=fn in engine.prepare, or the "
+                "learning rate",
+            )
+        return None, None, None

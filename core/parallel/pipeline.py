@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ from torch import nn
 from distui.core.axes.cut import part_of
 from distui.core.axes.groups import Axes, make
 from distui.core.axes.schedules import tables
+from distui.core.config.schema import StrategySection
 from distui.core.errors import DistuiError, UserError
 from distui.core.parallel.batches import LOOKED_AT, compare_batch
 from distui.core.parallel.messages import BACKWARD, FORWARD, Messages, Parts, PeerFailed
-from distui.core.parallel.outputs import Output, loss_in
+from distui.core.parallel.outputs import Output, Told, loss_in
 from distui.core.parallel.outside import named_by
 from distui.core.parallel.stages import ENDS, Left, Stage
+from distui.core.parallel.weights_later import Pair, WeightsLater, finish
 from distui.core.ranks import ops
 from distui.core.ranks.precision import cast_floating
 from distui.core.sharding.sharded import ShardedModel
@@ -36,17 +39,25 @@ _NO_LOSS = "give one: engine.prepare(model, ..., loss=fn), where fn(output, **kw
 
 
 @dataclass(slots=True)
+class _Kept:
+    """What of a micro-batch one of a rank's stages keeps between its forward and its backward."""
+
+    inputs: Parts = ()
+    outputs: Parts = ()
+    loss: torch.Tensor | None = None
+    later: list[Pair] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class _Micro:
-    """One micro-batch, and what of it is kept between its forward and its backward."""
+    """One micro-batch, and what is kept of it, by the number of a rank's stage."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     for_loss: dict[str, Any]
     weight: float
     """Share of its loss in the batch's."""
-    inputs: Parts = ()
-    outputs: Parts = ()
-    loss: torch.Tensor | None = None
+    kept: dict[int, _Kept] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -63,6 +74,7 @@ class Pipeline:
         factor: Callable[[], float],
     ) -> None:
         """`loss_of` computes the loss outside of the model; `factor` is what it is multiplied by for its backward."""
+        self._later = WeightsLater() if schedule == "zbv" else None
         self.stage, self.messages, self.schedule, self.num_micro = stage, messages, schedule, num_micro
         self.axes, self.loss_of, self.factor = axes, loss_of, factor
         self.before_micro: Callable[[], None] = lambda: None
@@ -110,7 +122,7 @@ class Pipeline:
         loss = self._to_the_end(lambda: self._train(micro, factor))
         assert loss is not None
         anchor = torch.zeros((), device=loss.device, requires_grad=True)
-        found = _Told.apply(anchor, loss, factor)
+        found = Told.apply(anchor, loss, factor)
         return found if self._is_bare else Output(found, "in training they are not kept")
 
     def _cut(self, args: Any, kwargs: Any, for_loss: Any) -> Iterator[_Micro]:
@@ -122,7 +134,9 @@ class Pipeline:
                 "a pipeline cuts the first dimension of what it is given into micro-batches, and no tensor has one",
                 "call model(**batch)",
             )
-        count = min(self.num_micro, rows)
+        count, ranks = min(self.num_micro, rows), self.stage.num_ranks
+        if self.schedule == "interleaved" and count > ranks:
+            count -= count % ranks
         summed = kwargs.get("num_items_in_batch") is not None  # transformers: the losses are parts of a sum
         for index in range(count):
             low, high = part_of(rows, count, index)
@@ -136,22 +150,27 @@ class Pipeline:
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def _train(self, micro: list[_Micro], factor: float) -> torch.Tensor | None:
-        """Run this rank's table; the last stage returns the loss. Collective: all ranks."""
+        """Run this rank's table; who has the last stage returns the loss. Collective: all ranks."""
         stage, schedule = self.stage, self._schedule()
-        is_last_backward, wants_sync = len(micro) - 1, schedule.sync
+        wants_sync = schedule.sync
+        table = tables(self.schedule, stage.num_ranks, len(micro), stage.num_chunks)[stage.rank]
         self._reopen_shared()
         total: torch.Tensor | None = None
         try:
-            for step in tables(self.schedule, stage.num_stages, len(micro))[stage.index]:
+            for number, step in enumerate(table):
                 one = micro[step.micro]
+                stage.at(step.chunk)
                 if step.kind == "F":
                     self._run_forward(one, trains=True)
-                    if one.loss is not None:
-                        part = one.loss.detach().float() * one.weight
+                    if (loss := one.kept[stage.index].loss) is not None:
+                        part = loss.detach().float() * one.weight
                         total = part if total is None else total + part
                     continue
-                schedule.sync = wants_sync and step.micro == is_last_backward
-                self._run_backward(one, factor * one.weight)
+                schedule.sync = wants_sync and number == len(table) - 1
+                if step.kind == "B":
+                    self._run_backward(one, factor * one.weight)
+                else:
+                    self._run_weights(one)
         finally:
             schedule.sync = wants_sync
         if wants_sync:
@@ -164,19 +183,21 @@ class Pipeline:
 
     def _run_forward(self, one: _Micro, trains: bool) -> Any:
         stage, schedule = self.stage, self._schedule()
-        received = None if stage.is_first else self.messages.receive(FORWARD, self._device)
+        received = None if stage.is_first else self.messages.receive(FORWARD, stage.index, self._device)
+        kept = one.kept[stage.index] = _Kept(received[0] if received is not None else ())
         schedule.before_model(stage.model, ())
-        output = stage.run(self._own, one.args, one.kwargs, received)
+        with self._later if trains and self._later is not None else nullcontext():
+            output = stage.run(self._own, one.args, one.kwargs, received)
         schedule.after_model()
-        if not isinstance(output, Left):
-            output = cast_floating(output, torch.float32)  # as at the border of a model that is not cut
-        one.inputs = received[0] if received is not None else ()
         if isinstance(output, Left):
-            self.messages.send(FORWARD, output.parts, output.is_tuple)
-            one.outputs = output.parts
-        elif trains:
-            one.loss = self._loss(output, one)
-        one.args, one.kwargs, one.for_loss = (), {}, {}
+            self.messages.send(FORWARD, stage.index, output.parts, output.is_tuple)
+            kept.outputs = output.parts
+        else:
+            output = cast_floating(output, torch.float32)  # as at the border of a model that is not cut
+            if trains:
+                kept.loss = self._loss(output, one)
+        if len(one.kept) == stage.num_chunks:
+            one.args, one.kwargs, one.for_loss = (), {}, {}
         return output
 
     @property
@@ -198,23 +219,29 @@ class Pipeline:
         return loss.reshape(())
 
     def _run_backward(self, one: _Micro, factor: float) -> None:
-        stage, schedule = self.stage, self._schedule()
-        flows = [part for part in one.outputs if part is not None and part.requires_grad]
+        stage, schedule, kept = self.stage, self._schedule(), one.kept[self.stage.index]
+        flows = [part for part in kept.outputs if part is not None and part.requires_grad]
         grads: list[torch.Tensor] = []
         if flows and not stage.is_last:
-            parts, _ = self.messages.receive(BACKWARD, self._device)
+            parts, _ = self.messages.receive(BACKWARD, stage.index, self._device)
             pairs = [(out, grad) for out, grad in zip(flows, parts, strict=True) if grad is not None]
             flows, grads = [out for out, _ in pairs], [grad for _, grad in pairs]
         self.before_micro()
-        if one.loss is not None and one.loss.requires_grad:
-            (one.loss * factor).backward()
+        if kept.loss is not None and kept.loss.requires_grad:
+            (kept.loss * factor).backward()
         elif flows:
             torch.autograd.backward(flows, grads)
         schedule.end_backward()
-        wanted = [part for part in one.inputs if part is not None and part.requires_grad]
+        wanted = [part for part in kept.inputs if part is not None and part.requires_grad]
         if wanted and not stage.is_first:
-            self.messages.send(BACKWARD, [part.grad for part in wanted])
-        one.inputs, one.outputs, one.loss = (), (), None
+            self.messages.send(BACKWARD, stage.index, [part.grad for part in wanted])
+        one.kept[stage.index] = _Kept(later=self._later.take() if self._later is not None else [])
+
+    def _run_weights(self, one: _Micro) -> None:
+        """Compute what the backward has left of the weights' gradients."""
+        self.before_micro()
+        finish(one.kept.pop(self.stage.index).later)
+        self._schedule().end_backward()
 
     def end_backward(self) -> None:
         """After the script's backward of the loss: show the gradients. Raises: UserError where it brought any."""
@@ -265,11 +292,14 @@ class Pipeline:
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
     def _evaluate(self, args: Any, kwargs: Any, for_loss: Any) -> Any:
-        one = _Micro(args, kwargs, for_loss, 1.0)
+        one, stage = _Micro(args, kwargs, for_loss, 1.0), self.stage
 
         def run() -> tuple[Any, torch.Tensor | None]:
+            output: Any = None
             with torch.no_grad():
-                output = self._run_forward(one, trains=False)
+                for chunk in sorted(range(stage.num_chunks), key=lambda chunk: stage.own[chunk]):
+                    stage.at(chunk)
+                    output = self._run_forward(one, trains=False)
                 if isinstance(output, Left):
                     return None, None
                 if self.loss_of is not None and for_loss:
@@ -285,11 +315,12 @@ class Pipeline:
             return value.detach().float() if isinstance(value, torch.Tensor) and value.numel() == 1 else None
 
         value = self._to_the_end(loss)
-        if self.stage.is_last:
+        last = self.stage.rank_of(self.stage.num_stages - 1)
+        if self.stage.rank == last:
             return outputs[0]
         if self._is_bare and value is not None:
             return value
-        return Output(value, f"they are on the last stage, rank {self.messages.ranks[-1]}")
+        return Output(value, f"they are on the last stage, rank {self.messages.ranks[last]}")
 
     # ---- the end of a call -----------------------------------------------------------------------------------------
 
@@ -313,7 +344,7 @@ class Pipeline:
         if failed:
             self._raise(failure)
         self.messages.finish()
-        _, has_loss, is_bare, value = told[-1].tolist()
+        _, has_loss, is_bare, value = told[self.stage.rank_of(self.stage.num_stages - 1)].tolist()
         self._is_bare = bool(is_bare)
         if not has_loss:
             return None
@@ -325,30 +356,12 @@ class Pipeline:
         told: list[Any] = [None] * len(self.messages.ranks)
         dist.all_gather_object(told, words, group=self.messages.control)
         index = next((index for index, text in enumerate(told) if text), 0)
-        self._broken = f"stage {index} of {self.stage.num_stages} (rank {self.messages.ranks[index]}): {told[index]}"
+        own = [stage for stage in range(self.stage.num_stages) if self.stage.rank_of(stage) == index]
+        stages = f"stage{'s' if len(own) > 1 else ''} {' and '.join(map(str, own))} of {self.stage.num_stages}"
+        self._broken = f"{stages} (rank {self.messages.ranks[index]}): {told[index]}"
         if failure is not None and is_cause:
             raise failure
         raise DistuiError(f"a stage of the pipeline failed: {self._broken}") from failure
-
-
-class _Told(torch.autograd.Function):
-    """The loss of a pass whose backward has run: its own backward compares what it was to be multiplied by."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, loss: torch.Tensor, factor: float) -> torch.Tensor:
-        ctx.factor = factor
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
-        if abs(float(grad) - ctx.factor) > 1e-6 * abs(ctx.factor):
-            raise UserError(
-                f"the loss of a pipelined model was multiplied by {float(grad) / ctx.factor:g} before the backward",
-                f"the pass of the schedule has run its backward already, with {ctx.factor:g}",
-                "give engine.backward the loss as the model returned it; scale by loss=fn in engine.prepare, or the "
-                "learning rate",
-            )
-        return None, None, None
 
 
 def _ends(axes: Axes) -> dist.ProcessGroup:
@@ -358,7 +371,14 @@ def _ends(axes: Axes) -> dist.ProcessGroup:
 
 
 def pipelined(
-    model: nn.Module, axes: Axes, schedule: str, num_micro: int, loss_of: LossOf | None, factor: Callable[[], float]
+    model: nn.Module,
+    axes: Axes,
+    strategy: StrategySection,
+    num_micro: int,
+    loss_of: LossOf | None,
+    factor: Callable[[], float],
 ) -> Pipeline:
-    """Return the pipeline of `model`, whose stage holds nothing yet. Collective: all ranks."""
-    return Pipeline(Stage(model, axes), Messages(axes), axes, schedule, num_micro, loss_of, factor)
+    """Return the pipeline of `model`, whose stages hold nothing yet. Collective: all ranks."""
+    stage = Stage(model, axes, strategy.pipeline_schedule, strategy.pipeline_chunks)
+    messages = Messages(axes, stage.num_stages, stage.rank_of)
+    return Pipeline(stage, messages, axes, strategy.pipeline_schedule, num_micro, loss_of, factor)

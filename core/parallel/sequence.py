@@ -1,9 +1,10 @@
-"""Context parallelism by Ulysses: each rank has a piece of every sequence, and in attention all of it for some heads.
+"""Context parallelism: each rank has a piece of every sequence.
 
-Jacobs et al., arXiv 2309.14509. Before the model's own forward the batch is cut along the sequence: labels are shifted
-first, positions are those of the whole. Attention goes through transformers' registry: an all-to-all gives a rank the
-whole sequence of its heads, plain attention follows, another brings back its piece of all heads. The loss is the mean
-over the valid tokens of the whole sequences, the same on all ranks.
+Before the model's own forward the batch is cut along the sequence: labels are shifted first, positions are those of the
+whole. Attention goes through transformers' registry. By Ulysses (Jacobs et al., arXiv 2309.14509) an all-to-all gives a
+rank the whole sequence of its heads, plain attention follows, another brings back its piece of all heads; by a ring
+(`ring`) pieces stay where they are, and keys and values go around. The loss is the mean over the valid tokens of the
+whole sequences, the same on all ranks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 
 from distui.core.errors import UserError
 from distui.core.parallel.batches import LOOKED_AT, compare_batch
+from distui.core.parallel.ring import ring_attention, zigzag
 from distui.core.ranks import ops
 from distui.core.sharding.hooks import Hook
 
@@ -59,30 +61,37 @@ class _SumOfParts(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """Joins the ranks' pieces of the sequence (dimension 1); the gradient is of the whole, the same on all ranks."""
+    """Joins the ranks' pieces of the sequence (dimension 1), whose `places` [rank, token] are in the whole.
+
+    The gradient is of the whole, the same on all ranks.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group, ctx.length = group, x.shape[1]
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group, ctx.places = group, places
         sent = x.contiguous().to(ops.device_over(x.device, group))
         parts = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, sent, group=group)
-        return torch.cat(parts, 1).to(x.device)
+        return torch.cat(parts, 1).to(x.device).index_select(1, places.flatten().argsort())
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        begin = dist.get_rank(ctx.group) * ctx.length
-        return grad[:, begin : begin + ctx.length] * dist.get_world_size(ctx.group), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        own = grad.index_select(1, ctx.places[dist.get_rank(ctx.group)])
+        return own * dist.get_world_size(ctx.group), None, None
 
 
 class SequenceCut:
     """Cuts the sequences of one model's batches over the ranks of a group."""
 
-    def __init__(self, model: Any, group: dist.ProcessGroup) -> None:
-        """Set hooks on `model`, and its attention. Raises: UserError for what is not known to come out right."""
+    def __init__(self, model: Any, group: dist.ProcessGroup, method: str = "auto") -> None:
+        """Set hooks on `model`, and its attention; `method` is ulysses, ring, or auto: ulysses where heads divide.
+
+        Raises: UserError for what is not known to come out right.
+        """
         self.model, self.group = model, group
         self.index, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
-        _refuse_model(model, self.num_ranks)
+        _refuse_model(model)
+        self.is_ring = _goes_round(model.config, self.num_ranks, method)
         self._signature = inspect.signature(type(model).forward)
         self._padding: torch.Tensor | None = None
         self._labels: torch.Tensor | None = None
@@ -100,7 +109,7 @@ class SequenceCut:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         self._attend = sdpa_attention_forward
-        name = f"distui_ulysses_{next(_numbers)}"
+        name = f"distui_context_{next(_numbers)}"
         AttentionInterface.register(name, self._attention)
         AttentionMaskInterface.register(name, self._mask)
         self.model.set_attn_implementation(name)
@@ -109,9 +118,14 @@ class SequenceCut:
 
     # ---- the batch -----------------------------------------------------------------------------------------------
 
+    def _places(self, device: torch.device) -> torch.Tensor:
+        """Return which tokens of the whole each rank has, [rank, token]."""
+        if self.is_ring:
+            return zigzag(self._length, self.num_ranks).to(device)
+        return torch.arange(self._length, device=device).view(self.num_ranks, -1)
+
     def _piece(self, x: torch.Tensor) -> torch.Tensor:
-        length = x.shape[1] // self.num_ranks
-        return x[:, self.index * length : (self.index + 1) * length].contiguous()
+        return x.index_select(1, self._places(x.device)[self.index])
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         given = self._signature.bind(module, *args, **kwargs).arguments
@@ -132,14 +146,14 @@ class SequenceCut:
             )
         whole = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         assert isinstance(whole, torch.Tensor)
-        length = whole.shape[1]
-        if length % self.num_ranks:
-            below = length - length % self.num_ranks
+        length, parts = whole.shape[1], self.num_ranks * (2 if self.is_ring else 1)
+        if length % parts:
+            below = length - length % parts
             raise UserError(
                 f"sequences of {length} tokens over context_parallel={self.num_ranks} ranks",
-                f"{length} = {length // self.num_ranks} x {self.num_ranks} + {length % self.num_ranks}; every rank "
-                "takes as many tokens",
-                f"pad or cut them to {below or self.num_ranks} or {below + self.num_ranks} tokens",
+                f"{length} = {length // parts} x {parts} + {length % parts}; every rank takes "
+                + ("two pieces of as many tokens in a ring" if self.is_ring else "as many tokens"),
+                f"pad or cut them to {below or parts} or {below + parts} tokens",
             )
         self._length, self._num_attended = length, 0
         self._take_mask(given.pop("attention_mask", None), length)
@@ -155,6 +169,8 @@ class SequenceCut:
         cut = {name: self._piece(value) for name, value in given.items() if isinstance(value, torch.Tensor)}
         if self._labels is not None:
             cut["labels"] = self._labels
+        if self.is_ring:  # or transformers would take positions that do not follow each other for packed sequences
+            cut["attention_mask"] = torch.ones(whole.shape[0], length // self.num_ranks, device=whole.device).long()
         self._fork_random()
         return (), cut | {"position_ids": self._piece(positions), "use_cache": False}
 
@@ -192,7 +208,7 @@ class SequenceCut:
 
         if mask_function is not causal_mask_function:
             raise _unknown(self.model, "its attention has another mask than a causal one and padding")
-        if self._padding is None:
+        if self._padding is None or self.is_ring:
             return None
         device = self._padding.device
         found: torch.Tensor | None = sdpa_mask(
@@ -215,20 +231,29 @@ class SequenceCut:
     ) -> tuple[torch.Tensor, None]:
         self._num_attended += 1
         off = [name for name in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+        if self.is_ring and dropout:
+            off.append(f"dropout={dropout:g}")
         num_heads, num_shared = query.shape[1], key.shape[1]
-        if off or num_heads % self.num_ranks or (num_shared % self.num_ranks and self.num_ranks % num_shared):
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if off or (self.is_ring and not causal) or not (self.is_ring or _divide(num_heads, num_shared, self.num_ranks)):
             why = f"{off[0]} is set" if off else f"a rank has {num_heads} heads and {num_shared} of keys"
             raise UserError(
                 f"attention of {type(module).__name__} over context_parallel={self.num_ranks} ranks",
-                f"{why}; each rank takes as many heads, causal or with padding",
-                "set strategy.context_parallel to what divides the heads, or to 1",
+                f"{why}; "
+                + ("in a ring it is causal, without dropout" if self.is_ring else "each rank takes as many heads"),
+                "set strategy.context_method to ulysses, or strategy.context_parallel to 1"
+                if self.is_ring
+                else "set strategy.context_parallel to what divides the heads, or strategy.context_method to ring",
             )
+        if self.is_ring:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            padding = None if self._padding is None else ~self._padding
+            return ring_attention(query, key, value, padding, scale, self.group).transpose(1, 2).contiguous(), None
         if num_shared % self.num_ranks:
             key, value = (x.repeat_interleave(self.num_ranks // num_shared, 1) for x in (key, value))
         query, key, value = (self._whole_sequence(x) for x in (query, key, value))
         if (groups := query.shape[1] // key.shape[1]) > 1:
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         found = F.scaled_dot_product_attention(
             query, key, value, attention_mask, dropout, causal and attention_mask is None, scale=scaling
         )
@@ -274,7 +299,7 @@ class SequenceCut:
         if getattr(output, "loss", None) is not None and torch.is_grad_enabled():
             output.logits = None  # of a piece: whole ones would be the largest tensor of all
         else:
-            output.logits = _Join.apply(output.logits, self.group)
+            output.logits = _Join.apply(output.logits, self._places(output.logits.device), self.group)
         return output
 
 
@@ -292,7 +317,7 @@ def _unknown(model: nn.Module, why: str) -> UserError:
     )
 
 
-def _refuse_model(model: Any, num_ranks: int) -> None:
+def _refuse_model(model: Any) -> None:
     kind, config = type(model), getattr(model, "config", None)
     ours = kind.__module__.startswith("transformers.") and hasattr(model, "set_attn_implementation")
     if config is None or not ours:
@@ -303,11 +328,26 @@ def _refuse_model(model: Any, num_ranks: int) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if kinds or getattr(config, "output_router_logits", False) or getattr(config, "is_encoder_decoder", False):
         raise _unknown(model, f"its layers are {', '.join(sorted(kinds))}" if kinds else "it needs more than a piece")
+
+
+def _divide(num_heads: int, num_shared: int, num_ranks: int) -> bool:
+    """Tell whether each rank can have as many heads: of queries its own, of keys its own or its neighbours' too."""
+    return not (num_heads % num_ranks or (num_shared % num_ranks and num_ranks % num_shared))
+
+
+def _goes_round(config: Any, num_ranks: int, method: str) -> bool:
+    """Tell whether keys go around in a ring. Raises: UserError where Ulysses is asked for and heads do not divide."""
     heads = int(config.num_attention_heads)
-    if heads % num_ranks:
-        fit = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
-        raise UserError(
-            f"context_parallel={num_ranks} does not divide num_attention_heads={heads}",
-            "in attention each rank has the whole sequence for its part of the heads",
-            f"set strategy.context_parallel to one of {fit}",
-        )
+    shared = int(getattr(config, "num_key_value_heads", None) or heads)
+    if method == "ring" or _divide(heads, shared, num_ranks):
+        return method == "ring"
+    if method == "auto":
+        return True
+    fit = ", ".join(str(size) for size in range(1, heads + 1) if _divide(heads, shared, size))
+    raise UserError(
+        f"context_parallel={num_ranks} does not divide num_attention_heads={heads}"
+        if heads % num_ranks
+        else f"context_parallel={num_ranks} ranks and num_key_value_heads={shared} do not divide each other",
+        "in attention by ulysses each rank has the whole sequence for its part of the heads",
+        f"set strategy.context_parallel to one of {fit}, or strategy.context_method to ring",
+    )

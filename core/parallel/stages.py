@@ -1,4 +1,4 @@
-"""A stage of a pipeline, made of a model without a change to it.
+"""The stages of a pipeline that a rank has, made of a model without a change to it.
 
 Every rank runs the model's own forward on the same batch. Blocks that it does not hold give back at once what was
 received from the stage before, modules in front of its first block give placeholders, and behind its last block a
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch import nn
 
 from distui.core.axes.cut import Cut
 from distui.core.axes.groups import Axes
-from distui.core.axes.schedules import split
+from distui.core.axes.schedules import num_chunks, split, stage_of
 from distui.core.errors import UserError
 from distui.core.parallel.messages import Parts
+from distui.core.parallel.placeholders import has_nan, stand_in
 from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.hooks import Hook
 from distui.core.sharding.start.initialise import make_real
@@ -50,42 +52,70 @@ class Left:
 
 
 class Stage:
-    """What one rank holds of a model, and the model's forward as far as that goes."""
+    """What one rank holds of a model, and the model's forward as far as that goes, of one of its stages at a time."""
 
-    def __init__(self, model: nn.Module, axes: Axes) -> None:
-        """Choose the blocks of each stage by their costs. Raises: UserError for fewer blocks than stages."""
-        self.model, self.index, self.num_stages = model, axes.index("pp"), axes.size("pp")
+    def __init__(self, model: nn.Module, axes: Axes, schedule: str = "1f1b", chunks: int = 1) -> None:
+        """Choose the blocks of each stage by their costs; `schedule` says how many stages a rank has, and which.
+
+        Raises: UserError for fewer blocks than stages.
+        """
+        self.model, self.rank, self.num_ranks = model, axes.index("pp"), axes.size("pp")
+        self.num_chunks = num_chunks(schedule, chunks)
+        self.num_stages = self.num_ranks * self.num_chunks
+        ranks = [
+            [stage_of(schedule, self.num_ranks, rank, c) for c in range(self.num_chunks)]
+            for rank in range(self.num_ranks)
+        ]
+        self.own = tuple(ranks[self.rank])
+        """The stages of this rank, by chunk."""
+        self._rank_of = [
+            next(rank for rank, own in enumerate(ranks) if stage in own) for stage in range(self.num_stages)
+        ]
         self.blocks = find_blocks(model)
         if len(self.blocks) < self.num_stages:
-            raise UserError(
-                f"pipeline_parallel={self.num_stages} with {len(self.blocks)} blocks in {type(model).__name__}",
-                "each stage holds one block at least; blocks are modules of one class in a ModuleList or Sequential, "
-                "or of the classes that the model names in _no_split_modules",
-                f"set strategy.pipeline_parallel to {f'{most} or less' if (most := len(self.blocks)) > 1 else '1'}",
-            )
+            raise self._too_few_blocks(schedule)
         self._place_modules()
         costs = [float(sum(param.numel() for param in block.parameters())) for _, block in self.blocks]
         behind = sum(_cost(module) for module in self.behind.values())
         self.parts = split(costs, self.num_stages, sum(_cost(module) for module in self.front.values()), behind)
-        own = self.parts[self.index]
-        self.low, self.high = own.start, own.stop
-        self.is_first, self.is_last = self.index == 0, self.index == self.num_stages - 1
+        self.at(0)
         self.holders = self._find_holders()
-        """The stages that hold a parameter, by its identity."""
+        """The ranks of the line that hold a parameter, by its identity."""
         self.shared = {
-            number: ENDS if len(stages) < self.num_stages else ALL
-            for number, stages in self.holders.items()
-            if len(stages) > 1
+            number: ENDS if len(ranks) < self.num_ranks else ALL
+            for number, ranks in self.holders.items()
+            if len(ranks) > 1
         }
-        """Who holds it, of what several stages hold."""
+        """Who holds it, of what several ranks hold."""
         self._shapes: dict[int, tuple[int, ...]] = {}
         """Of parameters, as this stage's tensor-parallel rank would hold them, by identity."""
         self._received: Any = None
         self._expected = 0
         self._hidden: Any = None
-        self._looked = 0
+        self._looked = dict.fromkeys(self.own, 0)
         self._handles: list[Any] = []
         self._replaced: list[nn.Module] = []
+
+    def _too_few_blocks(self, schedule: str) -> UserError:
+        num, most = len(self.blocks), len(self.blocks) // self.num_chunks
+        each = f" of {self.num_chunks} stages each under {schedule}" if self.num_chunks > 1 else ""
+        fix = f"set strategy.pipeline_parallel to {f'{most} or less' if most > 1 else '1'}"
+        return UserError(
+            f"pipeline_parallel={self.num_ranks}{each} with {num} blocks in {type(self.model).__name__}",
+            "each stage holds one block at least; blocks are modules of one class in a ModuleList or Sequential, "
+            "or of the classes that the model names in _no_split_modules",
+            f"{fix}, or strategy.pipeline_schedule to 1f1b" if self.num_chunks > 1 and num > 1 else fix,
+        )
+
+    def rank_of(self, stage: int) -> int:
+        """Return which rank of the line has `stage`."""
+        return self._rank_of[stage]
+
+    def at(self, chunk: int) -> None:
+        """Be this rank's stage `chunk`, until another is asked for."""
+        self.index = self.own[chunk]
+        self.low, self.high = self.parts[self.index].start, self.parts[self.index].stop
+        self.is_first, self.is_last = self.index == 0, self.index == self.num_stages - 1
 
     # ---- who holds what --------------------------------------------------------------------------------------------
 
@@ -107,33 +137,33 @@ class Stage:
                 place[name] = module
 
     def _find_holders(self) -> dict[int, tuple[int, ...]]:
-        last, found = self.num_stages - 1, dict[int, set[int]]()
+        first, last, found = self.rank_of(0), self.rank_of(self.num_stages - 1), dict[int, set[int]]()
 
-        def hold(module: nn.Module, stages: Iterable[int]) -> None:
+        def hold(module: nn.Module, ranks: Iterable[int]) -> None:
             for param in module._parameters.values():
                 if param is not None:
                     # A number cannot be left out of a shape; all hold it.
-                    found.setdefault(id(param), set()).update(stages if param.dim() else range(self.num_stages))
+                    found.setdefault(id(param), set()).update(ranks if param.dim() else range(self.num_ranks))
 
         for stage, blocks in enumerate(self.parts):
             for index in blocks:
                 for module in self.blocks[index][1].modules():
-                    hold(module, (stage,))
+                    hold(module, (self.rank_of(stage),))
         for module in self.around.values():
-            hold(module, range(self.num_stages))
-        for place, stage in ((self.front, 0), (self.behind, last)):
+            hold(module, range(self.num_ranks))
+        for place, rank in ((self.front, first), (self.behind, last)):
             for module in place.values():
                 # A norm may be registered on the other side of the blocks than it is called: both ends hold it.
-                hold(module, (0, last) if _is_small(module) else (stage,))
+                hold(module, (first, last) if _is_small(module) else (rank,))
         for name, param in self.model.named_parameters():
-            stages = found[id(param)]
-            if 2 < len(stages) < self.num_stages or (len(stages) == 2 and stages != {0, last}):
+            ranks = found[id(param)]
+            if 2 < len(ranks) < self.num_ranks or (len(ranks) == 2 < self.num_ranks and ranks != {first, last}):
                 raise UserError(
-                    f"{name} is used by the stages {', '.join(map(str, sorted(stages)))} of {self.num_stages}",
+                    f"{name} is used by {', '.join(map(str, sorted(ranks)))} of {self.num_ranks} ranks of a pipeline",
                     "a parameter can be shared by the first and the last stage, as a tied embedding is, or by all",
-                    f"{_ALONE}, or to a size at which the blocks that share it are in one stage",
+                    f"{_ALONE}, or to a size at which the blocks that share it are on one rank",
                 )
-        return {number: tuple(sorted(stages)) for number, stages in found.items()}
+        return {number: tuple(sorted(ranks)) for number, ranks in found.items()}
 
     def hold(self, axes: Axes, start: Start, tensor: Cuts | None) -> Cuts:
         """Leave of the parameters what this stage holds, with the first stage's numbers. Collective: all ranks.
@@ -142,9 +172,9 @@ class Stage:
         """
         line, group = axes["pp"], axes["pp"] if tensor is None else axes["model"]
         assert line is not None and group is not None
-        cuts = Cuts(group, "ranks of a pipeline", ("pipeline_parallel", self.num_stages))
+        cuts = Cuts(group, "ranks of a pipeline", ("pipeline_parallel", self.num_ranks))
         cuts.tensor = tensor
-        cuts.shared.update({number: who for number, who in self.shared.items() if self.index in self.holders[number]})
+        cuts.shared.update({number: who for number, who in self.shared.items() if self.rank in self.holders[number]})
         start.share([*self.model.parameters(), *self.model.buffers()], Cuts(line))
         copy, copies = axes.index("tp"), axes.size("tp")
         for param in self.model.parameters():
@@ -152,8 +182,8 @@ class Stage:
             own = tensor.get(param) if tensor is not None else None
             own = own if own is not None else Cut.whole(tuple(param.shape), copy, copies)
             holders = self.holders[id(param)]
-            if self.index in holders:
-                place = own.copy * len(holders) + holders.index(self.index)
+            if self.rank in holders:
+                place = own.copy * len(holders) + holders.index(self.rank)
                 cuts.of[id(param)] = Cut(own.shape, own.pieces, place, own.num_copies * len(holders))
                 continue
             cuts.of[id(param)] = own = Cut(own.shape, own.pieces).with_pieces(0, ())
@@ -164,16 +194,17 @@ class Stage:
             for index in blocks:
                 for buffer in self.blocks[index][1].buffers():
                     if buffer.dtype is not torch.bool:
-                        place = 2 * copy + (stage != self.index)
+                        place = 2 * copy + (self.rank_of(stage) != self.rank)
                         cuts.of[id(buffer)] = Cut.whole(tuple(buffer.shape), place, 2 * copies)
         return cuts
 
     # ---- the model's forward -----------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Have the model's modules act as this stage."""
+        """Have the model's modules act as this rank's stages."""
+        own = {index for stage in self.own for index in self.parts[stage]}
         for index, (_, block) in enumerate(self.blocks):
-            if self.low <= index < self.high:
+            if index in own:
                 enter = functools.partial(self._enter, index)
                 self._handles.append(block.register_forward_pre_hook(Hook(enter), with_kwargs=True, prepend=True))
                 self._handles.append(block.register_forward_hook(Hook(functools.partial(self._exit, index))))
@@ -182,11 +213,12 @@ class Stage:
         for module in self.model.modules():
             if isinstance(module, nn.TransformerEncoder):
                 module.enable_nested_tensor = module.use_nested_tensor = False  # what lies between blocks is a tensor
+        has_first, has_last = 0 in self.own, self.num_stages - 1 in self.own
         for name, module in self.front.items():
-            if not self.is_first and not (self.is_last and _is_small(module)):
+            if not has_first and not (has_last and _is_small(module)):
                 self._replace(module, functools.partial(self._stand_in, name, module, module.forward))
         for name, module in self.behind.items():
-            if not self.is_last and not (self.is_first and _is_small(module)):
+            if not has_last and not (has_first and _is_small(module)):
                 self._replace(module, functools.partial(self._refuse_module, name, "behind", "in front of"))
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -213,7 +245,8 @@ class Stage:
             parts, is_tuple = received
             self._received = parts if is_tuple else parts[0]
         try:
-            output = forward(*args, **kwargs)
+            with self._others_passing():
+                output = forward(*args, **kwargs)
         except _Leave as leave:
             if leave.stage is not self:
                 raise
@@ -227,6 +260,19 @@ class Stage:
                 _ALONE,
             )
         return output
+
+    @contextmanager
+    def _others_passing(self) -> Iterator[None]:
+        """Have blocks of this rank's other stages pass on what they are given, with none of their hooks."""
+        others = [index for stage in self.own if stage != self.index for index in self.parts[stage]]
+        kept = [(self.blocks[index][1], self.blocks[index][1]._compiled_call_impl) for index in others]
+        for index, (block, _) in zip(others, kept, strict=True):
+            block._compiled_call_impl = functools.partial(self._pass, index)
+        try:
+            yield
+        finally:
+            for block, call in kept:
+                block._compiled_call_impl = call
 
     def _left(self, output: Any) -> Left:
         if isinstance(output, torch.Tensor):
@@ -268,9 +314,9 @@ class Stage:
                 "between two stages lies nothing but one block's output, which is the next one's input",
                 f"move it into the block, or {_ALONE}",
             )
-        if index == self.low and index and self._looked < LOOKED_AT:
-            self._looked += 1
-            if any(_has_nan(value) for value in given if value is not self._hidden):
+        if index == self.low and index and self._looked[self.index] < LOOKED_AT:
+            self._looked[self.index] += 1
+            if any(has_nan(value) for value in given if value is not self._hidden):
                 raise UserError(
                     f"the block {self.blocks[index][0]} is given more than its hidden state by {', '.join(self.front)}",
                     f"these are on the first stage, this block is on stage {self.index}",
@@ -290,22 +336,10 @@ class Stage:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Give NaN of the shapes that a module of the first stage would give, which are worked out without numbers."""
+        """Stand for a module of the first stage."""
         if self._expected:
             self._refuse_module(name, "in front of", "behind")
-        own = dict(module._parameters)
-        device = next((tensor.device for tensor in _tensors((args, kwargs))), torch.device("cpu"))
-        for key, param in own.items():
-            if param is not None:
-                blank = torch.empty(self._shapes[id(param)], dtype=param.dtype, device="meta")
-                module._parameters[key] = nn.Parameter(blank, requires_grad=False)
-        try:
-            with torch.no_grad():
-                args, kwargs = _mapped((args, kwargs), lambda tensor: tensor.to("meta"))
-                output = forward(*args, **kwargs)
-        finally:
-            module._parameters.update(own)
-        return _mapped(output, functools.partial(_placeholder, device))
+        return stand_in(module, forward, self._shapes, args, kwargs)
 
     def _refuse_module(self, name: str, registered: str, called: str, *args: Any, **kwargs: Any) -> Any:
         raise UserError(
@@ -324,22 +358,3 @@ def _cost(module: nn.Module) -> float:
 
 def _is_small(module: nn.Module) -> bool:
     return all(param is None or param.dim() <= 1 for param in module._parameters.values())
-
-
-def _has_nan(value: Any) -> bool:
-    return any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in _tensors(value))
-
-
-def _placeholder(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_floating_point():
-        return torch.full(tensor.shape, torch.nan, dtype=tensor.dtype, device=device)
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    leaves, _ = torch.utils._pytree.tree_flatten(value)
-    return (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-
-
-def _mapped(value: Any, act: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    return torch.utils._pytree.tree_map(lambda leaf: act(leaf) if isinstance(leaf, torch.Tensor) else leaf, value)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
+from distui.core.axes.schedules import Course, course, tables
 from distui.core.plan.types import GIB, ModelSpec
 
 EIGHT_BIT = "_8bit"
@@ -54,11 +56,19 @@ class Strategy:
     expert_parallel: int = 1
     compression: str = "none"
     backend: str = "native"
+    pipeline_schedule: str = "1f1b"
+    pipeline_chunks: int = 2
 
     @property
     def world_size(self) -> int:
         """All ranks; expert parallelism lives inside the data-parallel ones."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+
+    @property
+    def rounds(self) -> int:
+        """Micro-batches of a step as a pipeline counts them: in whole rounds of its ranks where it is interleaved."""
+        m, ranks = self.accumulation, self.pipeline_parallel
+        return -(-m // ranks) * ranks if self.pipeline_schedule == "interleaved" else m
 
     @property
     def num_shards(self) -> int:
@@ -277,6 +287,24 @@ def peer_states(strategy: Strategy, P: float, S: float, B: float, R: float) -> t
     return parameters, gradients, states, 2 * c * bucket if several and stage else 0.0
 
 
+@lru_cache(maxsize=256)
+def _course(schedule: str, ranks: int, micro: int, chunks: int, backward: float) -> Course:
+    return course(schedule, tables(schedule, ranks, micro, chunks), backward=backward)
+
+
+def pipeline_course(strategy: Strategy, recomputed: float = 0.0) -> Course:
+    """Return what a pass of the strategy's schedule takes, in forwards of a rank's blocks.
+
+    `recomputed` is the share of them that backward computes again. 1F1B is counted without its table: arXiv 2104.04473,
+    section 2.2.
+    """
+    ranks, micro = strategy.pipeline_parallel, strategy.rounds
+    if strategy.pipeline_schedule != "1f1b":
+        return _course(strategy.pipeline_schedule, ranks, micro, strategy.pipeline_chunks, 2.0 + recomputed)
+    end = (micro + ranks - 1) * (3.0 + recomputed)
+    return Course(end, (ranks - 1) / (micro + ranks - 1), min(micro, ranks), ())
+
+
 def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[float, float]:
     """Return the bytes of stored activations (with the working set of backward) and of the logits.
 
@@ -306,7 +334,7 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
     working = c * tokens * (widest / tensor + 2 * h)
     if pipeline > 1:
         # One forward, one backward: the first stage keeps the most micro-batches, the last one has the logits.
-        first = min(strategy.accumulation, pipeline) * stored + working
+        first = pipeline_course(strategy).peak * stored + working
         last = stored + ends + max(logits, logits / 3 + working)
         return (first, 0.0) if first >= last else (last - logits, logits)
     # Backward's own tensors come when two of the three logits tensors are gone.

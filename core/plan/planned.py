@@ -41,6 +41,8 @@ def strategy_of(config: Config, world_size: int) -> tuple[Strategy, bool]:
         expert_parallel=axes.expert_parallel,
         compression=config.compression.gradients,
         backend=axes.backend,
+        pipeline_schedule=axes.pipeline_schedule,
+        pipeline_chunks=axes.pipeline_chunks,
     )
     return strategy, batch.micro_size is not None
 

@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distui.core.plan.homes import home_time
-from distui.core.plan.memory import OPTIMIZER_STATE_BYTES, Strategy, bytes_per_parameter, local_parameters, wire_bytes
+from distui.core.plan.memory import (
+    OPTIMIZER_STATE_BYTES,
+    Strategy,
+    bytes_per_parameter,
+    local_parameters,
+    pipeline_course,
+    wire_bytes,
+)
 from distui.core.plan.rates import Rates, efficiency, link, missing_link
 from distui.core.plan.types import ModelSpec
 
@@ -99,7 +106,8 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
     else:
         forward_s = rank_flops / (rates.peak_flops * achieved)
     backward_s, recompute_s = 2 * forward_s, recomputed * forward_s
-    bubble_s = (pipeline - 1) * (3 + recomputed) * forward_s  # 1F1B, arXiv 2104.04473, section 2.2
+    idle = pipeline_course(strategy, recomputed).bubble
+    bubble_s = m * (3 + recomputed) * forward_s * idle / (1.0 - idle)
 
     exposed_s = hidden_s = tensor_s = 0.0
     gradient_bytes, parameter_bytes = g * P, c * P

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tests.dist.parallel.trainings import ROWS, VOCAB, build, optimizer_of, samples, steps, trained
+from tests.dist.parallel.trainings import ROWS, VOCAB, Encoder, build, optimizer_of, samples, steps, trained
 
 import distui
 from distui.core.errors import DistuiError
@@ -24,10 +24,32 @@ def deep_llama() -> nn.Module:
     )
 
 
+def deep_gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes: Any = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 4, "n_head": 4, "n_positions": 16}
+    off: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **off, pad_token_id=0))
+
+
+class DeepEncoder(Encoder):
+    """With four layers, two of which are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.TransformerEncoderLayer(16, 4, 30, dropout=0.0, batch_first=True) for _ in range(4)]
+        layers[2].linear1 = layers[0].linear1
+        layers[3].linear1 = layers[1].linear1
+        self.encoder.layers = nn.ModuleList(layers)
+
+
+DEEP = {"deep": deep_llama, "deep-gpt2": deep_gpt2, "deep-encoder": DeepEncoder}
+
+
 def model_of(name: str, seed: int) -> nn.Module:
-    if name == "deep":
+    if name in DEEP:
         torch.manual_seed(seed)
-        return deep_llama().train()
+        return DEEP[name]().train()
     if name != "frozen":
         return build(name, seed)
     model: Any = build("llama", seed)
@@ -42,7 +64,7 @@ def outside(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of(name: str, model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
-    if name == "encoder":
+    if name.endswith("encoder"):
         loss: torch.Tensor = model(ids_BT[:, :-1], targets=ids_BT[:, 1:])
         return loss
     return model(input_ids=ids_BT, labels=ids_BT).loss
@@ -51,12 +73,12 @@ def loss_of(name: str, model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
 def prepared(name: str, stages: int, stage: int, **sections: Any) -> tuple[distui.Engine, Any, Any, Any]:
     """Return engine, model, optimizer and loader; each rank builds the model by a seed of its own."""
     strategy = {"pipeline_parallel": stages, "zero_stage": stage, **sections.pop("strategy", {})}
-    micro = max(stages, 2)
+    micro = sections.pop("micro", max(stages, 2))
     engine = distui.Engine(strategy=strategy, batch={"accumulation": micro} if stages > 1 else {}, **sections)
     model = model_of(name, engine.process_index)
     size = ROWS // engine.num_data_ranks // (micro if stages > 1 else 1)
     loader: Any = torch.utils.data.DataLoader(samples(), batch_size=size)  # type: ignore[arg-type]
-    loss = outside if name == "encoder" else None
+    loss = outside if name.endswith("encoder") else None
     model, optimizer, loader = engine.prepare(model, optimizer_of(model), loader, loss=loss)
     return engine, model, optimizer, loader
 
@@ -71,7 +93,7 @@ def trainings(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
 
 
 def accumulated(name: str, sections: dict[str, Any]) -> dict[str, Any]:
-    """Train on one process, over the micro-batches that a pipeline of two stages makes of a step."""
+    """Train on one process, over the two micro-batches that a pipeline of two ranks makes of a step."""
     engine = distui.Engine(batch={"accumulation": 2}, **sections)
     model = model_of(name, 0)
     loader: Any = torch.utils.data.DataLoader(samples(), batch_size=ROWS // 2)  # type: ignore[arg-type]
@@ -82,11 +104,11 @@ def accumulated(name: str, sections: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def odd_batches(pipelined: bool) -> dict[str, Any]:
+def odd_batches(name: str, schedule: str | None) -> dict[str, Any]:
     """Train with rows that do not divide, another length each time, and fewer rows than stages; then evaluate."""
-    strategy = {"pipeline_parallel": 2} if pipelined else {}
-    engine = distui.Engine(strategy=strategy, batch={"accumulation": 2} if pipelined else {})
-    model = build("llama-tied", 0)
+    strategy: Any = {"pipeline_parallel": 2, "pipeline_schedule": schedule} if schedule else {}
+    engine = distui.Engine(strategy=strategy, batch={"accumulation": 2} if schedule else {})
+    model = model_of(name, 0)
     model, optimizer = engine.prepare(model, optimizer_of(model))
     generator = torch.Generator().manual_seed(3)
     batches = [torch.randint(1, VOCAB, shape, generator=generator) for shape in ((5, 9), (3, 6), (1, 7), (4, 9))]
@@ -220,13 +242,14 @@ class Broken(nn.Linear):
 KINDS = {kind.__name__: kind for kind in (Failing, FailingBackward, Residual, Backwards, Skipping, NoLoss)}
 
 
-def refusals(kinds: list[str], stages: int = 2) -> list[str]:
+def refusals(kinds: list[str], stages: int = 2, schedule: str = "1f1b") -> list[str]:
     """Return what each kind of model, or of use, is told on this rank."""
-    return [_refusal(kind, stages) for kind in kinds]
+    return [_refusal(kind, stages, schedule) for kind in kinds]
 
 
-def _refusal(kind: str, stages: int) -> str:
-    engine = distui.Engine(strategy={"pipeline_parallel": stages}, batch={"accumulation": stages})
+def _refusal(kind: str, stages: int, schedule: str) -> str:
+    strategy = {"pipeline_parallel": stages, "pipeline_schedule": schedule}
+    engine = distui.Engine(strategy=strategy, batch={"accumulation": stages})
     try:
         model = KINDS.get(kind, Failing)() if kind != "short" else nn.Sequential(nn.Linear(8, 8), nn.ReLU())
         model, optimizer = engine.prepare(model, optimizer_of(model))
@@ -271,26 +294,32 @@ def overflowing() -> list[tuple[bool, float]]:
     return found
 
 
-def saved(folder: str, stages: int, stage: int, tensor: int = 1) -> dict[str, Any]:
+def saved(
+    folder: str, stages: int, stage: int, tensor: int = 1, schedule: str = "1f1b", name: str = "llama-tied"
+) -> dict[str, Any]:
     """Train two steps and save; return the weights, and what the steps after it give."""
-    engine, model, optimizer, loader = prepared("llama-tied", stages, stage, strategy={"tensor_parallel": tensor})
+    strategy = {"tensor_parallel": tensor, "pipeline_schedule": schedule}
+    engine, model, optimizer, loader = prepared(name, stages, stage, strategy=strategy)
     batches = list(loader)
-    steps("llama-tied", engine, model, optimizer, batches[:2], loss_of)
+    steps(name, engine, model, optimizer, batches[:2], loss_of)
     engine.save_state(f"{folder}/state")
     engine.save_model(model, f"{folder}/model")
     weights = engine.get_state_dict(model)
-    found = steps("llama-tied", engine, model, optimizer, batches[2:], loss_of)
+    found = steps(name, engine, model, optimizer, batches[2:], loss_of)
     engine.free_memory()
     return {**found, "saved": weights, "weights": {}}
 
 
-def resumed(folder: str, stages: int, stage: int, tensor: int = 1) -> dict[str, Any]:
+def resumed(
+    folder: str, stages: int, stage: int, tensor: int = 1, schedule: str = "1f1b", name: str = "llama-tied"
+) -> dict[str, Any]:
     """Load what `saved` wrote into another layout, and go on."""
-    engine, model, optimizer, loader = prepared("llama-tied", stages, stage, strategy={"tensor_parallel": tensor})
+    strategy = {"tensor_parallel": tensor, "pipeline_schedule": schedule}
+    engine, model, optimizer, loader = prepared(name, stages, stage, strategy=strategy)
     batches = list(loader)
     engine.load_state(f"{folder}/state")
     weights = engine.get_state_dict(model)
-    found = steps("llama-tied", engine, model, optimizer, batches[2:], loss_of)
+    found = steps(name, engine, model, optimizer, batches[2:], loss_of)
     engine.free_memory()
     return {**found, "saved": weights, "weights": {}}
 

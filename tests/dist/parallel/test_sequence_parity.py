@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import distui
 from distui.core.errors import UserError
+from distui.core.parallel import ring
 from tests.dist.parallel.trainings import MAX_NORM, ROWS, STEPS, VOCAB, build, difference, optimizer_of
 
 LENGTH = 12
@@ -33,13 +35,13 @@ def _batches() -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def _engine(context: int, tensor: int, stage: int, **sections: Any) -> distui.Engine:
-    sizes = {"context_parallel": context, "tensor_parallel": tensor, "zero_stage": stage}
+def _engine(context: int, tensor: int, stage: int, method: str = "auto", **sections: Any) -> distui.Engine:
+    sizes = {"context_parallel": context, "tensor_parallel": tensor, "zero_stage": stage, "context_method": method}
     return distui.Engine(strategy=sizes, **sections)
 
 
-def _train(name: str, context: int, tensor: int, stage: int, masked: bool, **sections: Any) -> dict[str, Any]:
-    engine = _engine(context, tensor, stage, **sections)
+def _train(name: str, context: int, tensor: int, stage: int, masked: bool, method: str = "auto") -> dict[str, Any]:
+    engine = _engine(context, tensor, stage, method)
     model = build(name, engine.process_index)
     loader: Any = torch.utils.data.DataLoader(
         _batches(),  # type: ignore[arg-type]
@@ -75,11 +77,18 @@ def _alone(name: str, masked: bool) -> dict[str, Any]:
 
 
 def _check(
-    run_ranks: Callable[..., Any], name: str, context: int, tensor: int, world: int, stage: int, masked: bool
+    run_ranks: Callable[..., Any],
+    name: str,
+    context: int,
+    tensor: int,
+    world: int,
+    stage: int,
+    masked: bool,
+    method: str = "auto",
 ) -> None:
     alone = _alone(name, masked)
     seen = _batches()[1]["attention_mask"].bool()
-    for found in run_ranks(_train, world, name, context, tensor, stage, masked):
+    for found in run_ranks(_train, world, name, context, tensor, stage, masked, method):
         assert difference(found, alone) < 1e-5
         assert found["evaluated"] == pytest.approx(alone["evaluated"], abs=1e-5)
         torch.testing.assert_close(found["logits"][0, seen], alone["logits"][0, seen], rtol=1e-4, atol=1e-4)
@@ -100,6 +109,62 @@ def test_cut_sequences_train_as_whole_ones(
     _check(run_ranks, name, context, tensor, world, stage, masked)
 
 
+RINGS = [
+    ("llama", 2, 1, 2, 0, True, "ring"),
+    ("llama-tied", 3, 1, 3, 3, True, "auto"),  # four heads over three ranks
+    ("gpt2", 2, 1, 4, 1, False, "ring"),
+    ("qwen3", 2, 2, 4, 2, True, "ring"),
+]
+
+
+@pytest.mark.parametrize(("name", "context", "tensor", "world", "stage", "masked", "method"), RINGS)
+def test_cut_sequences_train_as_whole_ones_in_a_ring(
+    run_ranks: Callable[..., Any],
+    name: str,
+    context: int,
+    tensor: int,
+    world: int,
+    stage: int,
+    masked: bool,
+    method: str,
+) -> None:
+    _check(run_ranks, name, context, tensor, world, stage, masked, method)
+
+
+def _ring_alone(num_key_heads: int) -> float:
+    """Compare a ring's attention and gradients with torch's, tile by tile; return the largest difference."""
+    ring._TILE_NUMEL = 60
+    num_ranks, index = dist.get_world_size(), dist.get_rank()
+    length, worst = 4 * num_ranks, 0.0
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, length, 5, generator=generator).requires_grad_() for h in (6, *[num_key_heads] * 2))
+    grad = torch.randn(2, 6, length, 5, generator=generator)
+    behind = torch.arange(length) >= length - 3
+    for padding in (None, torch.stack([behind, ~behind]), torch.stack([behind.flip(0), behind])):
+        sees = torch.ones(length, length).tril().bool().expand(2, 1, length, length)
+        sees = sees if padding is None else sees & ~padding[:, None, None]
+        groups = 6 // num_key_heads
+        whole = F.scaled_dot_product_attention(
+            q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), sees
+        )
+        whole = torch.where(sees.any(-1, keepdim=True), whole, 0.0)
+        expected = (whole, *torch.autograd.grad(whole, (q, k, v), grad))
+        own = ring.zigzag(length, num_ranks)[index]
+        parts = tuple(x[:, :, own].detach().requires_grad_() for x in (q, k, v))
+        assert dist.group.WORLD is not None
+        found = ring.ring_attention(parts[0], parts[1], parts[2], padding, 5**-0.5, dist.group.WORLD)
+        for mine, other in zip((found, *torch.autograd.grad(found, parts, grad[:, :, own])), expected, strict=True):
+            worst = max(worst, float((mine - other[:, :, own]).detach().abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize(("num_ranks", "num_key_heads"), [(2, 6), (3, 2), (4, 1)])
+def test_attention_in_a_ring_is_that_of_the_whole(
+    run_ranks: Callable[..., Any], num_ranks: int, num_key_heads: int
+) -> None:
+    assert max(run_ranks(_ring_alone, num_ranks, num_key_heads)) < 1e-5
+
+
 GRID = [
     (name, context, tensor, world, stage, masked)
     for name in ("llama", "llama-tied", "gpt2", "qwen3", "qwen3-moe")
@@ -117,9 +182,9 @@ def test_cut_sequences_train_as_whole_ones_on_the_whole_grid(
     _check(run_ranks, name, context, tensor, world, stage, masked)
 
 
-def _by_hand(context: int, recomputed: str) -> dict[str, Any]:
+def _by_hand(context: int, recomputed: str, method: str = "auto") -> dict[str, Any]:
     """Take the loss of the logits, which a script computes itself; all ranks of a batch have the same."""
-    engine = _engine(context, 1, 3 if context > 1 else 0, activation_checkpointing={"mode": recomputed})
+    engine = _engine(context, 1, 3 if context > 1 else 0, method, activation_checkpointing={"mode": recomputed})
     model = build("llama", engine.process_index)
     model, optimizer = engine.prepare(model, optimizer_of(model))
     found: dict[str, Any] = {"losses": [], "norms": []}
@@ -138,18 +203,23 @@ def _by_hand(context: int, recomputed: str) -> dict[str, Any]:
     return found
 
 
-def test_a_loss_of_the_scripts_own_sees_whole_logits(run_ranks: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("method", ["ulysses", "ring"])
+def test_a_loss_of_the_scripts_own_sees_whole_logits(run_ranks: Callable[..., Any], method: str) -> None:
     alone = _by_hand(1, "none")
-    for found in run_ranks(_by_hand, 2, 2, "full"):
+    for found in run_ranks(_by_hand, 2, 2, "full", method):
         assert difference(found, alone) < 1e-5
 
 
 def _told(what: str) -> str:
     try:
-        engine = _engine(2, 1, 0)
+        engine = _engine(2, 1, 0, "ring" if "ring" in what else "auto")
         name = what if what in ("opt", "encoder") else "llama"
-        model = engine.prepare(build(name))
-        ids = torch.ones(2, 7 if what == "odd" else 8, dtype=torch.long)
+        model: Any = build(name)
+        if what == "dropping in a ring":
+            for layer in model.model.layers:
+                layer.self_attn.attention_dropout = 0.25
+        model = engine.prepare(model)
+        ids = torch.ones(2, {"odd": 7, "odd in a ring": 6}.get(what, 8), dtype=torch.long)
         more: dict[str, Any] = {
             "hidden": {"output_hidden_states": True},
             "packed": {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])},
@@ -166,6 +236,15 @@ def _told(what: str) -> str:
     ("what", "said"),
     [
         ("odd", "sequences of 7 tokens over context_parallel=2 ranks: 7 = 3 x 2 + 1"),
+        (
+            "odd in a ring",
+            "sequences of 6 tokens over context_parallel=2 ranks: 6 = 1 x 4 + 2; every rank takes two pieces of as many "
+            "tokens in a ring: pad or cut them to 4 or 8 tokens",
+        ),
+        (
+            "dropping in a ring",
+            "attention of LlamaAttention over context_parallel=2 ranks: dropout=0.25 is set; in a ring it is causal",
+        ),
         ("hidden", "output_hidden_states=True under context_parallel=2"),
         ("packed", "position_ids that are not 0, 1, 2, ... under context parallelism"),
         ("mask", "an attention_mask of [2, 1, 8, 8] under context parallelism"),

@@ -72,7 +72,7 @@ def test_sizes_that_do_not_fit_come_with_the_nearest_that_do(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("strategy.context_method", "ring"),
+        ("strategy.shard_size", "4"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused(key: str, value: str) -> None:
@@ -192,7 +192,7 @@ def test_what_does_not_go_with_a_pipeline_is_refused() -> None:
         "strategy__pipeline_schedule": "zbv",
         "strategy__tensor_parallel": "2",
         "strategy__context_parallel": "2",
-        "strategy__zero_stage": "1",
+        "strategy__zero_stage": "2",
         "compression__gradients": "onebit",
         "offload__optimizer": "cpu",
         "optimizer__state_bits": "8",
@@ -210,6 +210,11 @@ def test_what_does_not_go_with_a_pipeline_is_refused() -> None:
     assert "3 micro-batches a step, 1 of 4 stages" in problem.why
     assert problem.fix == "set batch.accumulation to 4 or more; 16 leave 16% of the time unused, 4 43%"
     assert not found_in(4, strategy__pipeline_parallel="4", batch__accumulation="4", strategy__zero_stage="3")
+    interleaved = {"strategy__pipeline_parallel": "4", "strategy__pipeline_schedule": "interleaved"}
+    (problem,) = found_in(4, **interleaved, batch__accumulation="6")
+    assert "in rounds of 4, and 6 are 1 of them and 2 more" in problem.why
+    assert problem.fix == "set batch.accumulation to 8, or strategy.pipeline_schedule to 1f1b"
+    assert not found_in(4, **interleaved, batch__accumulation="8", strategy__zero_stage="3")
 
 
 def test_what_does_not_go_with_experts_over_ranks_is_refused() -> None:

@@ -48,6 +48,20 @@ def test_a_pipelines_bubble_and_memory_are_those_of_its_table(stages: int, micro
     )
 
 
+def test_other_schedules_idle_less_and_hold_as_their_tables_say() -> None:
+    model = load_model("llama-7b", 2048)
+    plain = replace(BASE, data_parallel=2, pipeline_parallel=4, accumulation=8)
+    idle, held = {}, {}
+    for schedule in ("gpipe", "1f1b", "interleaved", "zbv"):
+        cut = replace(plain, pipeline_schedule=schedule)
+        timing = step_time(model, cut, RATES)
+        idle[schedule] = timing.bubble_s / (timing.bubble_s + timing.forward_s + timing.backward_s)
+        held[schedule] = sum(activation_bytes(model, cut, 2))
+        assert idle[schedule] == pytest.approx(course(schedule, tables(schedule, 4, 8)).bubble)
+    assert idle["zbv"] < idle["1f1b"] / 2 and idle["interleaved"] < 0.6 * idle["1f1b"] and idle["gpipe"] == idle["1f1b"]
+    assert held["gpipe"] > held["interleaved"] > held["1f1b"] >= held["zbv"]
+
+
 def test_a_pipeline_that_has_too_few_micro_batches_is_planned_as_what_does_not_fit() -> None:
     plans = plan_all(load_model("llama-7b", 2048), EIGHT, global_size=8)
     deep = [plan for plan in plans if plan.pipeline_parallel == 8 and plan.data_parallel == 1]

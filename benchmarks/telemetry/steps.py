@@ -1,6 +1,6 @@
 """What telemetry costs the training thread, in microseconds, with the sender live against a server process.
 
-    python benchmarks/telemetry.py [--batches 60] [--batch 500]
+    python benchmarks/telemetry/steps.py [--batches 60] [--batch 500]
 
 The goal is under 10 us each. A bare deque append with a time stamp is measured in the same run, as the least that any
 such thing can cost. Calls come at a real job's pace (a batch, then a pause), so the sender drains while it is measured.

@@ -1,6 +1,6 @@
 """Jobs that something happens to on purpose: gloo ranks forked from one warm process, each job with a situation.
 
-    python benchmarks/faulty_ranks.py
+    python benchmarks/situations/faulty_ranks.py
 
 On stdin comes one JSON line a job, {"run": folder, "fault": name}; the fault "end" kills the job, "stop" and "continue"
 stop its ranks and let them go on.
@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from situations.job import FAULT_STEP, SITUATIONS, Job, Situation
 
 from distui.core.config.schema import TelemetrySection
 from distui.core.paths import RunFolder
 from distui.core.telemetry.collectives import install
 from distui.core.telemetry.source import open_source
+from situations.job import FAULT_STEP, SITUATIONS, Job, Situation
 
 _PR_SET_PDEATHSIG, _CLONE_NEWNET = 1, 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -1,6 +1,6 @@
 """What recording a collective costs the thread that starts it, in microseconds of its CPU time.
 
-    python benchmarks/ledger.py [--rounds 40] [--calls 200]
+    python benchmarks/telemetry/ledger.py [--rounds 40] [--calls 200]
 
 One gloo rank alone, so that a collective does nothing. Recorded and unrecorded calls alternate in rounds of one run,
 and the median of the rounds' differences is the cost. The goal is under 10 us for what Python starts. What C++ code
