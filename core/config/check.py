@@ -282,7 +282,8 @@ def pipeline_problems(config: Config) -> Iterator[Problem]:
     if (other := strategy.context_parallel) > 1:
         what = f"context_parallel={other} with pipeline_parallel={size}"
         yield _not_available("strategy.context_parallel", what, "1")
-    keys = ("compression.gradients", "compression.weights", "offload.optimizer", "offload.params", "optimizer.state_bits")
+    keys = ["compression.gradients", "compression.weights", "offload.optimizer", "offload.params"]
+    keys.append("optimizer.state_bits")
     why = "a pipeline's stages hold whole states on their devices in this version"
     yield from _not_beside(config, "pipeline_parallel", keys, why)
 
@@ -307,7 +308,7 @@ def expert_problems(config: Config) -> Iterator[Problem]:
         if (other := getattr(config.strategy, axis)) > 1:
             yield _not_available(f"strategy.{axis}", f"{axis}={other} with expert_parallel={size}", "1")
     keys = ("compression.gradients", "compression.weights", "optimizer.state_bits")
-    why = "experts and what is whole are shared among different ranks, and blocks with one scale are not in this version"
+    why = "experts and what is whole are shared among different ranks; blocks with one scale are not, in this version"
     yield from _not_beside(config, "expert_parallel", keys, why)
 
 
