@@ -33,7 +33,8 @@ def test_two_pairs_equal_one_process(run_ranks: RunRanks) -> None:
 
 def test_with_context_parallel_ranks(run_ranks: RunRanks) -> None:
     context = {"strategy": {"context_parallel": 2}}
-    compare(run_ranks, 4, [("mixtral", 2, 1, context), ("olmoe", 4, 3, context)])
+    ring = {"strategy": {"context_parallel": 2, "context_method": "ring"}}
+    compare(run_ranks, 4, [("mixtral", 2, 1, context), ("olmoe", 4, 3, context), ("qwen3-moe", 2, 2, ring)])
 
 
 @pytest.mark.parametrize(("name", "layer", "num_pairs"), [("mixtral", "model.layers.1.mlp.experts", 64), ("mixture", "layers.1.moe", 64)])
