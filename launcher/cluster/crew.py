@@ -122,7 +122,7 @@ class Crew:
     async def _start(self, node: int, seat: Seat) -> None:
         host = self.gang.members[node].host
         try:
-            process = await self._starter.start(host, agent_command())
+            process = await self._starter.start(host, own_command(AGENT))
         except OSError as error:
             self.gang.failed(
                 node, Problem(host.name, "its agent cannot be started", str(error), "is it installed here?")
@@ -168,6 +168,7 @@ class Crew:
             "interface": cluster.interface,
             "probe": str(self._probe or ""),
             "check": self._only_checks,
+            "saves_on_term": cluster.on_preempt == "save",
             "threads": cluster.threads_per_rank,
             "devices": list(host.devices),
         }
@@ -289,7 +290,7 @@ class Crew:
             old.kill()
         process: asyncio.subprocess.Process | None = None
         try:
-            process = await self._starter.start(self.gang.members[node].host, agent_command())
+            process = await self._starter.start(self.gang.members[node].host, own_command(AGENT))
             task = json.dumps({"sweep": True, "run_dir": str(self._run.path.absolute())})
             told, _ = await asyncio.wait_for(process.communicate(task.encode() + b"\n"), within_s)
             return b"distui: swept" in told
@@ -328,9 +329,9 @@ class Crew:
         task.add_done_callback(self._tasks.discard)
 
 
-def agent_command() -> list[str]:
-    """Return the command of an agent: this side's own Python, by its whole path."""
-    command = [sys.executable, "-u", "-m", AGENT]
+def own_command(module: str) -> list[str]:
+    """Return the command of a module of ours: this side's own Python, by its whole path."""
+    command = [sys.executable, "-u", "-m", module]
     package = importlib.util.find_spec("distui")
     assert package is not None and package.origin is not None
     home = str(Path(package.origin).resolve().parents[1])

@@ -84,6 +84,14 @@ def request_preemption(run: RunFolder) -> None:
         os.close(open_own(run.preempt, os.O_WRONLY | os.O_CREAT))
 
 
+def give_way(run: RunFolder) -> bool:
+    """Take a first SIGTERM for the wish that the job saves and ends; False where the job is being stopped."""
+    if stop_requested(run):
+        return False
+    request_preemption(run)
+    return True
+
+
 def stop_requested(run: RunFolder) -> bool:
     """Return whether `distui control` stopped the job."""
     return _STOP in list_own(run.path)
