@@ -17,7 +17,7 @@ from distui.launcher.job.outcome import HOST_LOST, Outcome
 
 SET_BY_US = ("cluster.slurm_partition", "cluster.slurm_time", "cluster.slurm_args")
 """Settings of the submission, which the job itself has no use for."""
-_STATE = re.compile(r"\b(JobState|Reason|BatchFlag|Requeue)=(\S+)")
+_STATE = re.compile(r"\b(JobState|Reason|BatchFlag|Requeue|Restarts)=(\S+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +109,11 @@ def queue_again(job: Allocation, config: Config, outcome: Outcome) -> str:
             return ""  # salloc's: whoever holds it starts again by hand
         if found.get("Requeue") != "1":
             return f"{name} is not queued again: it was submitted with --no-requeue, or the cluster forbids it"
+        if int(found["Restarts"]) > job.restarts:
+            return f"{name} is queued again by Slurm, and will go on from its last checkpoint"
         if found["JobState"] != "RUNNING" and found.get("Reason") != "TimeLimit":
-            return f"{name} is {found['JobState'].lower()}: whoever ended it decides whether it is queued again"
+            return f"{name} is {found['JobState'].lower()}, by whoever ended it: it is not queued again from here"
         ask("scontrol", "requeue", job.job_id)
-    except (UserError, KeyError) as error:
+    except (UserError, KeyError, ValueError) as error:
         return f"{name} could not be queued again: {error}"
     return f"{name} is queued again, and will go on from its last checkpoint"

@@ -329,6 +329,7 @@ def _conclude(run: RunFolder, config: Config, outcome: Outcome, elapsed_s: float
     if config.cluster.starter == "slurm" and (job := allocation(os.environ)) is not None:
         from distui.launcher.cluster.batch import queue_again
 
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of Slurm, once the job is queued again
         if told := queue_again(job, config, outcome):
             print(f"distui: {told}", file=sys.stderr, flush=True)
     notify_terminal(config, run, outcome, elapsed_s)

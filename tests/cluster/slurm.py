@@ -1,4 +1,4 @@
-"""Slurm on hosts that are namespaces: one controller, a slurmd on each, a munged of its own; nothing of the machine's."""
+"""Slurm on hosts that are namespaces: a controller, a slurmd on each, a munged; nothing of the machine's own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.cluster.namespaces import NamespaceCluster, NamespaceHost
@@ -75,9 +76,10 @@ class SlurmCluster(NamespaceCluster):
         _until(lambda: self._idle() == len(self.hosts), "nodes did not come up", self._say)
 
     def _daemon(self, words: list[str]) -> None:
-        log = (self.folder / "daemons.log").open("ab")
         environ = {**os.environ, **self.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
-        self._daemons.append(subprocess.Popen(words, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+        with (self.folder / "daemons.log").open("ab") as log:
+            daemon = subprocess.Popen(words, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self._daemons.append(daemon)
 
     def _idle(self) -> int:
         done = self.slurm("sinfo", "-h", "-N", "-o", "%T")
@@ -107,7 +109,7 @@ class SlurmCluster(NamespaceCluster):
             daemon.wait()
 
 
-def _until(is_so, what: str, why=lambda: "") -> None:
+def _until(is_so: Callable[[], bool], what: str, why: Callable[[], str] = lambda: "") -> None:
     deadline = time.monotonic() + READY_S
     while not is_so():
         assert time.monotonic() < deadline, f"{what}: {why()}"
