@@ -173,6 +173,7 @@ class Supervisor:
         if attempt.port and not self._is_over():
             first_hello = gang.members[0].hello
             assert first_hello is not None
+            self._restarts.ready(self._run)
             for node, (first, count) in places.items():
                 start = pb.Start(
                     attempt=attempt.number,

@@ -51,6 +51,15 @@ class Restarts:
         self.attempt += 1
         why = outcome.message or "failed"
         self.told.append({"attempt": self.attempt, "time_s": time.time(), "step": step, "cause": why})
+        self._write(run)
+
+    def ready(self, run: RunFolder) -> None:
+        """Note that the ranks of an attempt are started: all hosts are there."""
+        if self.told:
+            self.told[-1]["ready_s"] = time.time()
+            self._write(run)
+
+    def _write(self, run: RunFolder) -> None:
         write_own(run.restarts, json.dumps({"attempt": self.attempt, "restarts": self.told}))
 
 

@@ -79,7 +79,7 @@ class Queue:
         """Wait until a job that was queued again has ended: no step is missing, none was done twice."""
         self.until(lambda: self.state(job) == "PENDING", "it was not queued again", job)
         before = len(self.steps(out))
-        self.cluster.slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes
+        self.cluster.slurm("scontrol", "update", f"JobId={job}", "StartTime=now+3")  # of itself it waits two minutes
         self.until(
             lambda: len(self.steps(out)) > before or self.state(job) not in ("PENDING", "RUNNING", "COMPLETING"),
             "it did not go on",
