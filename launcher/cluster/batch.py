@@ -12,8 +12,8 @@ from pathlib import Path
 from distui.core.config.schema import Config
 from distui.core.errors import EXIT_PREEMPTED, UserError
 from distui.launcher.cluster.allocation import Allocation, ask
-from distui.launcher.cluster.crew import own_command
 from distui.launcher.job.outcome import HOST_LOST, Outcome
+from distui.launcher.job.processes import own_command
 
 SET_BY_US = ("cluster.slurm_partition", "cluster.slurm_time", "cluster.slurm_args")
 """Settings of the submission, which the job itself has no use for."""

@@ -44,7 +44,8 @@ def check(
     from distui.core.telemetry.harmless import harmless
     from distui.launcher.cluster.checking import COLUMNS, check_hosts, row
     from distui.launcher.commands.launch import overrides_of
-    from distui.launcher.job.launch import LaunchRequest, decided, hosts_of
+    from distui.launcher.job.launch import decided, hosts_of
+    from distui.launcher.job.request import LaunchRequest
 
     overrides = overrides_of(assignments, {"cluster.hosts": hosts, "cluster.hostfile": hostfile})
     config = decided(load(config_path, overrides).config, detect())

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fnmatch
-import importlib.util
 import json
 import os
 import secrets
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +23,7 @@ from distui.launcher.cluster.control import ControlPort, Seat
 from distui.launcher.cluster.gang import Gang
 from distui.launcher.cluster.hosts import Host
 from distui.launcher.cluster.starter import Starter
+from distui.launcher.job.processes import own_command
 from distui.launcher.node.facts import Hello, addresses, files_of, source_address
 from distui.launcher.node.member import NONCE
 from distui.launcher.node.restarts import checkpoints_of
@@ -327,15 +326,6 @@ class Crew:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def own_command(module: str) -> list[str]:
-    """Return the command of a module of ours: this side's own Python, by its whole path."""
-    command = [sys.executable, "-u", "-m", module]
-    package = importlib.util.find_spec("distui")
-    assert package is not None and package.origin is not None
-    home = str(Path(package.origin).resolve().parents[1])
-    return command if home.endswith("-packages") else ["env", f"PYTHONPATH={home}", *command]  # a checkout
 
 
 def chosen_environ(patterns: str) -> dict[str, str]:

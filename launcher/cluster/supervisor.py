@@ -69,13 +69,13 @@ class Supervisor:
         self._restarts = Restarts(config.cluster.max_restarts)
         self._attempt = Attempt(0, run)
         self._crew: Crew
-        self._is_giving_way = False
+        self._is_giving_way, self._saves_on_term = False, config.cluster.on_preempt == "save"
         self.stopped_by: signal.Signals | None = None
 
     def stop(self, signum: signal.Signals) -> None:
         """Have the job ended; a first SIGTERM only has it give way, where that is what it means."""
-        saves = self._config.cluster.on_preempt == "save" and not self._is_giving_way
-        if signum == signal.SIGTERM and saves and not stop_requested(self._run):
+        if signum == signal.SIGTERM and self._saves_on_term and not stop_requested(self._run):
+            self._saves_on_term = False  # a second one means it
             self.preempt()
             return
         self.stopped_by = self.stopped_by or signum

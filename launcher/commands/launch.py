@@ -145,7 +145,8 @@ def command(
     rank failed, 130 stopped by Ctrl-C, 2 a mistake found first.
     """
     from distui.core.errors import UserError
-    from distui.launcher.job.launch import LaunchRequest, launch
+    from distui.launcher.job.launch import launch
+    from distui.launcher.job.request import LaunchRequest
 
     if hosts is not None and not hosts.strip():
         raise UserError("--hosts names no host", "it is empty", "name hosts, as a,b:4, or leave --hosts out")

@@ -104,7 +104,8 @@ class Job:
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Be the handler of SIGINT, SIGTERM, SIGHUP and SIGUSR1."""
         if signum == signal.SIGUSR1 or (signum == signal.SIGTERM and self._saves_on_term):
-            self._saves_on_term = False  # a second one means it
+            if signum == signal.SIGTERM:
+                self._saves_on_term = False  # a second one means it
             if self.ended() is None:
                 self._agent.send_signal(signal.SIGUSR1)
             return

@@ -9,8 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 from distui.core.config.check import check
@@ -22,6 +21,7 @@ from distui.core.paths import JOB_ENV, RunFolder, daemon_socket, default_runs_di
 from distui.launcher.cluster.allocation import allocation, as_hosts, check_tasks, default_ranks, in_step
 from distui.launcher.cluster.hosts import Host, as_setting, choose_hosts
 from distui.launcher.cluster.starter import load_starter
+from distui.launcher.cluster.submission import is_submission, submit_job
 from distui.launcher.compat.faces import check_face
 from distui.launcher.job import preflight
 from distui.launcher.job.announce import Announcer
@@ -34,31 +34,7 @@ from distui.launcher.job.notify import notify_away, notify_terminal, without_not
 from distui.launcher.job.outcome import Outcome
 from distui.launcher.job.plain import follow_plain, say_start
 from distui.launcher.job.provenance import provenance
-from distui.launcher.job.submission import is_submission, submit_job
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchRequest:
-    """What the user asked for: the target with its arguments, as typed, and settings as `section.key` -> text."""
-
-    target: Sequence[str]
-    overrides: Mapping[str, str] = field(default_factory=dict)
-    config_path: Path | None = None
-    no_tui: bool = False
-    face: str | None = None
-    """What the script's imports are resolved as: see `distui.launcher.compat.faces`."""
-    passes_local_rank: bool = False
-    """Whether a script that reads `--local_rank` is given it, as DeepSpeed's launcher does."""
-    detach: bool = False
-    """Whether it starts in the background."""
-    debug_rank: int | None = None
-    """Whose `breakpoint()` waits for `distui attach --debug`; None: rank 0's has the launcher's stdin."""
-    debugger: str = "pdb"
-    include: str = ""
-    exclude: str = ""
-    """Which of the hosts and slots are taken, as `host[:slot,...][@...]`."""
-    dry_run: bool = False
-    """Whether the batch script is printed instead of being submitted."""
+from distui.launcher.job.request import LaunchRequest
 
 
 def launch(request: LaunchRequest) -> int:

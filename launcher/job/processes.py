@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import select
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -166,3 +168,12 @@ def wait_handle(pidfd: int, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(max(0.0, timeout_s) * 1000))
+
+
+def own_command(module: str) -> list[str]:
+    """Return the command of a module of ours: this side's own Python, by its whole path."""
+    command = [sys.executable, "-u", "-m", module]
+    package = importlib.util.find_spec("distui")
+    assert package is not None and package.origin is not None
+    home = str(Path(package.origin).resolve().parents[1])
+    return command if home.endswith("-packages") else ["env", f"PYTHONPATH={home}", *command]  # a checkout

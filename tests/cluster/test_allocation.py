@@ -21,8 +21,8 @@ from distui.launcher.cluster.allocation import (
     default_ranks,
 )
 from distui.launcher.cluster.batch import Submission, batch_script, queue_again, submit
+from distui.launcher.cluster.submission import seconds_of
 from distui.launcher.job.outcome import HOST_LOST, Outcome, RankOutcome
-from distui.launcher.job.submission import seconds_of
 from tests.cluster.conftest import Place
 
 JOB = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "gpu[1-3]", "SLURM_JOB_CPUS_PER_NODE": "8(x2),4"}

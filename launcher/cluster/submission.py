@@ -6,16 +6,13 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from distui.core.config.check import check
 from distui.core.config.settings import Resolved
 from distui.core.errors import EXIT_OK, ConfigError, Problem, UserError
 from distui.launcher.cluster.allocation import allocation
 from distui.launcher.job import preflight
-
-if TYPE_CHECKING:
-    from distui.launcher.job.launch import LaunchRequest
+from distui.launcher.job.request import LaunchRequest
 
 _CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 
