@@ -291,6 +291,9 @@ class RunState:
                 self.effort.failed(_told_s(record))
             elif record.event.kind == AGAIN and source.rank == LAUNCHER:
                 self.effort.ready(_told_s(record))
+                for name in ("world_size", "num_nodes"):  # a job may go on with fewer hosts
+                    if (told := record.event.attributes.get(name, "")).isdecimal():
+                        setattr(self.info, name, int(told))
         elif body == "metrics":
             self.metrics.append(pb.TimedMetrics(time_s=record.time_s, rank=source.rank, metrics=record.metrics))
         elif body == "hardware":

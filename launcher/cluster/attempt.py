@@ -16,12 +16,45 @@ from distui.proto import cluster_pb2 as pb
 _FILE = re.compile(r"logs/rank[0-9]+\.(log|stderr)")
 
 
+class Logs:
+    """What ranks of other hosts print, in the logs here. A rank that another host has now goes on below the old one."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._begins: dict[tuple[int, str], int] = {}
+        """By node and file: where in the log here the node's own begins."""
+        self._writers: dict[str, int] = {}
+
+    def keep(self, node: int, piece: pb.FilePiece) -> None:
+        """Write a piece to where it belongs."""
+        if not _FILE.fullmatch(piece.name):
+            return
+        path = self._run.path / piece.name
+        with contextlib.suppress(OSError):  # a full disk costs the copy: the log is on its host
+            is_log = piece.name.endswith(".log")
+            begin = self._begin(node, piece.name if is_log else f"{piece.name.rpartition('.')[0]}.log")
+            if begin and not is_log:
+                return  # marks count from the beginning of the node's own log: all of it passes as stdout
+            log = open_own(path, os.O_WRONLY | os.O_CREAT)
+            os.pwrite(log, piece.data, begin + piece.offset)
+            os.close(log)
+
+    def _begin(self, node: int, name: str) -> int:
+        if (node, name) not in self._begins:
+            path = self._run.path / name
+            follows = self._writers.get(name, node) != node and path.exists()
+            self._begins[node, name] = path.stat().st_size if follows else 0
+        self._writers[name] = node
+        return self._begins[node, name]
+
+
 @dataclass(slots=True)
 class Attempt:
     """What is known of one attempt. Times are this host's wall clock."""
 
     number: int
     run: RunFolder
+    logs: Logs
     endings: dict[int, Ending] = field(default_factory=dict)
     steps: dict[int, int] = field(default_factory=dict)
     port: int = 0
@@ -40,7 +73,7 @@ class Attempt:
         """Take in what the agent of a node says."""
         body = said.WhichOneof("body")
         if body == "file":
-            self._keep(said.file)
+            self.logs.keep(node, said.file)
         elif body == "store" and said.store.attempt == self.number:
             self.port = said.store.port
             if said.store.problem:
@@ -52,15 +85,6 @@ class Attempt:
             self.stopped = self.stopped or said.done.stopped
             if said.done.problem:
                 self.problems[node] = said.done.problem
-
-    def _keep(self, piece: pb.FilePiece) -> None:
-        """Write what a rank of another host has printed into its log here."""
-        if not _FILE.fullmatch(piece.name):
-            return
-        with contextlib.suppress(OSError):  # a full disk costs the copy: the log is on its host
-            log = open_own(self.run.path / piece.name, os.O_WRONLY | os.O_CREAT)
-            os.pwrite(log, piece.data, piece.offset)
-            os.close(log)
 
     def _keep_ending(self, told: pb.RankEnded) -> None:
         status = told.exit_status if told.HasField("exit_status") else None

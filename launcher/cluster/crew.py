@@ -60,7 +60,7 @@ class Crew:
         self._dialled: dict[int, list[str]] = {}
         self.changed = asyncio.Event()
         loop = asyncio.get_running_loop()
-        self.gang = Gang(hosts, loop.time, config.cluster.meet_s)
+        self.gang = Gang(hosts, loop.time, config.cluster.meet_s, getattr(starter, "way", config.cluster.starter))
         self.files, self.optional = files_of(command, Path.cwd(), config_file)
         self._run, self._config, self._starter, self._command = run, config, starter, command
         self._on_said = on_said

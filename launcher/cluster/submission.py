@@ -36,8 +36,8 @@ def submit_job(request: LaunchRequest, resolved: Resolved) -> int:
 
     config, folder = resolved.config, Path.cwd()
     preflight.check_target(request.target, folder)
-    shape = config.model_copy(deep=True)
-    shape.cluster.nodes, nproc = 1, config.cluster.nproc
+    shape, nproc = config.model_copy(deep=True), config.cluster.nproc
+    shape.cluster.hosts = ",".join(f"node{number}" for number in range(config.cluster.nodes))  # Slurm will name them
     problems = check(shape, None, nproc * config.cluster.nodes if isinstance(nproc, int) else None)
     if problems := [*problems, *_time_problems(config.cluster.slurm_time, config.cluster.slurm_signal_s)]:
         raise ConfigError(problems)

@@ -32,8 +32,9 @@ from distui.core.errors import (
     UserError,
 )
 from distui.core.paths import RunFolder, read_json, write_own
-from distui.launcher.cluster.attempt import Attempt
+from distui.launcher.cluster.attempt import Attempt, Logs
 from distui.launcher.cluster.crew import SWEEP_S, Crew
+from distui.launcher.cluster.elastic import fitting, too_few
 from distui.launcher.cluster.gang import Member
 from distui.launcher.cluster.hello import compare, remarks
 from distui.launcher.cluster.hosts import Host
@@ -67,15 +68,18 @@ class Supervisor:
         self._config_file = Path(spec["config_file"]) if spec.get("config_file") else None
         self._starter = load_starter(config.cluster)
         self._restarts = Restarts(config.cluster.max_restarts)
-        self._attempt = Attempt(0, run)
+        self._logs = Logs(run)
+        self._attempt = Attempt(0, run, self._logs)
+        self._active = list(range(len(self._hosts)))
+        """The nodes that the job goes on with, in the order of their ranks."""
         self._crew: Crew
-        self._is_giving_way, self._saves_on_term = False, config.cluster.on_preempt == "save"
+        self._is_giving_way = False
         self.stopped_by: signal.Signals | None = None
 
     def stop(self, signum: signal.Signals) -> None:
-        """Have the job ended; a first SIGTERM only has it give way, where that is what it means."""
-        if signum == signal.SIGTERM and self._saves_on_term and not stop_requested(self._run):
-            self._saves_on_term = False  # a second one means it
+        """Have the job ended; SIGTERM only has it give way, where that is what it means."""
+        saves = self._config.cluster.on_preempt == "save" and not stop_requested(self._run)
+        if signum == signal.SIGTERM and saves:
             self.preempt()
             return
         self.stopped_by = self.stopped_by or signum
@@ -155,50 +159,52 @@ class Supervisor:
     def _places(self) -> dict[int, tuple[int, int]]:
         """Return each node's first rank and number of ranks."""
         found, first = {}, 0
-        for node, host in enumerate(self._hosts):
-            found[node] = (first, host.num_ranks)
-            first += host.num_ranks
+        for node in self._active:
+            found[node] = (first, self._hosts[node].num_ranks)
+            first += self._hosts[node].num_ranks
         return found
 
     async def _run_attempt(self) -> Outcome:
-        attempt = self._attempt = Attempt(self._restarts.attempt, self._run)
+        attempt = self._attempt = Attempt(self._restarts.attempt, self._run, self._logs)
         gang, crew, loop = self._crew.gang, self._crew, asyncio.get_running_loop()
-        places = self._places()
-        crew.say(0, open_store=pb.OpenStore(attempt=attempt.number))
+        places, head = self._places(), self._active[0]
+        world_size = sum(count for _, count in places.values())
+        crew.say(head, open_store=pb.OpenStore(attempt=attempt.number))
         deadline_s = loop.time() + STORE_S
         while not attempt.port and not attempt.problems and not self._is_over():
             await self._crew.something(LOOK_S)
             if loop.time() > deadline_s:
-                attempt.problems[0] = f"no port for the store came from it within {STORE_S:.0f} s"
+                attempt.problems[head] = f"no port for the store came from it within {STORE_S:.0f} s"
         if attempt.port and not self._is_over():
-            first_hello = gang.members[0].hello
+            first_hello = gang.members[head].hello
             assert first_hello is not None
-            self._restarts.ready(self._run)
-            for node, (first, count) in places.items():
+            self._restarts.ready(self._run, world_size, len(places))
+            for place, (node, (first, count)) in enumerate(places.items()):
                 start = pb.Start(
                     attempt=attempt.number,
                     max_restarts=self._config.cluster.max_restarts,
-                    node=node,
+                    node=place,
                     num_nodes=len(places),
                     first_rank=first,
                     num_ranks=count,
-                    world_size=sum(count for _, count in places.values()),
+                    world_size=world_size,
                     address=first_hello.address,
                     port=attempt.port,
                 )
                 crew.say(node, start=start)
         while not self._is_over():
             await self._crew.something(LOOK_S)
-            gang.lose_silent()
-            if not attempt.is_alone_told and attempt.done >= set(places) - {0}:
+            for member in gang.lose_silent():
+                self._notice(f"{member.host.name} {member.lost}; the ranks of the other hosts are ended")
+            if not attempt.is_alone_told and attempt.done >= set(places) - {head}:
                 attempt.is_alone_told = True
-                crew.say(0, alone=pb.Alone())
+                crew.say(head, alone=pb.Alone())
             if attempt.done == set(places):
                 break
         return await self._conclude(places)
 
     def _lost(self) -> list[Member]:
-        return [member for member in self._crew.gang.members if member.stage == "lost"]
+        return [self._crew.gang.members[node] for node in self._active if self._crew.gang.members[node].stage == "lost"]
 
     def _is_over(self) -> bool:
         attempt = self._attempt
@@ -239,6 +245,7 @@ class Supervisor:
     async def _sweep(self, member: Member) -> None:
         """End what a lost agent has left, and tell by that whether its host answers."""
         answered = await self._crew.sweep(member.node, SILENT_SWEEP_S if member.was_silent else SWEEP_S)
+        member.answers = answered
         if answered:
             member.lost += "; the host answers by ssh: what was left of the job there has been ended"
         elif not member.was_silent:
@@ -303,14 +310,37 @@ class Supervisor:
         self._restarts.begin(self._run, outcome, step, num_ranks)
         newest = newest_checkpoint(self._run, self._config.checkpoint)
         self._notice(restart_words(outcome, self._restarts, newest))
-        if lost := self._lost():
+        why_not = await self._bring_back()
+        if why_not:
+            self._notice(f"not started again: {why_not}")
+            outcome.restarts = self._restarts.attempt - 1
+        return not why_not and self.stopped_by is None
+
+    async def _bring_back(self) -> str:
+        """Start the agents of lost hosts again, or go on without; return why neither can be."""
+        lost = self._lost()
+        if not lost:
+            return ""
+        least, why = self._config.cluster.min_nodes, "the host does not answer"
+        if not least or all(member.answers for member in lost):
             try:
                 await self._meet([member.node for member in lost])
+                return ""
             except UserError as error:
-                self._notice(f"not started again: {error.what}: {error.why}")
-                outcome.restarts = self._restarts.attempt - 1
-                return False
-        return self.stopped_by is None
+                why = f"{error.what}: {error.why}"
+                if not least:
+                    return why
+        left = [node for node in self._active if self._crew.gang.members[node].here]
+        counts = [self._hosts[node].num_ranks for node in left]
+        taken = fitting(self._config, counts, least)
+        if not taken:
+            return f"{why}; {too_few(self._config, counts, least)}"
+        for node in set(self._active) - set(left[:taken]):
+            self._crew.gang.members[node].is_left_out = True
+        self._active = left[:taken]
+        names = ", ".join(self._hosts[node].name for node in self._active)
+        self._notice(f"going on with {taken} of {len(self._hosts)} hosts ({names}), {sum(counts[:taken])} ranks")
+        return ""
 
 
 async def run_job(run: RunFolder, command: list[str]) -> Outcome:

@@ -70,8 +70,10 @@ class Announcer:
                     self._event(pb.Event.WARNING, RESTART, one["cause"], about)
                 if place >= self._again and "ready_s" in one:
                     self._again += 1
-                    about["time_s"] = str(one["ready_s"])
-                    self._event(pb.Event.INFO, AGAIN, f"attempt {one['attempt']} is started", about)
+                    about |= {"time_s": str(one["ready_s"])}
+                    about |= {name: str(one[name]) for name in ("world_size", "num_nodes")}
+                    message = f"attempt {one['attempt']} is started, with {one['world_size']} ranks"
+                    self._event(pb.Event.INFO, AGAIN, message, about)
             if ended:
                 return
 

@@ -51,7 +51,7 @@ class Job:
 
         It is told the script's `command` over a pipe: run.json may keep it without its secrets.
         With `console` rank 0 has this process's stdin, else none. With `saves_on_term` SIGTERM comes from a scheduler
-        that wants the job to give way: it saves, and ends with 75.
+        that wants the job to give way: it saves, and ends with 75. Slurm sends several, so that a second is no other.
         """
         self.run, self.console = run, console
         self.stopped_by: signal.Signals | None = None
@@ -104,8 +104,6 @@ class Job:
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Be the handler of SIGINT, SIGTERM, SIGHUP and SIGUSR1."""
         if signum == signal.SIGUSR1 or (signum == signal.SIGTERM and self._saves_on_term):
-            if signum == signal.SIGTERM:
-                self._saves_on_term = False  # a second one means it
             if self.ended() is None:
                 self._agent.send_signal(signal.SIGUSR1)
             return

@@ -79,7 +79,8 @@ def launch(request: LaunchRequest) -> int:
                 outcome = hold(config, job, lambda socket: follow_plain(job, config, socket))
     finally:
         for signum, handler in restored.items():
-            signal.signal(signum, handler)
+            asks = config.cluster.on_preempt == "save" and signum in (signal.SIGTERM, signal.SIGUSR1)
+            signal.signal(signum, signal.SIG_IGN if asks else handler)  # what was asked for is done
     if outcome is None:
         say_detached(run)
         return EXIT_OK
@@ -149,6 +150,10 @@ def hosts_of(request: LaunchRequest, config: Config) -> list[Host]:
             "leave out --nodes, --node-rank, --master-addr and --master-port, or leave out the hosts",
         )
     load_starter(cluster)
+    origin = load(request.config_path, request.overrides).origins["cluster.nodes"]
+    if origin != "default" and cluster.nodes != len(found):
+        what = f"--nodes {cluster.nodes}, and {len(found)} hosts"
+        raise UserError(what, "each host is one node", f"--nodes {len(found)}, or leave it out")
     return found
 
 
@@ -305,7 +310,6 @@ def _conclude(run: RunFolder, config: Config, outcome: Outcome, elapsed_s: float
     if config.cluster.starter == "slurm" and (job := allocation(os.environ)) is not None:
         from distui.launcher.cluster.batch import queue_again
 
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of Slurm, once the job is queued again
         if told := queue_again(job, config, outcome):
             print(f"distui: {told}", file=sys.stderr, flush=True)
     notify_terminal(config, run, outcome, elapsed_s)

@@ -87,7 +87,7 @@ def request_preemption(run: RunFolder) -> None:
 
 
 def give_way(run: RunFolder) -> bool:
-    """Take a first SIGTERM for the wish that the job saves and ends; False where the job is being stopped."""
+    """Take SIGTERM for the wish that the job saves and ends; False where the job is being stopped."""
     if stop_requested(run):
         return False
     request_preemption(run)

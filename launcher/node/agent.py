@@ -67,7 +67,7 @@ def run_job(run: RunFolder, command: Sequence[str]) -> Outcome:
     os.environ.setdefault("OMP_NUM_THREADS", str(cluster.threads_per_rank or 1))
     restarts = Restarts(cluster.max_restarts)
     while True:
-        restarts.ready(run)
+        restarts.ready(run, cluster.nproc)
         outcome = _run_attempt(run, cluster, command, console, restarts.attempt)
         outcome.restarts = restarts.attempt
         if not cluster.max_restarts or outcome.state != "failed":

@@ -215,10 +215,8 @@ class Ranks:
         return [one.rank for one in self._running.values()] == [0]
 
     def _stop(self, signum: signal.Signals) -> None:
-        if signum == signal.SIGTERM and self._gives_way is not None:
-            gives_way, self._gives_way = self._gives_way, None  # a second one means it
-            if gives_way():
-                return
+        if signum == signal.SIGTERM and self._gives_way is not None and self._gives_way():
+            return
         self.stopped_by = self.stopped_by or signum
 
     def _reap(self, handle: int) -> None:
