@@ -16,7 +16,7 @@ from distui.core.paths import RunFolder
 from distui.launcher.cluster.attempt import Logs
 from distui.launcher.cluster.elastic import fitting, too_few
 from distui.proto import cluster_pb2 as pb
-from tests.cluster.conftest import Place
+from tests.cluster.conftest import REPOSITORY, Place
 
 STARTER = '''
 import os
@@ -146,3 +146,29 @@ def test_a_rank_that_moves_goes_on_below_what_it_had_printed(tmp_path: Path) -> 
     logs.keep(1, piece(0, b"x", "../evil"))
     assert run.rank_log(0).read_bytes() == b"one\ntwo\nthree\nfour\n"
     assert [path.name for path in run.logs.iterdir()] == ["rank0.log"]
+
+
+def test_the_starter_of_the_docs_works_as_it_stands(place: Place) -> None:
+    page = (REPOSITORY / "docs" / "clusters.md").read_text()
+    plug_in(place)
+    folder = place.path / "plugin"
+    (folder / "fading.py").write_text(page.split("```python\n")[1].split("```")[0])
+    (folder / "fading-1.0.dist-info" / "entry_points.txt").write_text(
+        "[distui.starters]\ndocker = fading:DockerStarter\n"
+    )
+    fake = place.path / "bin" / "docker"
+    fake.parent.mkdir()
+    fake.write_text(
+        '#!/bin/sh\n[ "$1" = inspect ] && echo 127.0.0.1 && exit\n'
+        '[ "$3" = off ] && echo "container off is not running" >&2 && exit 1\nshift 3; exec "$@"\n'
+    )
+    fake.chmod(0o755)
+    place.environ["PATH"] = f"{fake.parent}:{place.environ['PATH']}"
+    words = ("cluster", "check")
+    done = place.distui(*words, "--hosts", "a:1,b:1", "--set", "cluster.starter=docker", "train.py")
+    assert done.returncode == 0 and "2 hosts can train together" in done.stdout, done.stdout + done.stderr
+    done = place.distui(*words, "--hosts", "a:1,off:1", "--set", "cluster.starter=docker", "train.py")
+    assert done.returncode == 2 and "off: docker exec could not start the agent" in done.stdout, done.stdout
+    assert "container off is not running" in done.stdout and "docker start off" in done.stdout
+    done = place.distui(*words, "--hosts", "a:1", "--set", "cluster.starter=dokcer", "train.py")
+    assert "there is no starter 'dokcer'" in done.stderr and "fix: write docker" in done.stderr, done.stderr
