@@ -5,7 +5,7 @@
 One machine; hosts are agents on it (`cluster.starter=local`), so that no ssh and no network is in the figures. Medians,
 in turns:
 
-- a rank is killed at step 20, saved every 10: from the kill to the first step, and to the first that is new (21).
+- a rank is killed at step 25, saved every 10: from the kill to the first step, and to the first that is new (26).
   torchrun's script loads its own checkpoint, as it must; both are gloo, 2 ranks, the same model.
 - an agent is killed: the same.
 - a host falls silent (its agent is stopped, as behind a link that is down): from then until the command has ended.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -29,8 +30,7 @@ from pathlib import Path
 
 from distui.core.telemetry.harmless import harmless
 
-STEPS = 40
-KILL = 20
+KILL = 25
 SCRIPT = """\
 import json, os, signal, sys, time
 import torch
@@ -96,7 +96,8 @@ def turn(what: str, *, peer: bool) -> tuple[float, float, str]:
         environ = {key: value for key, value in os.environ.items() if not key.startswith("DISTUI_")}
         environ |= {"DISTUI_STATE_DIR": f"{name}/s", "DISTUI_RUNTIME_DIR": f"{name}/r", "OMP_NUM_THREADS": "1"}
         environ["DISTUI_NO_TUI"] = "1"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2", "--max-restarts", "1"]
         if not peer:
             command = [sys.executable, "-m", "distui", "launch", "--set", "checkpoint.every_steps=10"]
             command += ["--nproc", "2"] if what == "rank" else ["--hosts", "a:1,b:1", "--set", "cluster.starter=local"]
@@ -112,6 +113,8 @@ def turn(what: str, *, peer: bool) -> tuple[float, float, str]:
         if what == "silence":
             told = next((line for line in done.stderr.splitlines() if "has not answered" in line), "")
             return ended_s - killed_s, ended_s - killed_s, harmless(told)
+        if peer and done.returncode:
+            return math.inf, math.inf, ""  # it did not come back
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
         steps = [json.loads(line) for line in (folder / "told-0.jsonl").read_text().splitlines()]

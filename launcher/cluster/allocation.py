@@ -124,9 +124,13 @@ def default_ranks(found: Allocation, environ: Mapping[str, str], num_gpus: int) 
     return max(1, min(found.cpus) // 2) if found.cpus else None
 
 
-def as_hosts(found: Allocation, most: int, ranks: int) -> str:
-    """Return the job's nodes as `cluster.hosts` has them, at most so many. Raises: UserError where there are fewer."""
-    if most > len(found.nodes):
+def as_hosts(found: Allocation, most: int, ranks: int, least: int = 0) -> str:
+    """Return the job's nodes as `cluster.hosts` has them, at most so many; 0 is all.
+
+    Raises: UserError where there are fewer, unless they are at least `least`.
+    """
+    if len(found.nodes) < (least or most):
+        most = least or most
         what = f"--nodes {most}, and Slurm job {found.job_id} has {len(found.nodes)}"
         fix = f"sbatch --nodes={most} ..., or --nodes {len(found.nodes)}"
         raise UserError(what, f"its nodes are {', '.join(found.nodes)}", fix)

@@ -141,7 +141,7 @@ def hosts_of(request: LaunchRequest, config: Config) -> list[Host]:
     if not listed and not cluster.hostfile and (found_job := allocation(os.environ)) is not None:
         origins = load(request.config_path, request.overrides).origins
         most = 0 if origins["cluster.nodes"] == "default" else cluster.nodes
-        listed = as_hosts(found_job, most, cluster.nproc)
+        listed = as_hosts(found_job, most, cluster.nproc, cluster.min_nodes)
     found = choose_hosts(listed, cluster.hostfile, request.include, request.exclude, cluster.nproc)
     if cluster.node_rank or cluster.master_port:
         raise UserError(
@@ -151,7 +151,8 @@ def hosts_of(request: LaunchRequest, config: Config) -> list[Host]:
         )
     load_starter(cluster)
     origin = load(request.config_path, request.overrides).origins["cluster.nodes"]
-    if origin != "default" and cluster.nodes != len(found):
+    is_enough = cluster.starter == "slurm" and 0 < cluster.min_nodes <= len(found) < cluster.nodes
+    if origin != "default" and cluster.nodes != len(found) and not is_enough:
         what = f"--nodes {cluster.nodes}, and {len(found)} hosts"
         raise UserError(what, "each host is one node", f"--nodes {len(found)}, or leave it out")
     return found

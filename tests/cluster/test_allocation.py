@@ -48,8 +48,10 @@ def test_a_job_is_read_from_its_environment(tmp_path: Path, monkeypatch: pytest.
     assert [found.cpus_of(node) for node in ("gpu1", "gpu3", "gpu9")] == [8, 4, None]
     assert allocation({"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "gpu1"}) == Allocation("12", ("gpu1",), ())
     assert as_hosts(found, 0, 8) == "gpu1:8,gpu2:8,gpu3:8" and as_hosts(found, 2, 1) == "gpu1:1,gpu2:1"
-    with pytest.raises(UserError, match="Slurm job 12 has 3"):
-        as_hosts(found, 4, 1)
+    assert as_hosts(found, 4, 1, least=2) == "gpu1:1,gpu2:1,gpu3:1", "Slurm gives what there is: --nodes=2-4"
+    for most, least in ((4, 0), (5, 4)):
+        with pytest.raises(UserError, match="--nodes 4, and Slurm job 12 has 3"):
+            as_hosts(found, most, 1, least)
 
 
 def test_slurm_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,16 +151,17 @@ def test_a_time_limit_saves_and_queues_again(queue: Queue) -> None:
     job = queue.submit(
         f"exec {queue.launch} --slurm --nproc 1 {SAVES} steps.py '{options('limit')}'", "--nodes=1", "-t1"
     )
+    queue.until_trains("limit", job)
     queue.goes_on("limit", job)
     assert "DUE TO TIME LIMIT" in queue.said(job)
 
 
 def test_who_is_cancelled_saves_and_is_not_queued_again(queue: Queue) -> None:
-    job = queue.submit(f"{queue.launch} --slurm --nproc 1 {SAVES} steps.py '{options('off')}'", "--nodes=2")
+    job = queue.submit(f"exec {queue.launch} --slurm --nproc 1 {SAVES} steps.py '{options('off')}'", "--nodes=2")
     queue.until_trains("off", job)
     queue.cluster.slurm("scancel", job)
+    queue.until(lambda: "not queued again from here" in queue.said(job), "it was not told", job)
     queue.until(lambda: queue.state(job) == "CANCELLED", "it is not cancelled", job)
-    assert "not queued again from here" in queue.said(job)
     saved = [path.name for path in (queue.folder / f"ck-{job}").glob("step_*")]
     assert saved == [f"step_{len(queue.steps('off')):08d}"]
 
