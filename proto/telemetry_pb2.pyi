@@ -502,7 +502,7 @@ class CollectiveSummary(_message.Message):
     def __init__(self, group: _Optional[str] = ..., op: _Optional[str] = ..., count: _Optional[int] = ..., bytes: _Optional[int] = ..., mean_s: _Optional[float] = ..., max_s: _Optional[float] = ..., blocked_s: _Optional[float] = ..., last_seq: _Optional[_Mapping[int, int]] = ..., lateness_s: _Optional[_Mapping[int, float]] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("run", "ranks", "diagnosis", "dropped", "collectives", "nodes", "step", "total_steps", "left_s")
+    __slots__ = ("run", "ranks", "diagnosis", "dropped", "collectives", "nodes", "step", "total_steps", "left_s", "effort")
     RUN_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     DIAGNOSIS_FIELD_NUMBER: _ClassVar[int]
@@ -512,6 +512,7 @@ class Snapshot(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    EFFORT_FIELD_NUMBER: _ClassVar[int]
     run: RunInfo
     ranks: _containers.RepeatedCompositeFieldContainer[RankState]
     diagnosis: _containers.RepeatedCompositeFieldContainer[Diagnosis]
@@ -521,7 +522,26 @@ class Snapshot(_message.Message):
     step: int
     total_steps: int
     left_s: float
-    def __init__(self, run: _Optional[_Union[RunInfo, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., diagnosis: _Optional[_Iterable[_Union[Diagnosis, _Mapping]]] = ..., dropped: _Optional[int] = ..., collectives: _Optional[_Iterable[_Union[CollectiveSummary, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[NodeState, _Mapping]]] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., left_s: _Optional[float] = ...) -> None: ...
+    effort: Effort
+    def __init__(self, run: _Optional[_Union[RunInfo, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., diagnosis: _Optional[_Iterable[_Union[Diagnosis, _Mapping]]] = ..., dropped: _Optional[int] = ..., collectives: _Optional[_Iterable[_Union[CollectiveSummary, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[NodeState, _Mapping]]] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., left_s: _Optional[float] = ..., effort: _Optional[_Union[Effort, _Mapping]] = ...) -> None: ...
+
+class Effort(_message.Message):
+    __slots__ = ("wall_s", "effective", "start_s", "notice_s", "waiting_s", "restart_s", "replay_s")
+    WALL_S_FIELD_NUMBER: _ClassVar[int]
+    EFFECTIVE_FIELD_NUMBER: _ClassVar[int]
+    START_S_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_S_FIELD_NUMBER: _ClassVar[int]
+    WAITING_S_FIELD_NUMBER: _ClassVar[int]
+    RESTART_S_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_S_FIELD_NUMBER: _ClassVar[int]
+    wall_s: float
+    effective: float
+    start_s: float
+    notice_s: float
+    waiting_s: float
+    restart_s: float
+    replay_s: float
+    def __init__(self, wall_s: _Optional[float] = ..., effective: _Optional[float] = ..., start_s: _Optional[float] = ..., notice_s: _Optional[float] = ..., waiting_s: _Optional[float] = ..., restart_s: _Optional[float] = ..., replay_s: _Optional[float] = ...) -> None: ...
 
 class NodeState(_message.Message):
     __slots__ = ("node", "hardware", "last_seen_s")

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distui.proto.telemetry_pb2 import Effort
 
 NA = "n/a"
 NONE = "–"
@@ -123,3 +127,10 @@ def ranks(numbers: list[int], limit: int = 4) -> str:
 def cut(text: str, width: int) -> str:
     """Return `text` in at most `width` cells of plain characters, with an ellipsis where it was cut."""
     return text if len(text) <= width else text[: max(0, width - 1)] + "…" if width > 0 else ""
+
+
+def lost_time(effort: Effort) -> str:
+    """Return `93% of 2m 10s was new training; start 4.20 s, notice 1.00 s, ...`: a run's time, and where it went."""
+    names = ("start", "notice", "waiting", "restart", "replay")
+    parts = ", ".join(f"{name} {seconds(getattr(effort, f'{name}_s'))}" for name in names)
+    return f"{effort.effective:.0%} of {duration(effort.wall_s)} was new training; {parts}"

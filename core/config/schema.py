@@ -44,6 +44,9 @@ class ClusterSection(Section):
         "auto", "ranks on each node; auto takes the GPUs, or half of the physical cores where there is none"
     )
     nodes: PositiveInt = _field(1, "number of nodes that take part")
+    min_nodes: NonNegativeInt = _field(
+        0, "so many hosts are enough to go on with once others are lost; 0 waits for all of them"
+    )
     node_rank: NonNegativeInt = _field(0, "this node's place among them, from 0")
     master_addr: str = _field("127.0.0.1", "address of node 0, where ranks meet")
     master_port: NonNegativeInt = _field(0, "port on node 0 where ranks meet; 0 takes a free one (one node only)")
@@ -54,7 +57,9 @@ class ClusterSection(Section):
     threads_per_rank: NonNegativeInt = _field(0, "CPU threads of each rank; 0 divides the physical cores")
     hosts: str = _field("", "hosts that one command starts the job on, as a,b:4 (4 ranks on b, nproc on a)")
     hostfile: str = _field("", "file that lists the hosts instead, a line each: b slots=4 (DeepSpeed), or b:4 (MPI)")
-    starter: str = _field("ssh", "how hosts are reached: ssh, local (all on this machine), or a plug-in's name")
+    starter: str = _field(
+        "ssh", "how hosts are reached: ssh, slurm (srun), local (all on this machine), or a plug-in's name"
+    )
     ssh_args: str = _field("", "further arguments of ssh, such as -p 2222; the user's own ssh config holds anyway")
     interface: str = _field("", "network interface that hosts reach each other by; empty is that of the route")
     env: str = _field(
@@ -63,6 +68,15 @@ class ClusterSection(Section):
         "variables of this side's environment that the ranks on hosts get, as names and patterns",
     )
     meet_s: PositiveFloat = _field(300.0, "time within which all hosts must have come", "s")
+    slurm_partition: str = _field("", "partition that --slurm submits to; empty is the cluster's default")
+    slurm_time: str = _field("", "time limit that --slurm submits with, as 4:00:00; empty is the partition's")
+    slurm_args: str = _field("", "further options of sbatch, such as --gpus-per-node=8 --account=me")
+    slurm_signal_s: PositiveInt = _field(
+        120, "so long before its time limit a submitted job saves and gives way; a save must fit into it", "s"
+    )
+    slurm_requeue: bool = _field(
+        True, "put a Slurm batch job that gave way into the queue again, to go on from what it has saved"
+    )
 
     def ranks_by_host(self) -> dict[str, int]:
         """Return the ranks of each of `hosts`; `nproc` where a host says no number, and 1 where that is not decided."""

@@ -16,6 +16,9 @@ WARNINGS = frozenset(
 RESTART = "restart"
 """The launcher's event: all ranks have been ended, and are started again."""
 
+AGAIN = "started_again"
+"""The launcher's event: all hosts are there, and the ranks of another attempt are started."""
+
 INPUT, DEBUGGER = "input", "debugger"
 FOR_A_PERSON = frozenset({INPUT, DEBUGGER})
 """Phases, and kinds of events, in which a rank waits for a person: no hang, however long, and no straggler."""

@@ -63,6 +63,9 @@ def take_snapshot(state: RunState, now_s: float) -> pb.Snapshot:
         if state.final:
             _end_rank(snapshot.ranks[-1], rank, snapshot.run.state, ended.get(rank.rank))
     _progress(snapshot)
+    ended_s = snapshot.run.finished_s if snapshot.run.HasField("finished_s") else now_s
+    if (effort := state.effort.told(snapshot.run.started_s, ended_s)) is not None:
+        snapshot.effort.CopyFrom(effort)
     make_harmless(snapshot)  # verdicts have words of ledgers and stacks in them
     return snapshot
 
@@ -163,6 +166,9 @@ def snapshot_json(snapshot: pb.Snapshot) -> dict[str, Any]:
         "state": snapshot.run.state,
         "strategy": snapshot.run.strategy,
         "restarts": snapshot.run.restarts,
+        "effort": {field.name: getattr(snapshot.effort, field.name) for field in pb.Effort.DESCRIPTOR.fields}
+        if snapshot.HasField("effort")
+        else None,
         "progress": {
             name: getattr(snapshot, name) if snapshot.HasField(name) else None
             for name in ("step", "total_steps", "left_s")

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 from distui.core.paths import RunFolder
 from distui.core.telemetry.harmless import harmless, make_harmless
-from distui.core.telemetry.kinds import FOR_A_PERSON, RESTART
+from distui.core.telemetry.kinds import AGAIN, FOR_A_PERSON, RESTART
 from distui.daemon.diagnosis.collectives import CollectiveTotals
 from distui.daemon.diagnosis.trends import Lasting, LossTrend, MemoryTrend
 from distui.daemon.node.cgroups import Throttling
 from distui.daemon.runs.batches import DAEMON, LAUNCHER
+from distui.daemon.runs.effort import Effort
 from distui.daemon.runs.folders import FINAL_STATES, apply_outcome, read_info, read_outcome
 from distui.daemon.runs.history import History
 from distui.daemon.runs.step_summaries import StepSummaries
@@ -123,6 +124,8 @@ class RunState:
         """When a node's processors were last seen to have nothing left. Units: Unix seconds."""
         self.gpu_faults: dict[tuple[str, int], GpuFault] = {}
         self.steps = StepSummaries()
+        self.effort = Effort()
+        self.effort.begin(self.info.started_s)
         self.events: History[pb.TimedEvent] = History(NUM_EVENTS, 0)
         self.metrics: History[pb.TimedMetrics] = History(NUM_METRICS, NUM_METRICS)
         self.collectives = CollectiveTotals()
@@ -252,6 +255,7 @@ class RunState:
             speaker.last_parts.append((step.step, parts))
             if step.HasField("loss"):
                 speaker.note_loss(step, record.time_s)
+            self.effort.step(step.step, record.time_s, step.step_s)
             self.steps.add(speaker.rank, record.time_s, step, self.world_size(), self._peak_flops)
         elif body == "heartbeat":
             speaker.heartbeat = record.heartbeat
@@ -284,6 +288,12 @@ class RunState:
                 self._excuse(source.rank, record.event)
             elif record.event.kind == RESTART and source.rank == LAUNCHER:
                 self._restarted()
+                self.effort.failed(_told_s(record))
+            elif record.event.kind == AGAIN and source.rank == LAUNCHER:
+                self.effort.ready(_told_s(record))
+                for name in ("world_size", "num_nodes"):  # a job may go on with fewer hosts
+                    if (told := record.event.attributes.get(name, "")).isdecimal():
+                        setattr(self.info, name, int(told))
         elif body == "metrics":
             self.metrics.append(pb.TimedMetrics(time_s=record.time_s, rank=source.rank, metrics=record.metrics))
         elif body == "hardware":
@@ -322,6 +332,14 @@ class RunState:
             info.command.extend(started.command)
         for category, num_bytes in started.planned_memory_bytes.items():
             info.planned_memory_bytes[category] = num_bytes
+
+
+def _told_s(record: pb.Record) -> float:
+    """Return when it happened, by whoever did it: the launcher tells of it a moment later. Units: Unix seconds."""
+    try:
+        return float(record.event.attributes["time_s"])
+    except (KeyError, ValueError):
+        return record.time_s
 
 
 def _key(source: pb.Source) -> tuple[int, str, int]:

@@ -14,7 +14,7 @@ from distui.core.config.settings import to_toml
 from distui.core.errors import Problem
 from distui.core.paths import RunFolder, write_own
 from distui.launcher.cluster.crew import Crew
-from distui.launcher.cluster.gang import STAGES, Member
+from distui.launcher.cluster.gang import Gang, Member
 from distui.launcher.cluster.hello import compare, remarks
 from distui.launcher.cluster.hosts import Host
 from distui.launcher.cluster.starter import load_starter
@@ -28,7 +28,7 @@ LEAVE_S = 2.0
 class Checked:
     """What was found."""
 
-    members: list[Member]
+    gang: Gang
     problems: list[Problem] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -54,7 +54,7 @@ async def _check(run: RunFolder, config: Config, hosts: Sequence[Host], target: 
             crew.start(member.node)
         while not gang.all_here() and not gang.refused():
             await crew.something(LOOK_S)
-        found = Checked(gang.members, gang.refused())
+        found = Checked(gang, gang.refused())
         hellos = {member.node: member.hello for member in gang.members if member.hello is not None}
         here = gather(os.getcwd(), crew.files, crew.optional)
         found.problems += compare(hosts, hellos, here, one_machine=starter.one_machine)
@@ -65,11 +65,11 @@ async def _check(run: RunFolder, config: Config, hosts: Sequence[Host], target: 
         await crew.leave(LEAVE_S)
 
 
-def row(member: Member) -> list[str]:
-    """Return a host's row of the table."""
+def row(member: Member, words: str = "") -> list[str]:
+    """Return a host's row of the table; `words` say how far it has come, where it is not here."""
     hello = member.hello
     if hello is None:
-        return [member.host.name, member.note or STAGES[member.stage], *["n/a"] * 7]
+        return [member.host.name, words, *["n/a"] * 7]
     return [
         member.host.name,
         "ok",

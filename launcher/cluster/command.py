@@ -44,11 +44,12 @@ def check(
     from distui.core.telemetry.harmless import harmless
     from distui.launcher.cluster.checking import COLUMNS, check_hosts, row
     from distui.launcher.commands.launch import overrides_of
-    from distui.launcher.job.launch import LaunchRequest, decided, hosts_of
+    from distui.launcher.job.launch import decided, hosts_of
+    from distui.launcher.job.request import LaunchRequest
 
     overrides = overrides_of(assignments, {"cluster.hosts": hosts, "cluster.hostfile": hostfile})
     config = decided(load(config_path, overrides).config, detect())
-    if not config.cluster.hosts and not config.cluster.hostfile:
+    if not config.cluster.hosts and not config.cluster.hostfile and config.cluster.starter != "slurm":
         raise UserError("no hosts are named", "neither here nor in distui.toml", "distui cluster check --hosts a,b")
     target = [script] if script else []
     request = LaunchRequest(target, overrides, config_path, include=include, exclude=exclude)
@@ -56,13 +57,13 @@ def check(
     console, table = Console(highlight=False), Table(box=None, pad_edge=False)
     for title in COLUMNS:
         table.add_column(title, justify="right" if title in COLUMNS[3:7] else "left", no_wrap=True)
-    for member in found.members:
-        table.add_row(*(harmless(word) for word in row(member)))
+    for member in found.gang.members:
+        table.add_row(*(harmless(word) for word in row(member, found.gang.words(member))))
     console.print(table, soft_wrap=True)
     for remark in found.remarks:
         console.print(f"note: {harmless(remark)}", markup=False, soft_wrap=True)
     for problem in found.problems:
         console.print(harmless(problem.report(), lines=True), markup=False, soft_wrap=True)
     if not found.problems:
-        console.print(f"{len(found.members)} hosts can train together", markup=False)
+        console.print(f"{len(found.gang.members)} hosts can train together", markup=False)
     return EXIT_USER if found.problems else EXIT_OK

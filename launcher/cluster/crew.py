@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fnmatch
-import importlib.util
 import json
 import os
 import secrets
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +23,7 @@ from distui.launcher.cluster.control import ControlPort, Seat
 from distui.launcher.cluster.gang import Gang
 from distui.launcher.cluster.hosts import Host
 from distui.launcher.cluster.starter import Starter
+from distui.launcher.job.processes import own_command
 from distui.launcher.node.facts import Hello, addresses, files_of, source_address
 from distui.launcher.node.member import NONCE
 from distui.launcher.node.restarts import checkpoints_of
@@ -61,7 +60,7 @@ class Crew:
         self._dialled: dict[int, list[str]] = {}
         self.changed = asyncio.Event()
         loop = asyncio.get_running_loop()
-        self.gang = Gang(hosts, loop.time, config.cluster.meet_s)
+        self.gang = Gang(hosts, loop.time, config.cluster.meet_s, getattr(starter, "way", config.cluster.starter))
         self.files, self.optional = files_of(command, Path.cwd(), config_file)
         self._run, self._config, self._starter, self._command = run, config, starter, command
         self._on_said = on_said
@@ -122,7 +121,7 @@ class Crew:
     async def _start(self, node: int, seat: Seat) -> None:
         host = self.gang.members[node].host
         try:
-            process = await self._starter.start(host, agent_command())
+            process = await self._starter.start(host, own_command(AGENT))
         except OSError as error:
             self.gang.failed(
                 node, Problem(host.name, "its agent cannot be started", str(error), "is it installed here?")
@@ -168,6 +167,7 @@ class Crew:
             "interface": cluster.interface,
             "probe": str(self._probe or ""),
             "check": self._only_checks,
+            "saves_on_term": cluster.on_preempt == "save",
             "threads": cluster.threads_per_rank,
             "devices": list(host.devices),
         }
@@ -289,7 +289,7 @@ class Crew:
             old.kill()
         process: asyncio.subprocess.Process | None = None
         try:
-            process = await self._starter.start(self.gang.members[node].host, agent_command())
+            process = await self._starter.start(self.gang.members[node].host, own_command(AGENT))
             task = json.dumps({"sweep": True, "run_dir": str(self._run.path.absolute())})
             told, _ = await asyncio.wait_for(process.communicate(task.encode() + b"\n"), within_s)
             return b"distui: swept" in told
@@ -326,15 +326,6 @@ class Crew:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def agent_command() -> list[str]:
-    """Return the command of an agent: this side's own Python, by its whole path."""
-    command = [sys.executable, "-u", "-m", AGENT]
-    package = importlib.util.find_spec("distui")
-    assert package is not None and package.origin is not None
-    home = str(Path(package.origin).resolve().parents[1])
-    return command if home.endswith("-packages") else ["env", f"PYTHONPATH={home}", *command]  # a checkout
 
 
 def chosen_environ(patterns: str) -> dict[str, str]:

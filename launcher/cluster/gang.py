@@ -14,13 +14,13 @@ SUSPECT_S = 5.0
 REFUSE_S = 12.0
 """After so long what has gone wrong is told, though not all hosts have said whether they come."""
 STAGES = {
-    "starting": "ssh not up",
-    "ssh": "ssh up, agent not up",
-    "agent": "ssh up, agent up, not connected",
+    "starting": "WAY not up",
+    "ssh": "WAY up, agent not up",
+    "agent": "WAY up, agent up, not connected",
     "here": "connected",
     "lost": "lost",
 }
-"""How far a host has come, in the order in which it comes."""
+"""How far a host has come, in the order in which it comes; WAY is how it is reached: ssh, srun."""
 
 
 @dataclass(slots=True)
@@ -41,6 +41,11 @@ class Member:
     lost_s: float = 0.0
     was_silent: bool = False
     """Whether it is lost because it did not answer."""
+    answers: bool = True
+    """Whether its host let a second login in, once the agent was lost."""
+
+    is_left_out: bool = False
+    """Whether the job goes on without it."""
 
     @property
     def here(self) -> bool:
@@ -51,7 +56,8 @@ class Member:
 class Gang:
     """The hosts of a job. `clock` gives seconds that only ever grow."""
 
-    def __init__(self, hosts: Sequence[Host], clock: Callable[[], float], meet_s: float) -> None:
+    def __init__(self, hosts: Sequence[Host], clock: Callable[[], float], meet_s: float, way: str = "ssh") -> None:
+        self._way = way
         self.members = [Member(host, node) for node, host in enumerate(hosts)]
         self._clock, self._meet_s = clock, meet_s
         self._began_s = clock()
@@ -73,39 +79,44 @@ class Gang:
         """Note that a host's agent is connected."""
         member = self.members[node]
         member.stage, member.hello, member.heard_s, member.note, member.lost = "here", hello, self._clock(), "", ""
-        member.was_silent = False
+        member.was_silent, member.answers = False, True
 
     def failed(self, node: int, problem: Problem) -> None:
         """Note that a host will not come."""
         self.members[node].problem = self.members[node].problem or problem
 
+    def words(self, member: Member) -> str:
+        """Return how far a host has come."""
+        return member.note or STAGES[member.stage].replace("WAY", self._way)
+
     def all_here(self) -> bool:
-        """Tell whether every agent is connected."""
-        return all(member.here for member in self.members)
+        """Tell whether every agent is connected that the job goes on with."""
+        return all(member.here for member in self.members if not member.is_left_out)
 
     def awaited(self) -> str:
         """Return the line that tells who is awaited, and how far each got."""
-        late = [member for member in self.members if not member.here]
-        words = [f"{member.host.name} ({member.note or STAGES[member.stage]})" for member in late[:8]]
+        late = [member for member in self.members if not member.here and not member.is_left_out]
+        words = [f"{member.host.name} ({self.words(member)})" for member in late[:8]]
         more = f" and {len(late) - 8} more" if len(late) > 8 else ""
         waited_s = self._clock() - self._began_s
         return f"waiting for {len(late)} of {len(self.members)} hosts for {waited_s:.0f} s: {', '.join(words)}{more}"
 
     def refused(self) -> list[Problem]:
         """Return why the hosts cannot meet, once that is certain; empty while they may."""
-        known = [member.problem for member in self.members if member.problem is not None]
+        members = [member for member in self.members if not member.is_left_out]
+        known = [member.problem for member in members if member.problem is not None]
         waited_s = self._clock() - self._began_s
-        settled = all(member.here or member.problem is not None for member in self.members)
+        settled = all(member.here or member.problem is not None for member in members)
         if known and (settled or waited_s >= REFUSE_S):
             return known
         if waited_s < self._meet_s or self.all_here():
             return []
         found = []
-        for member in self.members:
+        for member in members:
             if not member.here:
                 what = f"it has not come within {self._meet_s:.0f} s"
                 fix = "look at it by hand, or wait longer: --set cluster.meet_s=600"
-                problem = Problem(member.host.name, what, member.note or STAGES[member.stage], fix)
+                problem = Problem(member.host.name, what, self.words(member), fix)
                 found.append(member.problem or problem)
         return found
 

@@ -1,10 +1,11 @@
-"""What a starter is, and where they are found: `ssh`, `local`, or an entry point in `distui.starters`."""
+"""What a starter is, and where they are found: `ssh`, `slurm`, `local`, or an entry point in `distui.starters`."""
 
 from __future__ import annotations
 
 import asyncio
 import difflib
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from distui.core.errors import Problem, UserError
 from distui.launcher.cluster.hosts import Host
 
 GROUP = "distui.starters"
+OURS = {"ssh": "SshStarter", "slurm": "SlurmStarter", "local": "LocalStarter"}
+"""Those of `starters/`, a module each of the same name."""
 
 
 class Starter(Protocol):
@@ -42,13 +45,18 @@ class Starter(Protocol):
 
 def load_starter(cluster: ClusterSection) -> Starter:
     """Return the starter that `cluster.starter` names. Raises: UserError where there is none of that name."""
-    known = {found.name: found for found in entry_points(group=GROUP)}
-    if cluster.starter not in known:
-        near = difflib.get_close_matches(cluster.starter, known, n=1)
+    name = cluster.starter
+    if name in OURS:
+        ours: Starter = getattr(import_module(f"distui.launcher.cluster.starters.{name}"), OURS[name])(cluster)
+        return ours
+    others = {found.name: found for found in entry_points(group=GROUP)}
+    if name not in others:
+        known = sorted({*OURS, *others})
+        near = difflib.get_close_matches(name, known, n=1)
         raise UserError(
-            f"cluster.starter: there is no starter {cluster.starter!r}",
-            f"installed are {', '.join(sorted(known))}",
-            f"write {near[0]}" if near else "install the package that brings it (entry point distui.starters)",
+            f"cluster.starter: there is no starter {name!r}",
+            f"installed are {', '.join(known)}",
+            f"write {near[0]}" if near else f"install the package that brings it (entry point {GROUP})",
         )
-    starter: Starter = known[cluster.starter].load()(cluster)
+    starter: Starter = others[name].load()(cluster)
     return starter

@@ -11,12 +11,11 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,16 @@ from distui.core.errors import (
     Problem,
     UserError,
 )
-from distui.core.paths import RunFolder, open_own, read_json, write_own
+from distui.core.paths import RunFolder, read_json, write_own
+from distui.launcher.cluster.attempt import Attempt, Logs
 from distui.launcher.cluster.crew import SWEEP_S, Crew
+from distui.launcher.cluster.elastic import fitting, too_few
 from distui.launcher.cluster.gang import Member
 from distui.launcher.cluster.hello import compare, remarks
 from distui.launcher.cluster.hosts import Host
 from distui.launcher.cluster.starter import load_starter
 from distui.launcher.cluster.verdict import first_cause
-from distui.launcher.job.outcome import Ending, Outcome, RankOutcome, gave_way, preempted_words
+from distui.launcher.job.outcome import Outcome, RankOutcome, gave_way, preempted_words
 from distui.launcher.job.processes import AGENT_PID_ENV, GRACE_S, die_with_parent, kill_job, stop_requested
 from distui.launcher.node.facts import gather
 from distui.launcher.node.restarts import Restarts, newest_checkpoint, restart_words, say_notice
@@ -56,27 +57,6 @@ SWEPT_S = GRACE_S + 2.0
 LOOK_S = 0.5
 LEAVE_S = 1.5
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_FILE = re.compile(r"logs/rank[0-9]+\.(log|stderr)")
-
-
-@dataclass(slots=True)
-class Attempt:
-    """What is known of one attempt, as agents tell it. Times are this host's wall clock."""
-
-    number: int
-    endings: dict[int, Ending] = field(default_factory=dict)
-    steps: dict[int, int] = field(default_factory=dict)
-    port: int = 0
-    done: set[int] = field(default_factory=set)
-    swept: set[int] = field(default_factory=set)
-    problems: dict[int, str] = field(default_factory=dict)
-    stopped: str = ""
-    is_alone_told: bool = False
-
-    def failed(self) -> bool:
-        """Tell whether a rank ended badly, or could not be started."""
-        bad = any(ending.bad for ending in self.endings.values())
-        return bool(self.problems) or (bad and not gave_way(self.endings))
 
 
 class Supervisor:
@@ -88,17 +68,28 @@ class Supervisor:
         self._config_file = Path(spec["config_file"]) if spec.get("config_file") else None
         self._starter = load_starter(config.cluster)
         self._restarts = Restarts(config.cluster.max_restarts)
-        self._attempt = Attempt(0)
+        self._logs = Logs(run)
+        self._attempt = Attempt(0, run, self._logs)
+        self._active = list(range(len(self._hosts)))
+        """The nodes that the job goes on with, in the order of their ranks."""
         self._crew: Crew
+        self._is_giving_way = False
         self.stopped_by: signal.Signals | None = None
 
     def stop(self, signum: signal.Signals) -> None:
-        """Have the job ended."""
+        """Have the job ended; SIGTERM only has it give way, where that is what it means."""
+        saves = self._config.cluster.on_preempt == "save" and not stop_requested(self._run)
+        if signum == signal.SIGTERM and saves:
+            self.preempt()
+            return
         self.stopped_by = self.stopped_by or signum
         self._crew.changed.set()
 
     def preempt(self) -> None:
         """Have the ranks save at a step that they agree on, and end."""
+        if self._is_giving_way:
+            return
+        self._is_giving_way = True
         self._notice("asked to give way: the ranks save at their next common step, and end with 75")
         for member in self._crew.gang.members:
             self._crew.say(member.node, preempt=pb.Preempt())
@@ -160,96 +151,60 @@ class Supervisor:
         words = [f"{member.host.name} ({member.hello.address})" for member in gang.members if member.hello is not None]
         print(f"hosts: {', '.join(words)}; interface {hellos[0].interface}", flush=True)
 
-    # ---- what agents say ---------------------------------------------------------------------------------------------
-
     def _hear(self, node: int, said: pb.AgentSays) -> None:
-        attempt, body = self._attempt, said.WhichOneof("body")
-        if body == "file":
-            self._keep(said.file)
-        elif body == "store" and said.store.attempt == attempt.number:
-            attempt.port = said.store.port
-            if said.store.problem:
-                attempt.problems[node] = said.store.problem
-        elif body == "ended" and said.ended.attempt == attempt.number:
-            self._keep_ending(node, said.ended)
-        elif body == "done" and said.done.attempt == attempt.number:
-            (attempt.swept if said.done.swept else attempt.done).add(node)
-            attempt.stopped = attempt.stopped or said.done.stopped
-            if said.done.problem:
-                attempt.problems[node] = said.done.problem
-
-    def _keep(self, piece: pb.FilePiece) -> None:
-        """Write what a rank of another host has printed into its log here."""
-        if not _FILE.fullmatch(piece.name):
-            return
-        with contextlib.suppress(OSError):  # a full disk costs the copy: the log is on its host
-            log = open_own(self._run.path / piece.name, os.O_WRONLY | os.O_CREAT)
-            os.pwrite(log, piece.data, piece.offset)
-            os.close(log)
-
-    def _keep_ending(self, node: int, told: pb.RankEnded) -> None:
-        status = told.exit_status if told.HasField("exit_status") else None
-        signum = told.signal if told.HasField("signal") else None
-        now_s = time.time()
-        self._attempt.endings[told.rank] = Ending(told.rank, told.pid, status, signum, now_s - told.age_s)
-        if told.HasField("step"):
-            self._attempt.steps[told.rank] = told.step
-        if told.report:
-            try:
-                report = json.loads(told.report)
-                report["time_s"] = now_s - told.report_age_s  # by the clock of this host
-                write_own(self._run.rank_error(told.rank), json.dumps(report, indent=1))
-            except (ValueError, TypeError, OSError) as error:
-                print(f"the error of rank {told.rank} cannot be kept: {error}", flush=True)
+        self._attempt.hear(node, said)
 
     # ---- an attempt --------------------------------------------------------------------------------------------------
 
     def _places(self) -> dict[int, tuple[int, int]]:
         """Return each node's first rank and number of ranks."""
         found, first = {}, 0
-        for node, host in enumerate(self._hosts):
-            found[node] = (first, host.num_ranks)
-            first += host.num_ranks
+        for node in self._active:
+            found[node] = (first, self._hosts[node].num_ranks)
+            first += self._hosts[node].num_ranks
         return found
 
     async def _run_attempt(self) -> Outcome:
-        attempt = self._attempt = Attempt(self._restarts.attempt)
+        attempt = self._attempt = Attempt(self._restarts.attempt, self._run, self._logs)
         gang, crew, loop = self._crew.gang, self._crew, asyncio.get_running_loop()
-        places = self._places()
-        crew.say(0, open_store=pb.OpenStore(attempt=attempt.number))
+        places, head = self._places(), self._active[0]
+        world_size = sum(count for _, count in places.values())
+        crew.say(head, open_store=pb.OpenStore(attempt=attempt.number))
         deadline_s = loop.time() + STORE_S
         while not attempt.port and not attempt.problems and not self._is_over():
             await self._crew.something(LOOK_S)
             if loop.time() > deadline_s:
-                attempt.problems[0] = f"no port for the store came from it within {STORE_S:.0f} s"
+                attempt.problems[head] = f"no port for the store came from it within {STORE_S:.0f} s"
         if attempt.port and not self._is_over():
-            first_hello = gang.members[0].hello
+            first_hello = gang.members[head].hello
             assert first_hello is not None
-            for node, (first, count) in places.items():
+            self._restarts.ready(self._run, world_size, len(places))
+            for place, (node, (first, count)) in enumerate(places.items()):
                 start = pb.Start(
                     attempt=attempt.number,
                     max_restarts=self._config.cluster.max_restarts,
-                    node=node,
+                    node=place,
                     num_nodes=len(places),
                     first_rank=first,
                     num_ranks=count,
-                    world_size=sum(count for _, count in places.values()),
+                    world_size=world_size,
                     address=first_hello.address,
                     port=attempt.port,
                 )
                 crew.say(node, start=start)
         while not self._is_over():
             await self._crew.something(LOOK_S)
-            gang.lose_silent()
-            if not attempt.is_alone_told and attempt.done >= set(places) - {0}:
+            for member in gang.lose_silent():
+                self._notice(f"{member.host.name} {member.lost}; the ranks of the other hosts are ended")
+            if not attempt.is_alone_told and attempt.done >= set(places) - {head}:
                 attempt.is_alone_told = True
-                crew.say(0, alone=pb.Alone())
+                crew.say(head, alone=pb.Alone())
             if attempt.done == set(places):
                 break
         return await self._conclude(places)
 
     def _lost(self) -> list[Member]:
-        return [member for member in self._crew.gang.members if member.stage == "lost"]
+        return [self._crew.gang.members[node] for node in self._active if self._crew.gang.members[node].stage == "lost"]
 
     def _is_over(self) -> bool:
         attempt = self._attempt
@@ -290,6 +245,7 @@ class Supervisor:
     async def _sweep(self, member: Member) -> None:
         """End what a lost agent has left, and tell by that whether its host answers."""
         answered = await self._crew.sweep(member.node, SILENT_SWEEP_S if member.was_silent else SWEEP_S)
+        member.answers = answered
         if answered:
             member.lost += "; the host answers by ssh: what was left of the job there has been ended"
         elif not member.was_silent:
@@ -354,14 +310,37 @@ class Supervisor:
         self._restarts.begin(self._run, outcome, step, num_ranks)
         newest = newest_checkpoint(self._run, self._config.checkpoint)
         self._notice(restart_words(outcome, self._restarts, newest))
-        if lost := self._lost():
+        why_not = await self._bring_back()
+        if why_not:
+            self._notice(f"not started again: {why_not}")
+            outcome.restarts = self._restarts.attempt - 1
+        return not why_not and self.stopped_by is None
+
+    async def _bring_back(self) -> str:
+        """Start the agents of lost hosts again, or go on without; return why neither can be."""
+        lost = self._lost()
+        if not lost:
+            return ""
+        least, why = self._config.cluster.min_nodes, "the host does not answer"
+        if not least or all(member.answers for member in lost):
             try:
                 await self._meet([member.node for member in lost])
+                return ""
             except UserError as error:
-                self._notice(f"not started again: {error.what}: {error.why}")
-                outcome.restarts = self._restarts.attempt - 1
-                return False
-        return self.stopped_by is None
+                why = f"{error.what}: {error.why}"
+                if not least:
+                    return why
+        left = [node for node in self._active if self._crew.gang.members[node].here]
+        counts = [self._hosts[node].num_ranks for node in left]
+        taken = fitting(self._config, counts, least)
+        if not taken:
+            return f"{why}; {too_few(self._config, counts, least)}"
+        for node in set(self._active) - set(left[:taken]):
+            self._crew.gang.members[node].is_left_out = True
+        self._active = left[:taken]
+        names = ", ".join(self._hosts[node].name for node in self._active)
+        self._notice(f"going on with {taken} of {len(self._hosts)} hosts ({names}), {sum(counts[:taken])} ranks")
+        return ""
 
 
 async def run_job(run: RunFolder, command: list[str]) -> Outcome:
@@ -380,7 +359,7 @@ async def run_job(run: RunFolder, command: list[str]) -> Outcome:
 def main() -> None:
     """Run the job of the folder in argv and exit with its status."""
     run = RunFolder(Path(sys.argv[1]))
-    die_with_parent(int(os.environ.pop(AGENT_PID_ENV)), signal.SIGTERM)
+    die_with_parent(int(os.environ.pop(AGENT_PID_ENV)), signal.SIGINT)
     command = json.load(sys.stdin)
     try:
         outcome = asyncio.run(run_job(run, command))

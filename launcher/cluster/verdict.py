@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from distui.core.errors import EXIT_RANK_FAILED
 from distui.core.paths import RunFolder
 from distui.launcher.cluster.gang import Member
-from distui.launcher.job.outcome import Ending, Outcome, judge
+from distui.launcher.job.outcome import HOST_LOST, Ending, Outcome, judge
 
 HEAD_START_S = 1.0
 """A host that is lost takes its peers' connections with it a moment before its loss is noticed."""
@@ -34,7 +34,7 @@ def first_cause(
     gone = {first + number for member in lost for first, count in (places[member.node],) for number in range(count)}
     for rank in outcome.ranks:
         if rank.rank in gone and rank.rank not in endings:
-            rank.error = "its host was lost"
+            rank.error = HOST_LOST
     if not lost:
         return outcome
     first_lost = min(lost, key=lambda member: member.lost_s)

@@ -24,9 +24,10 @@ def command(run: str | None, no_tui: bool, debug: bool) -> int:
     from distui.core.config.settings import load
     from distui.daemon.runs.folders import find_run
     from distui.launcher.job.attached import AttachedJob, agent_of
-    from distui.launcher.job.launch import LaunchRequest, configured_runs_dir, say_detached, start_daemon, wants_screen
+    from distui.launcher.job.launch import configured_runs_dir, say_detached, start_daemon, wants_screen
     from distui.launcher.job.outcome import read_outcome
     from distui.launcher.job.plain import follow_plain
+    from distui.launcher.job.request import LaunchRequest
 
     folder = find_run(run, configured_runs_dir())
     if debug:

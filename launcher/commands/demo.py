@@ -12,7 +12,8 @@ import click
 @click.option("--no-tui", is_flag=True, help="Plain lines even in a terminal.")
 def command(nproc: str, zero: str, steps: int | None, no_tui: bool) -> int:
     """Train a small byte-level GPT on the text of the installed Python standard library."""
-    from distui.launcher.job.launch import LaunchRequest, launch
+    from distui.launcher.job.launch import launch
+    from distui.launcher.job.request import LaunchRequest
 
     target = ["-m", "distui.demo.train"]
     if steps is not None:

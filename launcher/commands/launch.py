@@ -30,6 +30,12 @@ def overrides_of(assignments: tuple[str, ...], flags: dict[str, str | None]) -> 
     return found
 
 
+def nodes_of(text: str | None) -> dict[str, str | None]:
+    """Return the settings that `--nodes 4` or `--nodes 2:4` stands for."""
+    least, colon, most = (text or "").rpartition(":")
+    return {"cluster.nodes": most if text is not None else None, "cluster.min_nodes": least if colon else None}
+
+
 def deepspeed_placement(face: str | None, flags: dict[str, Any], target: tuple[str, ...]) -> Placement:
     """Return what DeepSpeed's flags and the JSON that the script names come to.
 
@@ -62,7 +68,12 @@ def deepspeed_placement(face: str | None, flags: dict[str, Any], target: tuple[s
     metavar="N|auto",
     help="Ranks on this node, or on each host; auto: the GPUs, else half of the physical cores.",
 )
-@click.option("--nodes", metavar="N", help="Nodes that take part.")
+@click.option("--nodes", metavar="N|LEAST:N", help="Nodes that take part; 2:4 goes on with 2 once others are lost.")
+@click.option("--slurm", is_flag=True, help="Submit it to Slurm; or, inside an allocation, start it on its nodes.")
+@click.option("--slurm-partition", metavar="NAME", help="Partition to submit to.")
+@click.option("--slurm-time", metavar="TIME", help="Time limit to submit with, as 4:00:00.")
+@click.option("--slurm-args", metavar="TEXT", help="Further options of sbatch, in quotes: '--gpus-per-node=8'.")
+@click.option("--dry-run", is_flag=True, help="With --slurm: print the batch script, and submit nothing.")
 @click.option("--node-rank", metavar="R", help="This node's place among them, from 0.")
 @click.option("--master-addr", metavar="ADDR", help="Address of node 0.")
 @click.option("--master-port", metavar="PORT", help="Port on node 0 where ranks meet.")
@@ -97,6 +108,11 @@ def command(
     max_restarts: str | None,
     nproc: str | None,
     nodes: str | None,
+    slurm: bool,
+    slurm_partition: str | None,
+    slurm_time: str | None,
+    slurm_args: str | None,
+    dry_run: bool,
     node_rank: str | None,
     master_addr: str | None,
     master_port: str | None,
@@ -119,7 +135,8 @@ def command(
 ) -> int:
     """Start SCRIPT on every rank, with ARGS passed through untouched.
 
-    With --hosts or --hostfile it is one job on all of these hosts, which this machine reaches by ssh.
+    With --hosts or --hostfile it is one job on all of these hosts, which this machine reaches by ssh. With --slurm it
+    is a batch job, whose id is printed; inside an allocation it is one job on its nodes, which srun reaches.
 
     In a terminal the dashboard shows the job, and q leaves it to run in the background; otherwise rank 0's output comes
     as it is, with a line of progress every few seconds. There rank 0 has this command's stdin, for input() and
@@ -128,7 +145,8 @@ def command(
     rank failed, 130 stopped by Ctrl-C, 2 a mistake found first.
     """
     from distui.core.errors import UserError
-    from distui.launcher.job.launch import LaunchRequest, launch
+    from distui.launcher.job.launch import launch
+    from distui.launcher.job.request import LaunchRequest
 
     if hosts is not None and not hosts.strip():
         raise UserError("--hosts names no host", "it is empty", "name hosts, as a,b:4, or leave --hosts out")
@@ -136,7 +154,11 @@ def command(
         "cluster.hosts": hosts,
         "cluster.max_restarts": max_restarts,
         "cluster.nproc": nproc,
-        "cluster.nodes": nodes,
+        **nodes_of(nodes),
+        "cluster.starter": "slurm" if slurm else None,
+        "cluster.slurm_partition": slurm_partition,
+        "cluster.slurm_time": slurm_time,
+        "cluster.slurm_args": slurm_args,
         "cluster.node_rank": node_rank,
         "cluster.master_addr": master_addr,
         "cluster.master_port": master_port,
@@ -165,5 +187,6 @@ def command(
             debugger,
             ours["include"] or "",
             ours["exclude"] or "",
+            dry_run,
         )
     )

@@ -103,7 +103,8 @@ def _with_screen(state: WizardState) -> int:
     _say_written(state, result.written, result.backup, result.launch)
     if not result.launch:
         return EXIT_OK
-    from distui.launcher.job.launch import LaunchRequest, launch
+    from distui.launcher.job.launch import launch
+    from distui.launcher.job.request import LaunchRequest
 
     return launch(LaunchRequest((result.script,), {}, result.written))
 

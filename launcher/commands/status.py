@@ -65,12 +65,19 @@ def summary_lines(snapshot: pb.Snapshot) -> list[str]:
         share = snapshot.step / snapshot.total_steps
         lines.append(f"step {count(snapshot.step)} of {count(snapshot.total_steps)}, {share:.0%}{left}")
     if run.restarts:
-        lines.append(f"started again {run.restarts} time{'s' * (run.restarts > 1)}")
+        lines.append(f"started again {run.restarts} time{'s' * (run.restarts > 1)}{effort_words(snapshot)}")
     if snapshot.dropped:
         lines.append(f"{count(snapshot.dropped)} telemetry records were dropped under load")
     lines += [f"{found.kind}: {found.message}" for found in snapshot.diagnosis]
     lines += [f"rank {rank.rank} is busy, and others wait: {rank.busy}" for rank in snapshot.ranks if rank.busy]
     return lines
+
+
+def effort_words(snapshot: pb.Snapshot) -> str:
+    """Return `; 93% of 2m 10s was training, lost: start 4 s, ...`; "" where that is not known."""
+    from distui.tui.format import lost_time
+
+    return f"; {lost_time(snapshot.effort)}" if snapshot.HasField("effort") else ""
 
 
 def rate_of(snapshot: pb.Snapshot) -> str:

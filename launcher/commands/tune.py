@@ -123,7 +123,7 @@ def _first(state: WizardState, number: int) -> list[Choice]:
 
 
 def _request(target: tuple[str, ...], choice: Choice, given: dict[str, str], config_path: Path | None) -> Any:
-    from distui.launcher.job.launch import LaunchRequest
+    from distui.launcher.job.request import LaunchRequest
 
     # A trial is no job that somebody waits for, and saves nothing of its own accord.
     quiet = {"telemetry.enabled": "true", "checkpoint.every_steps": "0", "notify.command": "", "notify.webhook": ""}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from distui.core.errors import DistuiError
 from distui.core.paths import RunFolder, open_own, read_json, read_own
 from distui.core.telemetry.harmless import harmless
-from distui.core.telemetry.kinds import RESTART
+from distui.core.telemetry.kinds import AGAIN, RESTART
 from distui.launcher.job.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Announcer:
         self._incarnation = time.time_ns()
         self._records: list[pb.Record] = []
         self._seq = 0
-        self._restarts = 0
+        self._restarts = self._again = 0
         self._ended = threading.Event()
         self._watch = threading.Thread(target=self._tell_restarts, name="restarts", daemon=True)
 
@@ -61,13 +61,26 @@ class Announcer:
 
         while True:
             ended = self._ended.wait(LOOK_S)
-            for one in (read_json(self._run.restarts) or {}).get("restarts", [])[self._restarts :]:
-                self._restarts += 1
+            told = (read_json(self._run.restarts) or {}).get("restarts", [])
+            for place, one in enumerate(told):
                 about = {"attempt": str(one["attempt"]), "step": str(one["step"] if one["step"] is not None else "n/a")}
-                event = pb.Event(level=pb.Event.WARNING, kind=RESTART, message=one["cause"], attributes=about)
-                self._send(pb.Record(event=event))
+                if place >= self._restarts:
+                    self._restarts += 1
+                    about["time_s"] = str(one["time_s"])
+                    self._event(pb.Event.WARNING, RESTART, one["cause"], about)
+                if place >= self._again and "ready_s" in one:
+                    self._again += 1
+                    about |= {"time_s": str(one["ready_s"])}
+                    about |= {name: str(one[name]) for name in ("world_size", "num_nodes")}
+                    message = f"attempt {one['attempt']} is started, with {one['world_size']} ranks"
+                    self._event(pb.Event.INFO, AGAIN, message, about)
             if ended:
                 return
+
+    def _event(self, level: pb.Event.Level, kind: str, message: str, about: dict[str, str]) -> None:
+        from distui.proto import telemetry_pb2 as pb
+
+        self._send(pb.Record(event=pb.Event(level=level, kind=kind, message=message, attributes=about)))
 
     def finished(self, outcome: Outcome) -> None:
         """Send RunFinished."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from distui.core.config.settings import load
 from distui.core.paths import RunFolder
 from distui.launcher.job.job import AGENT, SUPERVISOR
 from distui.launcher.job.outcome import Outcome, read_outcome
@@ -43,6 +44,8 @@ class AttachedJob:
         self.run = run
         self.stopped_by: signal.Signals | None = None
         self._agent, self._handle = agent, os.pidfd_open(agent)
+        saves_on_term = load(run.config, {}, environ={}).config.cluster.on_preempt == "save"
+        self._end_signal = signal.SIGINT if saves_on_term else signal.SIGTERM
 
     def ended(self) -> int | None:
         """Return the job's exit status; None while it runs."""
@@ -61,7 +64,7 @@ class AttachedJob:
             return
         if self.stopped_by is None:
             self.stopped_by = signum
-            signal.pidfd_send_signal(self._handle, signal.SIGTERM)
+            signal.pidfd_send_signal(self._handle, self._end_signal)
         else:
             kill_job(self.run)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from distui.core.paths import RunFolder, list_own, open_own, read_own
 from distui.core.telemetry.harmless import harmless
-from distui.launcher.job.outcome import Outcome, RankOutcome, last_step, read_rank_error, signal_name
+from distui.launcher.job.outcome import END_SIGNALS, Outcome, RankOutcome, last_step, read_rank_error, signal_name
 from distui.tui.format import cut, duration, scalar
 from distui.tui.format import ranks as rank_list
 
@@ -105,7 +105,7 @@ def _others(ranks: list[RankOutcome]) -> str:
     """Return how the other ranks ended, the same endings together."""
     groups: dict[str, list[int]] = {}
     for rank in ranks:
-        if rank.signal in (signal.SIGTERM, signal.SIGKILL) and not rank.error.partition(":")[2]:
+        if rank.signal in (*END_SIGNALS, signal.SIGKILL) and not rank.error.partition(":")[2]:
             words = "ended by distui"
         elif rank.error:
             words = rank.error

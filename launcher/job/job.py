@@ -44,16 +44,19 @@ class Job:
         environ: dict[str, str],
         console: Console | None = None,
         agent: str = AGENT,
+        *,
+        saves_on_term: bool = False,
     ) -> None:
         """Start `agent`, a module: that of this node, or the supervisor of a job on many hosts.
 
         It is told the script's `command` over a pipe: run.json may keep it without its secrets.
-        With `console` rank 0 has this process's stdin, else none.
+        With `console` rank 0 has this process's stdin, else none. With `saves_on_term` SIGTERM comes from a scheduler
+        that wants the job to give way: it saves, and ends with 75. Slurm sends several, so that a second is no other.
         """
         self.run, self.console = run, console
         self.stopped_by: signal.Signals | None = None
-        self.saves_on_term = False
-        """Whether SIGTERM comes from a scheduler that wants the job to give way: it saves, and ends with 75."""
+        self._saves_on_term = saves_on_term
+        self._end_signal = signal.SIGINT if saves_on_term else signal.SIGTERM
         self._timers: list[threading.Timer] = []
         inherited = console.inherited() if console is not None else ()
         with open(open_own(run.logs / "launcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
@@ -87,7 +90,7 @@ class Job:
             return
         if self.stopped_by is None:
             self.stopped_by = signum
-            self._agent.send_signal(signal.SIGTERM)
+            self._agent.send_signal(self._end_signal)
             self._later(GRACE_S + _AGENT_MARGIN_S, self._kill)
         else:
             self._kill()
@@ -100,8 +103,7 @@ class Job:
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Be the handler of SIGINT, SIGTERM, SIGHUP and SIGUSR1."""
-        if signum == signal.SIGUSR1 or (signum == signal.SIGTERM and self.saves_on_term):
-            self.saves_on_term = False  # a second one means it
+        if signum == signal.SIGUSR1 or (signum == signal.SIGTERM and self._saves_on_term):
             if self.ended() is None:
                 self._agent.send_signal(signal.SIGUSR1)
             return

@@ -9,18 +9,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 from distui.core.config.check import check
 from distui.core.config.schema import Config
-from distui.core.config.settings import load, to_toml
+from distui.core.config.settings import Resolved, load, to_toml
 from distui.core.errors import EXIT_OK, ConfigError, DaemonUnavailable, UserError
 from distui.core.hardware.detect import Hardware, detect
 from distui.core.paths import JOB_ENV, RunFolder, daemon_socket, default_runs_dir, new_run_id, write_own
+from distui.launcher.cluster.allocation import allocation, as_hosts, check_tasks, default_ranks, in_step
 from distui.launcher.cluster.hosts import Host, as_setting, choose_hosts
 from distui.launcher.cluster.starter import load_starter
+from distui.launcher.cluster.submission import is_submission, submit_job
 from distui.launcher.compat.faces import check_face
 from distui.launcher.job import preflight
 from distui.launcher.job.announce import Announcer
@@ -33,28 +34,7 @@ from distui.launcher.job.notify import notify_away, notify_terminal, without_not
 from distui.launcher.job.outcome import Outcome
 from distui.launcher.job.plain import follow_plain, say_start
 from distui.launcher.job.provenance import provenance
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchRequest:
-    """What the user asked for: the target with its arguments, as typed, and settings as `section.key` -> text."""
-
-    target: Sequence[str]
-    overrides: Mapping[str, str] = field(default_factory=dict)
-    config_path: Path | None = None
-    no_tui: bool = False
-    face: str | None = None
-    """What the script's imports are resolved as: see `distui.launcher.compat.faces`."""
-    passes_local_rank: bool = False
-    """Whether a script that reads `--local_rank` is given it, as DeepSpeed's launcher does."""
-    detach: bool = False
-    """Whether it starts in the background."""
-    debug_rank: int | None = None
-    """Whose `breakpoint()` waits for `distui attach --debug`; None: rank 0's has the launcher's stdin."""
-    debugger: str = "pdb"
-    include: str = ""
-    exclude: str = ""
-    """Which of the hosts and slots are taken, as `host[:slot,...][@...]`."""
+from distui.launcher.job.request import LaunchRequest
 
 
 def launch(request: LaunchRequest) -> int:
@@ -64,6 +44,8 @@ def launch(request: LaunchRequest) -> int:
         UserError: before anything is started.
     """
     os.environ.pop(JOB_ENV, None)  # a launch from within a rank is a job of its own
+    if is_submission(request, resolved := settings_of(request)):
+        return submit_job(request, resolved)
     config = resolve(request)
     run = create_run(request, config)
     started_s = time.monotonic()
@@ -71,9 +53,8 @@ def launch(request: LaunchRequest) -> int:
 
     def start() -> Job:
         console = None if screen or request.detach or config.cluster.hosts else launchers_stdin()
-        job = Job(run, request.target, dict(os.environ), console, agent_for(config))
-        job.saves_on_term = config.cluster.on_preempt == "save"
-        return job
+        saves_on_term = config.cluster.on_preempt == "save"
+        return Job(run, request.target, dict(os.environ), console, agent_for(config), saves_on_term=saves_on_term)
 
     job: Job | Background
     if screen or request.detach:
@@ -98,7 +79,8 @@ def launch(request: LaunchRequest) -> int:
                 outcome = hold(config, job, lambda socket: follow_plain(job, config, socket))
     finally:
         for signum, handler in restored.items():
-            signal.signal(signum, handler)
+            asks = config.cluster.on_preempt == "save" and signum in (signal.SIGTERM, signal.SIGUSR1)
+            signal.signal(signum, signal.SIG_IGN if asks else handler)  # what was asked for is done
     if outcome is None:
         say_detached(run)
         return EXIT_OK
@@ -112,11 +94,13 @@ def resolve(request: LaunchRequest) -> Config:
         UserError: the first thing that stands against starting; all problems of the configuration at once.
     """
     check_face(request.face)
-    config = load(request.config_path, request.overrides).config
+    config = settings_of(request).config
     preflight.check_target(request.target, Path.cwd())
     hardware = detect()
     config = decided(config, hardware)
-    if config.cluster.hosts or config.cluster.hostfile:
+    by_hosts = bool(config.cluster.hosts or config.cluster.hostfile or config.cluster.starter == "slurm")
+    check_tasks(os.environ, starts_nodes=by_hosts, by_hand=config.cluster.nodes > 1 and not by_hosts)
+    if by_hosts:
         hosts = hosts_of(request, config)
         config.cluster.hosts, config.cluster.hostfile = as_setting(hosts), ""
         config.cluster.nodes = len(hosts)
@@ -134,6 +118,16 @@ def resolve(request: LaunchRequest) -> Config:
     return config
 
 
+def settings_of(request: LaunchRequest) -> Resolved:
+    """Return the settings; in a Slurm job of several nodes of which nobody has said anything, it starts on all."""
+    resolved = load(request.config_path, request.overrides)
+    said = [resolved.origins[f"cluster.{key}"] for key in ("starter", "nodes", "hosts", "hostfile")]
+    several = os.environ.get("SLURM_JOB_NUM_NODES", "1") not in ("", "1") and not in_step(os.environ)
+    if several and all(origin == "default" for origin in said):
+        resolved.config.cluster.starter = "slurm"
+    return resolved
+
+
 def agent_for(config: Config) -> str:
     """Return the module that holds the job's ranks: on this node, or by agents on hosts."""
     return SUPERVISOR if config.cluster.hosts else AGENT
@@ -143,7 +137,12 @@ def hosts_of(request: LaunchRequest, config: Config) -> list[Host]:
     """Return the hosts that the settings name. Raises: UserError."""
     cluster = config.cluster
     assert isinstance(cluster.nproc, int)
-    found = choose_hosts(cluster.hosts, cluster.hostfile, request.include, request.exclude, cluster.nproc)
+    listed = cluster.hosts
+    if not listed and not cluster.hostfile and (found_job := allocation(os.environ)) is not None:
+        origins = load(request.config_path, request.overrides).origins
+        most = 0 if origins["cluster.nodes"] == "default" else cluster.nodes
+        listed = as_hosts(found_job, most, cluster.nproc, cluster.min_nodes)
+    found = choose_hosts(listed, cluster.hostfile, request.include, request.exclude, cluster.nproc)
     if cluster.node_rank or cluster.master_port:
         raise UserError(
             "hosts, and --node-rank or --master-port",
@@ -151,15 +150,22 @@ def hosts_of(request: LaunchRequest, config: Config) -> list[Host]:
             "leave out --nodes, --node-rank, --master-addr and --master-port, or leave out the hosts",
         )
     load_starter(cluster)
+    origin = load(request.config_path, request.overrides).origins["cluster.nodes"]
+    is_enough = cluster.starter == "slurm" and 0 < cluster.min_nodes <= len(found) < cluster.nodes
+    if origin != "default" and cluster.nodes != len(found) and not is_enough:
+        what = f"--nodes {cluster.nodes}, and {len(found)} hosts"
+        raise UserError(what, "each host is one node", f"--nodes {len(found)}, or leave it out")
     return found
 
 
 def decided(config: Config, hardware: Hardware) -> Config:
     """Return the configuration with numbers for `auto`: ranks, and threads a rank."""
     config = config.model_copy(deep=True)
+    job = allocation(os.environ) if config.cluster.starter == "slurm" else None
     if config.cluster.nproc == "auto":
-        config.cluster.nproc = hardware.ranks_per_node
-    hosts = config.cluster.hosts or config.cluster.hostfile
+        slurms = default_ranks(job, os.environ, len(hardware.gpus_per_node)) if job is not None else None
+        config.cluster.nproc = slurms or hardware.ranks_per_node
+    hosts = config.cluster.hosts or config.cluster.hostfile or job
     if config.cluster.threads_per_rank == 0 and not hosts:  # each host divides its own cores
         cpu = hardware.cpu
         cores = min(cpu.num_cores_physical or cpu.num_cores_usable, cpu.num_cores_usable) if cpu else 1
@@ -206,7 +212,7 @@ def create_run(request: LaunchRequest, config: Config) -> RunFolder:
     if cluster.max_restarts:
         spec["max_restarts"] = cluster.max_restarts
     if cluster.hosts:
-        asked = load(request.config_path, request.overrides).config
+        asked = settings_of(request).config
         asked.cluster.nproc = cluster.nproc
         spec["hosts"] = [host.spec() for host in hosts_of(request, asked)]
         spec["config_file"] = str(request.config_path.absolute()) if request.config_path else ""
@@ -302,5 +308,10 @@ def _conclude(run: RunFolder, config: Config, outcome: Outcome, elapsed_s: float
     if outcome.state == "finished" and (left := left_behind(run)):
         print(left, file=sys.stderr)
     print(end_line(run, outcome, elapsed_s), file=sys.stderr)
+    if config.cluster.starter == "slurm" and (job := allocation(os.environ)) is not None:
+        from distui.launcher.cluster.batch import queue_again
+
+        if told := queue_again(job, config, outcome):
+            print(f"distui: {told}", file=sys.stderr, flush=True)
     notify_terminal(config, run, outcome, elapsed_s)
     return outcome.exit_status

@@ -30,6 +30,12 @@ _LOST_PEER = re.compile(
 """What a rank says whose peer is gone: it comes of another's failure, whichever is told first."""
 
 
+END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+"""By which an agent ends its ranks: the second where SIGTERM has them save."""
+HOST_LOST = "its host was lost"
+"""The error of a rank whose host is gone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ending:
     """How the process of a rank ended, seen at `time_s`; both None where it was not seen how."""
@@ -191,7 +197,7 @@ def judge(
             time_s = report["time_s"] if report else ending.time_s
             lost = report is not None and _LOST_PEER.search(str(report["message"])) is not None
             lost = lost or (report is not None and _LOST_PEER.search(str(report["type"])) is not None)
-            if report is None and ending.signal == signal.SIGTERM and ending.time_s > first_bad_s:
+            if report is None and ending.signal in END_SIGNALS and ending.time_s > first_bad_s:
                 lost = True  # ended by us, for what had ended badly by then
             killed = ending.signal in _UNPROVOKED and ending.time_s - first_bad_s < _OURS_S
             own |= not lost and (report is not None or ending.signal is None or killed)

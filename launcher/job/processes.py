@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import select
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -82,6 +84,14 @@ def request_preemption(run: RunFolder) -> None:
     """Have the ranks save at a step that they agree on, and end with 75."""
     with contextlib.suppress(OSError):  # a full disk: they are ended without it, when their time is over
         os.close(open_own(run.preempt, os.O_WRONLY | os.O_CREAT))
+
+
+def give_way(run: RunFolder) -> bool:
+    """Take SIGTERM for the wish that the job saves and ends; False where the job is being stopped."""
+    if stop_requested(run):
+        return False
+    request_preemption(run)
+    return True
 
 
 def stop_requested(run: RunFolder) -> bool:
@@ -158,3 +168,12 @@ def wait_handle(pidfd: int, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(max(0.0, timeout_s) * 1000))
+
+
+def own_command(module: str) -> list[str]:
+    """Return the command of a module of ours: this side's own Python, by its whole path."""
+    command = [sys.executable, "-u", "-m", module]
+    package = importlib.util.find_spec("distui")
+    assert package is not None and package.origin is not None
+    home = str(Path(package.origin).resolve().parents[1])
+    return command if home.endswith("-packages") else ["env", f"PYTHONPATH={home}", *command]  # a checkout

@@ -13,8 +13,9 @@ from types import FrameType
 from distui.core.errors import DaemonUnavailable, UserError
 from distui.core.paths import RunFolder
 from distui.launcher.job.job import Job
-from distui.launcher.job.launch import LaunchRequest, agent_for, create_run, hold, resolve
+from distui.launcher.job.launch import agent_for, create_run, hold, resolve
 from distui.launcher.job.outcome import Outcome
+from distui.launcher.job.request import LaunchRequest
 
 LOOK_S = 0.25
 """Between two looks at how far a trial is."""

@@ -21,7 +21,14 @@ from distui.core.errors import EXIT_BUG, EXIT_OK, EXIT_PREEMPTED, EXIT_RANK_FAIL
 from distui.core.paths import JOB_ENV, RunFolder
 from distui.launcher.job.console import CONSOLE_ENV
 from distui.launcher.job.outcome import Ending, Outcome, gave_way, judge, last_step, preempted_words, tell_ending
-from distui.launcher.job.processes import AGENT_PID_ENV, die_with_parent, kill_job, request_preemption, stop_requested
+from distui.launcher.job.processes import (
+    AGENT_PID_ENV,
+    die_with_parent,
+    give_way,
+    kill_job,
+    request_preemption,
+    stop_requested,
+)
 from distui.launcher.node.peers import Peers
 from distui.launcher.node.ranks import STOP_SIGNALS, Place, Ranks, listen
 from distui.launcher.node.restarts import Restarts, newest_checkpoint, restart_words, say_notice
@@ -53,11 +60,14 @@ def run_job(run: RunFolder, command: Sequence[str]) -> Outcome:
     cluster = config.cluster
     assert isinstance(cluster.nproc, int), "the launcher resolves nproc before it writes config.toml"
     os.environ[JOB_ENV] = str(run.path)
+    if cluster.on_preempt == "save":  # SIGTERM is then no end
+        die_with_parent(int(os.environ[AGENT_PID_ENV]), signal.SIGINT)
     os.environ[AGENT_PID_ENV] = str(os.getpid())
     console = os.environ.pop(CONSOLE_ENV, "")
     os.environ.setdefault("OMP_NUM_THREADS", str(cluster.threads_per_rank or 1))
     restarts = Restarts(cluster.max_restarts)
     while True:
+        restarts.ready(run, cluster.nproc)
         outcome = _run_attempt(run, cluster, command, console, restarts.attempt)
         outcome.restarts = restarts.attempt
         if not cluster.max_restarts or outcome.state != "failed":
@@ -88,7 +98,8 @@ def _run_attempt(
         store = listen(cluster) if cluster.node_rank == 0 else None
         port = store.getsockname()[1] if store is not None and cluster.nodes == 1 else cluster.master_port
         place = replace(Place.of(cluster, port), attempt=attempt)
-        ranks = Ranks(place, command, store if cluster.nodes == 1 else None, console)
+        gives_way = (lambda: give_way(run)) if cluster.on_preempt == "save" else None
+        ranks = Ranks(place, command, store if cluster.nodes == 1 else None, console, gives_way=gives_way)
         endings = ranks.endings
         if cluster.nodes > 1:
             peers = Peers(cluster, store, stop_for_peers)

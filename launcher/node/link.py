@@ -18,7 +18,7 @@ from distui.proto import cluster_pb2 as pb
 from distui.proto import cluster_pb2_grpc as rpc
 
 BEAT_S = 1.0
-DEAD_S = 15.0
+DEAD_S = 12.0
 """Who has not answered for so long is dead: the agent ends its ranks, as the supervisor ends the other hosts'."""
 CONNECT_S = 8.0
 """A connection that is not there by then is told; a firewall that drops packets says nothing by itself."""

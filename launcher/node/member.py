@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from distui.core.errors import EXIT_BUG, EXIT_OK
 from distui.core.paths import JOB_ENV, RunFolder, read_own, remove_own, write_own
 from distui.launcher.job.outcome import Ending, last_step, read_rank_error
-from distui.launcher.job.processes import AGENT_PID_ENV, kill_job, request_preemption, stop_requested
+from distui.launcher.job.processes import AGENT_PID_ENV, give_way, kill_job, request_preemption, stop_requested
 from distui.launcher.node.facts import Hello, addresses, gather, interface_of, source_address
 from distui.launcher.node.feed import FileFeed
 from distui.launcher.node.link import Link
@@ -208,7 +208,12 @@ class Member:
             self._feed.begin(start.first_rank, start.num_ranks, self._hello.shares_folder)
             store, self._store = (self._store, None) if start.node == 0 else (None, None)
             self._ranks = ranks = Ranks(
-                place, self._spec["command"], store, awaits_nodes=start.num_nodes > 1, on_ended=self._tell_ended
+                place,
+                self._spec["command"],
+                store,
+                awaits_nodes=start.num_nodes > 1,
+                on_ended=self._tell_ended,
+                gives_way=self._give_way if self._spec["saves_on_term"] else None,
             )
             if self._is_ending:
                 os.kill(os.getpid(), signal.SIGTERM)  # it was said before the ranks could hear it
@@ -226,6 +231,9 @@ class Member:
         self._ranks = None
         self._feed.take()
         self._link.say(pb.AgentSays(done=done))
+
+    def _give_way(self) -> bool:
+        return not self._is_ending and give_way(self._run)
 
     def _set_environment(self, start: pb.Start) -> None:
         spec = self._spec

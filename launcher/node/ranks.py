@@ -116,17 +116,22 @@ class Ranks:
         *,
         awaits_nodes: bool = False,
         on_ended: Callable[[Ending], None] = lambda ending: None,
+        gives_way: Callable[[], bool] | None = None,
     ) -> None:
         """Start them with the script's `arguments`; `store` is the listening socket where rank 0 may serve the store.
 
         `console` is the `CONSOLE_ENV` of this process: what rank 0 has of the launcher's. With `awaits_nodes` rank 0
         serves other nodes too, and stays until `release`. `on_ended` hears of each rank that has ended.
+        With `gives_way` SIGTERM does not end the job where that returns True: then ranks take SIGTERM in the same way,
+        whoever sends it, and are ended by SIGHUP.
         """
         self.stopped_by: signal.Signals | None = None
         """The first signal that asked for the end of the job."""
         self.endings: dict[int, Ending] = {}
         self._running: dict[int, _Rank] = {}
         self._on_ended, self._is_released = on_ended, not awaits_nodes
+        self._gives_way = gives_way
+        self._end_signal = signal.SIGTERM if gives_way is None else signal.SIGHUP
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
@@ -135,6 +140,8 @@ class Ranks:
         command = [sys.executable, "-u", "-m", "distui.launcher.node.rank", *arguments]
         self._standby = Standby(store) if store is not None else None
         shared = [int(number) for number in console.split(",") if number]
+        held = {signal.SIGUSR1} if gives_way is None else {signal.SIGUSR1, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)  # until a rank can hear them: it inherits that
         for local_rank in range(place.num_ranks):
             environ = {**os.environ, **place.environ(local_rank)}
             inherited: tuple[int, ...] = ()
@@ -149,6 +156,7 @@ class Ranks:
                 environ[STORE_ENV] = ",".join(str(number) for number in mine)
             process = subprocess.Popen(command, stdin=stdin, env=environ, pass_fds=inherited, start_new_session=True)
             self._running[os.pidfd_open(process.pid)] = _Rank(int(environ["RANK"]), process)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
         if place.attempt >= place.max_restarts:
             for number in shared:
                 os.close(number)  # that rank 0 has ended is to be seen at the other end
@@ -197,7 +205,7 @@ class Ranks:
             if not is_told and self._running and (bad or self.stopped_by is not None):
                 is_told = True
                 told()
-                signal_all((one.process.pid for one in self._running.values()), signal.SIGTERM)
+                signal_all((one.process.pid for one in self._running.values()), self._end_signal)
                 kill_s = time.monotonic() + GRACE_S
             elif kill_s is not None and time.monotonic() >= kill_s:
                 kill()
@@ -207,6 +215,8 @@ class Ranks:
         return [one.rank for one in self._running.values()] == [0]
 
     def _stop(self, signum: signal.Signals) -> None:
+        if signum == signal.SIGTERM and self._gives_way is not None and self._gives_way():
+            return
         self.stopped_by = self.stopped_by or signum
 
     def _reap(self, handle: int) -> None:

@@ -51,6 +51,15 @@ class Restarts:
         self.attempt += 1
         why = outcome.message or "failed"
         self.told.append({"attempt": self.attempt, "time_s": time.time(), "step": step, "cause": why})
+        self._write(run)
+
+    def ready(self, run: RunFolder, world_size: int, num_nodes: int = 1) -> None:
+        """Note that the ranks of an attempt are started: all hosts are there that it is to have."""
+        if self.told:
+            self.told[-1] |= {"ready_s": time.time(), "world_size": world_size, "num_nodes": num_nodes}
+            self._write(run)
+
+    def _write(self, run: RunFolder) -> None:
         write_own(run.restarts, json.dumps({"attempt": self.attempt, "restarts": self.told}))
 
 

@@ -101,10 +101,11 @@ class RankStore:
             self._served = serve(self._listening)
 
     def outlive_others(self, status: int) -> None:
-        """Wait until the other ranks have ended, if they may need the store; SIGTERM ends the process with `status`."""
+        """Wait until the other ranks have ended, if they may need the store; a signal ends it with `status`."""
         if self._served is None:
             return
-        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(status))
+        for signum in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, lambda number, frame: os._exit(status))
         self.wait()
 
     def wait(self) -> None:

@@ -85,7 +85,8 @@ def run_call(call: bytes, overrides: dict[str, str], config_path: Path | None, f
 
     Raises: as `notebook_launcher`.
     """
-    from distui.launcher.job.launch import LaunchRequest, create_run, resolve
+    from distui.launcher.job.launch import create_run, resolve
+    from distui.launcher.job.request import LaunchRequest
     from distui.launcher.notebook.call import RESULT
 
     target = ["-m", "distui.launcher.notebook.call"]

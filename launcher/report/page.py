@@ -11,12 +11,15 @@ from distui.core.config.file import flat_of
 from distui.launcher.report.charts import WIDTH, Chart, bars, heatmap, lines, stacked, text
 from distui.launcher.report.data import RunReport
 from distui.proto import telemetry_pb2 as pb
-from distui.tui.format import clock, count, duration, num_bytes, scalar, seconds, si
+from distui.tui.format import clock, count, duration, lost_time, num_bytes, scalar, seconds, si
 from distui.tui.monitor.model import memory_of
 
 HEAT_COLUMNS = 200
 _PHASES = ("data_wait", "forward", "backward", "exposed_comm", "optimizer")
-_NOTABLE = ("checkpoint", "overflow", "dead_rank", "hang", "straggler", "mismatch", "nan_loss", "daemon_restarted")
+_NOTABLE = (
+    *("checkpoint", "overflow", "dead_rank", "hang", "straggler", "mismatch", "nan_loss", "daemon_restarted"),
+    "restart",
+)
 
 
 def charts_of(report: RunReport) -> list[Chart]:
@@ -110,6 +113,10 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
         ("last loss", scalar(last.loss if last and last.HasField("loss") else None)),
         _rate(report),
     ]
+    if run.restarts:
+        rows.append(("restarts", count(run.restarts)))
+    if report.snapshot.HasField("effort"):
+        rows.append(("effective time", lost_time(report.snapshot.effort)))
     if report.snapshot.dropped:
         rows.append(("lost records", count(report.snapshot.dropped)))
     return rows

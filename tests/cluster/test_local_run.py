@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import psutil
+import pytest
 
 from distui.launcher.job.outcome import read_outcome
 from tests.cluster.conftest import Place, last_of_each
@@ -38,6 +39,14 @@ def test_a_job_on_two_hosts_is_one_run_and_goes_on_after_a_kill(place: Place) ->
     assert [rank.host for rank in outcome.ranks] == ["a", "a", "b"]
     status = json.loads(place.distui("status", "--json").stdout)
     assert status["run"] == run.run_id and status["restarts"] == 1 and not status["diagnosis"]
+    effort = status["effort"]
+    lost = [effort[f"{name}_s"] for name in ("start", "notice", "waiting", "restart", "replay")]
+    assert all(part > 0 for part in lost) and 0 < effort["effective"] < 1, effort
+    assert effort["effective"] * effort["wall_s"] == pytest.approx(effort["wall_s"] - sum(lost))
+    told = place.distui("status").stdout
+    assert "started again 1 time; " in told and "was new training; start " in told, told
+    page = place.distui("report", "-o", "page.html")
+    assert page.returncode == 0 and "was new training" in (place.path / "page.html").read_text()
     assert [(rank["rank"], rank["step"], rank["state"]) for rank in status["ranks"]] == [
         (rank, 12, "finished") for rank in range(3)
     ]

@@ -39,6 +39,8 @@ class RunLine(Widget):
         right.append((duration(elapsed), "bold"))
         if progress := progress_of(model.snapshot):
             right.append((progress, "bold"))
+        if run.restarts:
+            right.append((restarts_of(model.snapshot, run.restarts), "warn"))
         if run.world_size:
             right.append((f"{run.world_size} rank{'s' if run.world_size != 1 else ''}", ""))
         if run.num_nodes:
@@ -77,6 +79,13 @@ def progress_of(found: pb.Snapshot | None) -> str:
         return ""
     left = f", {duration(found.left_s)} left" if found.HasField("left_s") else ""
     return f"{found.step:,}/{found.total_steps:,} {found.step / found.total_steps:.0%}{left}"
+
+
+def restarts_of(found: pb.Snapshot | None, restarts: int) -> str:
+    """Return `2 restarts, 93% effective`."""
+    words = f"{restarts} restart{'s' * (restarts > 1)}"
+    known = found is not None and found.HasField("effort")
+    return f"{words}, {found.effort.effective:.0%} effective" if found is not None and known else words
 
 
 class VerdictLine(Widget):

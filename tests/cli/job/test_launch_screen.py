@@ -11,8 +11,9 @@ import pytest
 from distui.core.config.schema import Config
 from distui.core.paths import RunFolder
 from distui.launcher.job import launch
-from distui.launcher.job.launch import LaunchRequest, wants_screen
+from distui.launcher.job.launch import wants_screen
 from distui.launcher.job.outcome import Outcome
+from distui.launcher.job.request import LaunchRequest
 from distui.tui.monitor import app
 
 

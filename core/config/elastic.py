@@ -1,0 +1,42 @@
+"""What keeps a job from going on with fewer hosts. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from distui.core.config.schema import Config
+from distui.core.errors import Problem
+
+
+def elastic_problems(config: Config) -> Iterator[Problem]:
+    """Yield what does not go with `cluster.min_nodes`."""
+    cluster = config.cluster
+    least = cluster.min_nodes
+    if least and (cluster.hosts or cluster.starter == "slurm") and least > cluster.nodes:
+        yield Problem(
+            "cluster.min_nodes",
+            f"min_nodes={least} with {cluster.nodes} hosts",
+            "so many are never there",
+            f"set cluster.min_nodes to 1..{cluster.nodes}, or name more hosts",
+        )
+    if least and not cluster.hosts and cluster.starter != "slurm":
+        yield Problem(
+            "cluster.min_nodes",
+            f"min_nodes={least} without hosts",
+            "only a job that one command starts on hosts can go on with fewer of them",
+            "name the hosts: --hosts a,b,c --nodes 2:3; or set cluster.min_nodes to 0",
+        )
+    if 0 < least < cluster.nodes and config.batch.global_size is None:
+        yield Problem(
+            "batch.global_size",
+            f"not set, and min_nodes={least}",
+            "with fewer hosts the global batch would be smaller, and so the training another",
+            "set batch.global_size to the samples of one optimizer step over all ranks",
+        )
+    if 0 < least < cluster.nodes and not cluster.max_restarts:
+        yield Problem(
+            "cluster.max_restarts",
+            f"max_restarts=0 with min_nodes={least}",
+            "going on with fewer hosts is a restart from the last checkpoint",
+            "--max-restarts 3, say",
+        )
