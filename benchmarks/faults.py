@@ -48,7 +48,7 @@ class Bench:
         os.environ["DISTUI_STATE_DIR"] = str(self.folder / "state")
         os.environ["DISTUI_RUNTIME_DIR"] = str(self.folder / "rt")
         ensure_daemon()
-        script = Path(__file__).parent / "situations" / "faulty_ranks.py"
+        script = Path(__file__).with_name("faulty_ranks.py")
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.ranks = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, text=True, env=environ)
         self.mounts: list[Path] = []

@@ -26,6 +26,7 @@ class Axes:
         self.place = sizes.place(self.rank)
         """This rank's coordinate on each axis."""
         self._groups: dict[str, dist.ProcessGroup | None] = {}
+        self._meshes: dict[str, DeviceMesh] = {}
         made: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = {}
         for kind in (*GROUPS, *FOLDED):
             groups = sizes.groups(kind)
@@ -64,14 +65,13 @@ class Axes:
 
     def mesh(self, device_type: str) -> DeviceMesh:
         """Return the axes as torch's DeviceMesh, of the groups that there are. Collective the first time: the world."""
-        return self._mesh(device_type)
-
-    @functools.cache  # noqa: B019 - as long as the job
-    def _mesh(self, device_type: str) -> DeviceMesh:
+        if device_type in self._meshes:
+            return self._meshes[device_type]
         shape = [getattr(self.sizes, axis) for axis in AXES]
         groups = [self[kind] or self.alone for kind in ("pp", "data", "cp", "tp")]
         ranks = torch.arange(self.sizes.world).view(shape)
-        return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=AXES)
+        self._meshes[device_type] = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=AXES)
+        return self._meshes[device_type]
 
 
 def make(lists: Sequence[list[int]], name: str, backend: str | None = None) -> dist.ProcessGroup:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -33,8 +32,8 @@ class Trains(Protocol):
         """Return what a loss is multiplied by for its backward."""
 
 
-_known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[AxisSizes, Axes]] = weakref.WeakKeyDictionary()
-"""The axes that engines of this process have made, by the world that they are parts of."""
+_known: tuple[dist.ProcessGroup | None, dict[AxisSizes, Axes]] = None, {}
+"""The world that there is, and the axes that engines of this process have made of it."""
 
 
 def join_axes(process: ProcessState, config: Config) -> Axes | None:
@@ -50,7 +49,10 @@ def join_axes(process: ProcessState, config: Config) -> Axes | None:
         raise ConfigError(problems)
     sizes, world = AxisSizes.of(strategy, process.num_processes), dist.group.WORLD
     assert world is not None
-    of_world = _known.setdefault(world, {})
+    global _known
+    if _known[0] is not world:
+        _known = world, {}
+    of_world = _known[1]
     if sizes not in of_world:
         of_world[sizes] = Axes(sizes)
     axes = of_world[sizes]

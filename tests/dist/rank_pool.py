@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib.util
 import itertools
 import os
@@ -270,6 +271,10 @@ def serve(connection: Connection) -> None:
         except BaseException as error:  # noqa: BLE001 - pytest.fail and SystemExit are reported as well
             reply = pickle.dumps((False, _report(error)))
         connection.send_bytes(reply)
+        # Process groups hang on engines, which refer to themselves, and each gloo group has a thread that looks a
+        # hundred times a second whether there is something to do. What is left is not looked at again.
+        gc.collect()
+        gc.freeze()
 
 
 if __name__ == "__main__":

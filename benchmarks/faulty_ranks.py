@@ -1,6 +1,6 @@
 """Jobs that something happens to on purpose: gloo ranks forked from one warm process, each job with a situation.
 
-    python benchmarks/situations/faulty_ranks.py
+    python benchmarks/faulty_ranks.py
 
 On stdin comes one JSON line a job, {"run": folder, "fault": name}; the fault "end" kills the job, "stop" and "continue"
 stop its ranks and let them go on.
