@@ -1,6 +1,6 @@
 """How soon a job trains again, and how soon a host that is dead is noticed: distui beside torchrun.
 
-    python benchmarks/cluster.py [--repeats 3]
+    python benchmarks/cluster [--repeats 3]
 
 One machine; hosts are agents on it (`cluster.starter=local`), so that no ssh and no network is in the figures. Medians,
 in turns:
