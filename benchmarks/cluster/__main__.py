@@ -1,6 +1,6 @@
 """How soon a job trains again, and how soon a host that is dead is noticed: distui beside torchrun.
 
-    python benchmarks/cluster.py [--repeats 3]
+    python benchmarks/cluster [--repeats 3]
 
 One machine; hosts are agents on it (`cluster.starter=local`), so that no ssh and no network is in the figures. Medians,
 in turns:
@@ -147,12 +147,18 @@ def main() -> int:
     print(f"{'':<30}{'first step':>12}{'first new':>12}   seconds from the fault, median of {repeats}")
     medians = {}
     for name, turns in found.items():
-        first, medians[name] = (statistics.median(one[place] for one in turns) for place in (0, 1))
+        came = [one for one in turns if math.isfinite(one[0])]
+        if not came:
+            print(f"{name:<30}{'n/a':>12}{'n/a':>12}   it did not train again in any turn")
+            continue
+        first, medians[name] = (statistics.median(one[place] for one in came) for place in (0, 1))
+        some = f"   in {len(came)} of {len(turns)} turns; in the others it ended with an error"
         if name.endswith("silent"):
             print(f"{name:<30}{'':>12}{medians[name]:>12.1f}   until the job has ended: {turns[-1][2]}")
         else:
-            print(f"{name:<30}{first:>12.1f}{medians[name]:>12.1f}")
-    missed = [name for name, value in medians.items() if value > (20.0 if name.endswith("silent") else 15.0)]
+            print(f"{name:<30}{first:>12.1f}{medians[name]:>12.1f}{some if len(came) < len(turns) else ''}")
+    limits = {name: 20.0 if name.endswith("silent") else 15.0 for name in medians if name.startswith("distui")}
+    missed = [name for name, limit in limits.items() if medians[name] > limit]
     if missed:
         print(f"missed: {', '.join(missed)}")
     return int(bool(missed))
