@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.format import NA, count, duration, num_bytes, scalar, seconds, si
+from distui.tui.monitor.history import StepHistory
 from distui.tui.monitor.model import RunModel, optional
 from distui.tui.monitor.verdict import STATE_GLYPHS, STATE_TONES
 from distui.tui.widgets.sparkline import sparkline
@@ -31,7 +33,8 @@ class RankLine:
     phase: str | None
     phase_s: float | None
     device: str | None
-    times: Sequence[float] | None
+    times: Callable[[], Sequence[float]]
+    """Its last step times, looked up for the rows in sight only."""
 
 
 def phase_of(rank: pb.RankState, now_s: float) -> tuple[str | None, float | None]:
@@ -46,11 +49,12 @@ def phase_of(rank: pb.RankState, now_s: float) -> tuple[str | None, float | None
 
 def rank_lines(model: RunModel, now_s: float) -> list[RankLine]:
     """Return the ranks heard of, by number."""
-    return [_line(rank, model, now_s) for rank in model.ranks]
+    rate, now_s = model.rate[0], model.now(now_s)
+    return [_line(rank, model.history, rate, now_s) for rank in model.ranks]
 
 
-def _line(rank: pb.RankState, model: RunModel, now_s: float) -> RankLine:
-    phase, phase_s = phase_of(rank, model.now(now_s))
+def _line(rank: pb.RankState, history: StepHistory, rate: str, now_s: float) -> RankLine:
+    phase, phase_s = phase_of(rank, now_s)
     return RankLine(
         rank=rank.rank,
         node=rank.node,
@@ -59,12 +63,12 @@ def _line(rank: pb.RankState, model: RunModel, now_s: float) -> RankLine:
         step=optional(rank, "step"),
         loss=optional(rank, "loss"),
         step_s=optional(rank, "step_s"),
-        rate=optional(rank, model.rate[0]),
+        rate=optional(rank, rate),
         memory_bytes=optional(rank, "memory_bytes"),
         phase=phase,
         phase_s=phase_s,
         device=rank.device or None,
-        times=model.history.rank_times(rank.rank),
+        times=partial(history.rank_times, rank.rank),
     )
 
 
@@ -116,6 +120,6 @@ RANK_COLUMNS: tuple[Column[RankLine], ...] = (
         priority=11,
         width=12,
         flex=True,
-        draw=lambda v, w: sparkline(v, w),
+        draw=lambda v, w: sparkline(v(), w),
     ),
 )

@@ -12,7 +12,7 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from distui.tui.format import seconds
-from distui.tui.monitor.views.base import Frame, Key, Panel, View
+from distui.tui.monitor.views.base import Frame, Key, Panel, View, draw_map
 from distui.tui.monitor.views.rank_columns import RANK_COLUMNS, RankLine, show_ranks
 from distui.tui.widgets.heatmap import Heatmap
 from distui.tui.widgets.table import LineTable
@@ -61,8 +61,7 @@ class RanksView(View):
         """Draw the frame."""
         self._frame = frame
         show_ranks(self._table, frame.model, frame.now_s)
-        rows = frame.model.history.window_rows(frame.num_steps, frame.end_step)
-        self.query_one("#ranks-map", Heatmap).show([row.step for row in rows], [row.step_s for row in rows])
+        draw_map(self.query_one("#ranks-map", Heatmap), frame)
         self._tell()
 
     def _tell(self) -> None:
