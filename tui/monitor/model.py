@@ -12,6 +12,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from distui.core.axes.sizes import AxisSizes
 from distui.core.paths import is_run_id
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.monitor.history import StepHistory
@@ -173,6 +174,25 @@ class RunModel:
     def rank(self, number: int) -> pb.RankState | None:
         """Return one rank's state; None where nothing was heard of it."""
         return self._by_number.get(number)
+
+    @property
+    def axes(self) -> AxisSizes | None:
+        """How the ranks are cut over the model's axes; None where all are data-parallel, or nobody has said."""
+        told = self.run.layout
+        sizes = AxisSizes(told.pp, told.dp, told.cp, told.tp)
+        # What does not multiply to the world is another's, or damaged: better no coordinates than wrong ones.
+        return sizes if sizes.has_model_axes and sizes.world == self.run.world_size else None
+
+    def stage_waits(self) -> list[float | None]:
+        """Return for each stage of the pipeline what share of the last step its ranks waited in; None is not known."""
+        sizes = self.axes or AxisSizes()
+        shares: list[list[float]] = [[] for _ in range(sizes.pp)]
+        for rank in self.ranks:
+            step = rank.last_step
+            measured = step.forward_s or step.backward_s or step.exposed_comm_s
+            if rank.rank < sizes.world and step.step_s > 0 and measured:
+                shares[sizes.place(rank.rank)["pp"]].append(step.exposed_comm_s / step.step_s)
+        return [sum(of_stage) / len(of_stage) if of_stage else None for of_stage in shares]
 
     def tokens_per_s(self) -> float | None:
         """Return the newest rate over all ranks; None where the script counts no tokens."""

@@ -141,7 +141,7 @@ class LineChart(DrawnWidget):
 
     def _axis(self, gutter: int, plot: int, left: float, right: float, ink: Ink, width: int) -> Strip:
         cells: list[tuple[str, Style]] = [("─", ink.faint)] * plot
-        for tick in nice_ticks(left, right, max(1, plot // 16)):
+        for tick in nice_ticks(left, right, max(2, plot // 16)):
             cells[min(plot - 1, round((tick - left) / (right - left) * (plot - 1)))] = ("┬", ink.faint)
         for mark in self._marks:
             if left <= mark.x <= right:
@@ -153,7 +153,7 @@ class LineChart(DrawnWidget):
     def _x_labels(self, gutter: int, plot: int, left: float, right: float, ink: Ink, width: int) -> Strip:
         text = [" "] * width
         title = self._x_title
-        ticks = [tick for tick in nice_ticks(left, right, max(1, plot // 16)) if tick == int(tick)]
+        ticks = [tick for tick in nice_ticks(left, right, max(2, plot // 16)) if tick == int(tick)]
         free_from = 0
         stop = width - len(title) - 1
         for tick in ticks:

@@ -125,6 +125,20 @@ class LineTable(KeptLines, ScrollView, Generic[Row], can_focus=True):
         self._all = list(rows)
         self._arrange()
 
+    def toggle_column(self, column: Column[Row], place: int) -> None:
+        """Add a column at `place`, or take it away; what the rows are sorted by stays."""
+        by = self.columns[self.sort_column] if self.sort_column is not None else None
+        if column in self.columns:
+            self.columns.remove(column)
+        else:
+            self.columns.insert(place, column)
+        self.sort_column = self.columns.index(by) if by in self.columns else None
+        self._widths.clear()
+
+    def sort_by(self, column: Column[Row]) -> None:
+        """Sort by a column, in rising order."""
+        self.sort_column, self.descending = self.columns.index(column), False
+
     def filter(self, pattern: re.Pattern[str] | None) -> None:
         """Show only the rows in whose text the pattern is found."""
         self._filter = pattern
