@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from situations.job import FAULT_STEP, SITUATIONS, Job, Situation
 
 from distui.core.config.schema import TelemetrySection
 from distui.core.paths import RunFolder
 from distui.core.telemetry.collectives import install
 from distui.core.telemetry.source import open_source
-from situations.job import FAULT_STEP, SITUATIONS, Job, Situation
 
 _PR_SET_PDEATHSIG, _CLONE_NEWNET = 1, 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -109,7 +109,7 @@ class RunFinished(_message.Message):
     def __init__(self, state: _Optional[str] = ..., exit_status: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class RankStarted(_message.Message):
-    __slots__ = ("world_size", "local_rank", "device", "device_name", "num_parameters", "peak_flops", "device_uuid", "own_strategy", "strategy")
+    __slots__ = ("world_size", "local_rank", "device", "device_name", "num_parameters", "peak_flops", "device_uuid", "own_strategy", "strategy", "layout")
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     LOCAL_RANK_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,7 @@ class RankStarted(_message.Message):
     DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
     OWN_STRATEGY_FIELD_NUMBER: _ClassVar[int]
     STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     world_size: int
     local_rank: int
     device: str
@@ -128,7 +129,24 @@ class RankStarted(_message.Message):
     device_uuid: str
     own_strategy: bool
     strategy: str
-    def __init__(self, world_size: _Optional[int] = ..., local_rank: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., num_parameters: _Optional[int] = ..., peak_flops: _Optional[float] = ..., device_uuid: _Optional[str] = ..., own_strategy: _Optional[bool] = ..., strategy: _Optional[str] = ...) -> None: ...
+    layout: Layout
+    def __init__(self, world_size: _Optional[int] = ..., local_rank: _Optional[int] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., num_parameters: _Optional[int] = ..., peak_flops: _Optional[float] = ..., device_uuid: _Optional[str] = ..., own_strategy: _Optional[bool] = ..., strategy: _Optional[str] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ...) -> None: ...
+
+class Layout(_message.Message):
+    __slots__ = ("pp", "dp", "cp", "tp", "pipeline_schedule", "pipeline_micro_batches")
+    PP_FIELD_NUMBER: _ClassVar[int]
+    DP_FIELD_NUMBER: _ClassVar[int]
+    CP_FIELD_NUMBER: _ClassVar[int]
+    TP_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+    pipeline_schedule: str
+    pipeline_micro_batches: int
+    def __init__(self, pp: _Optional[int] = ..., dp: _Optional[int] = ..., cp: _Optional[int] = ..., tp: _Optional[int] = ..., pipeline_schedule: _Optional[str] = ..., pipeline_micro_batches: _Optional[int] = ...) -> None: ...
 
 class RankFinished(_message.Message):
     __slots__ = ("exit_status", "error")
@@ -359,7 +377,7 @@ class ListRunsResponse(_message.Message):
     def __init__(self, runs: _Optional[_Iterable[_Union[RunInfo, _Mapping]]] = ...) -> None: ...
 
 class RunInfo(_message.Message):
-    __slots__ = ("run_id", "run_dir", "name", "state", "strategy", "started_s", "finished_s", "world_size", "num_nodes", "command", "exit_status", "message", "config_toml", "planned_memory_bytes", "restarts")
+    __slots__ = ("run_id", "run_dir", "name", "state", "strategy", "started_s", "finished_s", "world_size", "num_nodes", "command", "exit_status", "message", "config_toml", "planned_memory_bytes", "restarts", "layout")
     class PlannedMemoryBytesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -382,6 +400,7 @@ class RunInfo(_message.Message):
     CONFIG_TOML_FIELD_NUMBER: _ClassVar[int]
     PLANNED_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     run_dir: str
     name: str
@@ -397,7 +416,8 @@ class RunInfo(_message.Message):
     config_toml: str
     planned_memory_bytes: _containers.ScalarMap[str, int]
     restarts: int
-    def __init__(self, run_id: _Optional[str] = ..., run_dir: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[str] = ..., strategy: _Optional[str] = ..., started_s: _Optional[float] = ..., finished_s: _Optional[float] = ..., world_size: _Optional[int] = ..., num_nodes: _Optional[int] = ..., command: _Optional[_Iterable[str]] = ..., exit_status: _Optional[int] = ..., message: _Optional[str] = ..., config_toml: _Optional[str] = ..., planned_memory_bytes: _Optional[_Mapping[str, int]] = ..., restarts: _Optional[int] = ...) -> None: ...
+    layout: Layout
+    def __init__(self, run_id: _Optional[str] = ..., run_dir: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[str] = ..., strategy: _Optional[str] = ..., started_s: _Optional[float] = ..., finished_s: _Optional[float] = ..., world_size: _Optional[int] = ..., num_nodes: _Optional[int] = ..., command: _Optional[_Iterable[str]] = ..., exit_status: _Optional[int] = ..., message: _Optional[str] = ..., config_toml: _Optional[str] = ..., planned_memory_bytes: _Optional[_Mapping[str, int]] = ..., restarts: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ...) -> None: ...
 
 class SnapshotRequest(_message.Message):
     __slots__ = ("run_id",)

@@ -65,6 +65,10 @@ def make_harmless(message: Message) -> None:
             if not all(map(str.isprintable, values)):
                 values[:] = [harmless(value) for value in values]
         elif what == "keys":
+            values = getattr(message, field)
+            if not all(map(str.isprintable, values)):
+                _clean_keys(values)
+        elif what == "keys and texts":
             _clean_keys(getattr(message, field))
         elif what == "message":
             if message.HasField(field):
@@ -96,7 +100,8 @@ def _plan(descriptor: Descriptor) -> tuple[tuple[str, str], ...]:
         elif field.message_type is None or not _has_text(field.message_type):
             continue
         elif field.message_type.GetOptions().map_entry:
-            found.append((field.name, "keys"))
+            is_text = field.message_type.fields_by_name["value"].type == field.TYPE_STRING
+            found.append((field.name, "keys and texts" if is_text else "keys"))
         else:
             found.append((field.name, "messages" if field.is_repeated else "message"))
     return tuple(found)

@@ -127,7 +127,8 @@ def _collective(entry: CollectiveEntry) -> pb.Record:
 
 
 def _rank_started(item: RingItem) -> pb.Record:
-    world_size, local_rank, device, device_name, num_parameters, peak_flops, device_uuid, own, strategy = item.fields
+    world_size, local_rank, device, device_name, num_parameters, peak_flops, device_uuid, *chosen = item.fields
+    own, strategy, layout = chosen
     started = pb.RankStarted(
         world_size=world_size,
         local_rank=local_rank,
@@ -138,6 +139,7 @@ def _rank_started(item: RingItem) -> pb.Record:
         device_uuid=device_uuid,
         own_strategy=own,
         strategy=strategy,
+        layout=pb.Layout(**layout) if layout else None,
     )
     return pb.Record(time_s=item.time_s, rank_started=started)
 

@@ -80,13 +80,14 @@ class TelemetrySource:
         peak_flops: float | None = None,
         own_strategy: bool = False,
         strategy: str = "",
+        layout: dict[str, int | str] | None = None,
     ) -> None:
         """Say that the engine is up, or that the script trains without one: then `own_strategy`.
 
         `peak_flops`: of the device, per second, where known. `strategy`: the engine's, in words, which a script may
-        have chosen otherwise than the job's settings.
+        have chosen otherwise than the job's settings. `layout`: the fields of the message of that name.
         """
-        own = own_strategy, strategy
+        own = own_strategy, strategy, layout
         fields = (*self._place, device, device_name, num_parameters, peak_flops, _uuid_of(device), *own)
         self._ring.put("rank_started", fields)
         self._sender.wake()

@@ -269,6 +269,8 @@ class RunState:
                 self.info.strategy = OWN_STRATEGY  # what the settings say of it holds for engines only
             elif record.rank_started.strategy:
                 self.info.strategy = record.rank_started.strategy
+            if record.rank_started.HasField("layout"):
+                self.info.layout.CopyFrom(record.rank_started.layout)
             if record.rank_started.HasField("peak_flops"):
                 self._peak_flops[speaker.rank] = record.rank_started.peak_flops
         elif body == "rank_finished":

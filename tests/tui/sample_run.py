@@ -209,6 +209,17 @@ def hang_update(num_ranks: int = 8, missing: int = 5) -> pb.Update:
     return update
 
 
+def axes_update(num_ranks: int = 8, schedule: str = "1f1b", num_micro: int = 4) -> pb.Update:
+    """Return a run of two stages, two copies and tensor parallelism over the rest."""
+    update = sample_update(num_ranks)
+    run = update.snapshot.run
+    run.strategy = f"ZeRO-1, pp 2 ({schedule}), tp {num_ranks // 4}, bf16"
+    run.layout.CopyFrom(
+        pb.Layout(pp=2, dp=2, cp=1, tp=num_ranks // 4, pipeline_schedule=schedule, pipeline_micro_batches=num_micro)
+    )
+    return update
+
+
 def cpu_update(num_ranks: int = 2, num_steps: int = 60) -> pb.Update:
     """Return a run on CPUs of a script that counts no tokens and times no phases: much is n/a."""
     update = sample_update(num_ranks, num_steps)

@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol
 from textual import on
 from textual.app import ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.css.query import NoMatches
 from textual.screen import Screen
 from textual.widgets import ContentSwitcher, Footer, Input
 
@@ -165,9 +166,13 @@ class DashboardApp(ActingApp):
         problem = self.client.problem if self.client is not None else ""
         # Only the base screen has these; a screen above it may be the active one.
         base = self.screen_stack[0] if self.screen_stack else None
-        if base is None or not base.query(RunLine):
+        try:
+            line = base.query_one(RunLine) if base is not None else None
+        except NoMatches:
+            line = None
+        if base is None or line is None:
             return  # a last tick while the app closes
-        base.query_one(RunLine).show(shown, now_s, None if away is None else now_s - away, self._pause_text())
+        line.show(shown, now_s, None if away is None else now_s - away, self._pause_text())
         verdict = judge(self.model, now_s, problem, daemon_away=away is not None)
         base.query_one(VerdictLine).show(verdict, shown.run.strategy)
         if self.player is not None:

@@ -8,6 +8,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from distui.proto import telemetry_pb2 as pb
 
 NAN = math.nan
@@ -36,6 +38,8 @@ class StepHistory:
         self._capacity, self._rank_rows = capacity, rank_rows
         self._columns: dict[str, array[float]] = {name: array("d") for name in COLUMNS}
         self.rows: list[RankRow] = []
+        self.revision = 0
+        """Grows with each step taken in, so that a view can tell whether there are new ones."""
 
     def __len__(self) -> int:
         return len(self._columns["step"])
@@ -76,6 +80,7 @@ class StepHistory:
                 del self.rows[: len(self.rows) - self._rank_rows]
         if len(self) > self._capacity:
             self._thin()
+        self.revision += 1
         return True
 
     def _drop_from(self, step: int) -> None:
@@ -113,9 +118,8 @@ class StepHistory:
     def other(self, window: slice = slice(None)) -> array[float]:
         """Return what of each step is in none of the measured parts; NaN where nothing was measured."""
         parts = [self.column(name, window) for name in PHASES]
-        total = self.column("step_s", window)
-        rest = (step - sum(part) for step, *part in zip(total, *parts, strict=True))
-        return array("d", (value if math.isnan(value) else max(0.0, value) for value in rest))
+        rest = np.asarray(self.column("step_s", window)) - np.sum([np.asarray(part) for part in parts], axis=0)
+        return array("d", np.maximum(rest, 0.0).tobytes())
 
     def split(self, window: slice = slice(None)) -> list[float] | None:
         """Return the mean seconds of each phase of PHASE_NAMES over the window; None where nothing was measured."""
@@ -127,7 +131,7 @@ class StepHistory:
         """Return a copy that later steps do not change."""
         other = StepHistory(self._capacity, self._rank_rows)
         other._columns = {name: values[:] for name, values in self._columns.items()}
-        other.rows = list(self.rows)
+        other.rows, other.revision = list(self.rows), self.revision
         return other
 
 

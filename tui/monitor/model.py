@@ -12,6 +12,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from distui.core.axes.sizes import AxisSizes
 from distui.core.paths import is_run_id
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.monitor.history import StepHistory
@@ -85,12 +86,18 @@ class RunModel:
         self.version = 0
         self.server_time_s = 0.0
         self.received_s = 0.0
+        self.ranks: list[pb.RankState] = []
+        """The ranks heard of so far, by number."""
+        self._by_number: dict[int, pb.RankState] = {}
+        self._event_steps: tuple[object, list[tuple[float, str, int]]] = (None, [])
         self._seen_events: set[tuple[float, int, str, str]] = set()
         self._seen_metrics: set[tuple[float, int]] = set()
 
     def apply(self, update: pb.Update, received_s: float) -> None:
         """Take in what the daemon sent; what is already known (it repeats all after a reconnect) changes nothing."""
         self.snapshot = update.snapshot
+        self.ranks = sorted(update.snapshot.ranks, key=lambda rank: rank.rank)
+        self._by_number = {rank.rank: rank for rank in self.ranks}
         if is_run_id(update.snapshot.run.run_id):  # it names files: a daemon may be another user's
             self.run_id = update.snapshot.run.run_id
         self.server_time_s, self.received_s = update.server_time_s, received_s
@@ -131,11 +138,6 @@ class RunModel:
         return self.snapshot.run if self.snapshot is not None else pb.RunInfo(run_id=self.run_id)
 
     @property
-    def ranks(self) -> list[pb.RankState]:
-        """The ranks heard of so far, by number."""
-        return sorted(self.snapshot.ranks, key=lambda rank: rank.rank) if self.snapshot is not None else []
-
-    @property
     def diagnosis(self) -> list[pb.Diagnosis]:
         """What the daemon found to be wrong now."""
         return list(self.snapshot.diagnosis) if self.snapshot is not None else []
@@ -171,7 +173,26 @@ class RunModel:
 
     def rank(self, number: int) -> pb.RankState | None:
         """Return one rank's state; None where nothing was heard of it."""
-        return next((rank for rank in self.ranks if rank.rank == number), None)
+        return self._by_number.get(number)
+
+    @property
+    def axes(self) -> AxisSizes | None:
+        """How the ranks are cut over the model's axes; None where all are data-parallel, or nobody has said."""
+        told = self.run.layout
+        sizes = AxisSizes(told.pp, told.dp, told.cp, told.tp)
+        # What does not multiply to the world is another's, or damaged: better no coordinates than wrong ones.
+        return sizes if sizes.has_model_axes and sizes.world == self.run.world_size else None
+
+    def stage_waits(self) -> list[float | None]:
+        """Return for each stage of the pipeline what share of the last step its ranks waited in; None is not known."""
+        sizes = self.axes or AxisSizes()
+        shares: list[list[float]] = [[] for _ in range(sizes.pp)]
+        for rank in self.ranks:
+            step = rank.last_step
+            measured = step.forward_s or step.backward_s or step.exposed_comm_s
+            if rank.rank < sizes.world and step.step_s > 0 and measured:
+                shares[sizes.place(rank.rank)["pp"]].append(step.exposed_comm_s / step.step_s)
+        return [sum(of_stage) / len(of_stage) if of_stage else None for of_stage in shares]
 
     def tokens_per_s(self) -> float | None:
         """Return the newest rate over all ranks; None where the script counts no tokens."""
@@ -196,6 +217,12 @@ class RunModel:
 
     def event_steps(self) -> list[tuple[float, str, int]]:
         """Return (step, kind, level) of each event that has a place on a chart's axis, oldest first."""
+        key = self.version, self.history.revision
+        if self._event_steps[0] != key:
+            self._event_steps = key, self._find_event_steps()
+        return self._event_steps[1]
+
+    def _find_event_steps(self) -> list[tuple[float, str, int]]:
         times, steps = self.history.column("time_s"), self.history.column("step")
         if not times:
             return []

@@ -17,8 +17,9 @@ from distui.tui.monitor.log_tail import LogTail
 from distui.tui.monitor.model import memory_of, optional
 from distui.tui.monitor.verdict import STATE_GLYPHS
 from distui.tui.monitor.views.base import Frame, Panel, draw_memory
-from distui.tui.monitor.views.rank_columns import phase_of
+from distui.tui.monitor.views.rank_columns import phase_of, place_of
 from distui.tui.widgets.chart import LineChart, Series
+from distui.tui.widgets.layout import axes_in_use, place_words
 from distui.tui.widgets.stack import Bar, StackedBars
 
 
@@ -92,8 +93,11 @@ class RankScreen(Screen[None]):
             doing += f" for {duration(phase_s)}"
         seen = optional(state, "last_seen_s")
         step = state.last_step if state.HasField("last_step") else pb.Step()
+        sizes = frame.model.axes
+        found = place_of(sizes, axes_in_use(sizes), state.rank) if sizes is not None else None
+        place = f" ({place_words(found)})" if found else ""
         lines = [
-            f" {STATE_GLYPHS.get(state.state, '?')} rank {state.rank}  {state.state}  on {state.node or NA}"
+            f" {STATE_GLYPHS.get(state.state, '?')} rank {state.rank}{place}  {state.state}  on {state.node or NA}"
             f"  pid {state.pid or NA}  {device or NA}",
             f" step {count(optional(state, 'step'))}  loss {scalar(optional(state, 'loss'))}"
             f"  grad norm {scalar(optional(step, 'grad_norm'))}  lr {scalar(optional(step, 'learning_rate'))}"

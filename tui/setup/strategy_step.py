@@ -15,6 +15,7 @@ from textual.containers import Horizontal, VerticalScroll
 from textual.widgets import Checkbox, DataTable, Input, Static
 from textual.widgets.data_table import ColumnKey, RowKey
 
+from distui.core.axes.sizes import AxisSizes
 from distui.core.errors import Problem, UserError
 from distui.core.hardware.detect import Hardware
 from distui.tui.format import NA, num_bytes, si
@@ -25,6 +26,7 @@ from distui.tui.setup.planning import Choice, terms_of
 from distui.tui.setup.step import Field, Step, pass_scroll
 from distui.tui.setup.tune import TuneScreen
 from distui.tui.setup.widgets import Filter, memory_bar
+from distui.tui.widgets.layout import axes_in_use, picture
 
 MAX_ROWS = 300
 ROW_NUMBERS = itertools.count()
@@ -214,10 +216,27 @@ class StrategyStep(Step):
         if words := self._rates():
             why.append(f"\n{words}")
         if choice.plan is None:
-            pane.update(Group(title, why))
+            pane.update(Group(title, why, *self._picture(choice)))
             return
         terms = terms_of(choice, self.state.shaped_model, self.state.hardware)
-        pane.update(Group(title, why, grid(plan_rows(choice.plan, terms), 19)))
+        pane.update(Group(title, why, *self._picture(choice), grid(plan_rows(choice.plan, terms), 19)))
+
+    def _picture(self, choice: Choice) -> list[Text]:
+        """Return the ranks by axis, as a picture."""
+        world_size = self.state.world_size
+        names = ("pipeline_parallel", "context_parallel", "tensor_parallel")
+        pp, cp, tp = (int(choice.values.get(f"strategy.{name}", 1)) for name in names)
+        if world_size is None or world_size % (pp * cp * tp):
+            return []
+        sizes = AxisSizes(pp, world_size // (pp * cp * tp), cp, tp)
+        width = max(20, self.query_one("#why-pane").size.width - 2)
+        lines = picture(sizes, width, 10, self._ranks_here() or 0)
+        words = " x ".join(f"{axis} {getattr(sizes, axis)}" for axis in axes_in_use(sizes))
+        return (
+            [Text(f"\n{world_size} ranks: {words}", style="bold"), Text("\n".join([*lines, ""]), no_wrap=True)]
+            if lines
+            else []
+        )
 
     def _ranks_here(self) -> int | None:
         world_size = self.state.world_size

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from rich.style import Style
 from textual.strip import Strip
 
@@ -13,8 +15,10 @@ from distui.tui.format import cut, scalar
 from distui.tui.widgets.drawn import DrawnWidget
 from distui.tui.widgets.outliers import CLIPPED, ceiling
 from distui.tui.widgets.palette import Ink, line
+from distui.tui.widgets.scale import nice_step, steps_range, widened
 
-_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+Points = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+_DOTS = np.array(((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80)), np.uint8)
 MARK_GLYPHS = ("◆", "▲", "✗")
 """Of an event's level: information, warning, error."""
 MARK_TONES = ("calm", "warn", "bad")
@@ -43,9 +47,7 @@ def nice_ticks(low: float, high: float, number: int) -> list[float]:
     """Return about `number` round values within [low, high]: multiples of 1, 2 or 5 times a power of ten."""
     if not (math.isfinite(low) and math.isfinite(high)) or high <= low or number < 1:
         return [low]
-    raw = (high - low) / max(1, number)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * power for size in (1, 2, 5, 10) if size * power >= raw * 0.999)
+    step = nice_step((high - low) / max(1, number))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
@@ -80,21 +82,25 @@ class LineChart(DrawnWidget):
         self._empty = empty or self._empty
         self.redraw()
 
-    def _draw(self, width: int, height: int, ink: Ink) -> list[Strip]:
-        points = [
-            (series, [(x, y) for x, y in zip(series.xs, series.ys, strict=True) if math.isfinite(y)])
-            for series in self._series
-        ]
-        points = [(series, found) for series, found in points if found]
-        if not points or width < 16 or height < 3:
+    def draw(self, width: int, height: int, ink: Ink) -> list[Strip]:
+        """Return axes, curves and marks."""
+        curves = [(series.color, found) for series in self._series if len((found := _points(series))[0])]
+        if not curves or width < 16 or height < 3:
             return _centred(self._empty, width, height, ink)
-        ys = [y for _, found in points for _, y in found]
-        xs = [x for _, found in points for x, _ in found]
-        low, high = (0.0 if self._from_zero else min(ys)), ceiling(ys) if self._clip else max(ys)
+        ys = np.concatenate([found[1] for _, found in curves])
+        low, usual = (
+            0.0 if self._from_zero else float(ys.min()),
+            ceiling(ys.tolist()) if self._clip else float(ys.max()),
+        )
+        high = usual
         if high - low <= abs(high) * 1e-9:
             pad = abs(high) * 0.1 or 1.0
             low, high = (low if self._from_zero else low - pad), high + pad
-        left, right = min(xs), max(xs)
+        else:
+            low, high = widened(low, high)
+        left, right = steps_range(
+            min(float(xs[0]) for _, (xs, _) in curves), max(float(xs[-1]) for _, (xs, _) in curves)
+        )
         if right <= left:
             left, right = left - 0.5, right + 0.5
         rows = height - 2
@@ -104,23 +110,30 @@ class LineChart(DrawnWidget):
         labels = {round((high - tick) / (high - low) * (rows - 1)): self._unit(tick) for tick in ticks}
         gutter = max(len(text) for text in labels.values()) + 1
         plot = width - gutter - 1
-        grid = [[0] * plot for _ in range(rows)]
-        owner = [[-1] * plot for _ in range(rows)]
-        for index, (_, found) in enumerate(points):
-            _plot(found, (left, right, low, high), grid, owner, index)
-        styles = [ink.of_series(series.color) for series, _ in points]
-        beyond = {round((x - left) / (right - left) * (plot - 1)) for _, found in points for x, y in found if y > high}
+        bits = np.zeros((rows, plot), np.uint8)
+        owner = np.zeros((rows, plot), np.intp)
+        beyond: set[int] = set()
+        for index, (_, found) in enumerate(curves):
+            dots = _plot(found, (left, right, low, high), rows, plot)
+            bits |= dots
+            owner[dots > 0] = index
+            far = (found[0][found[1] > usual] - left) * ((plot - 1) / (right - left))
+            beyond.update(np.rint(far).astype(int).tolist())
+        styles = [ink.of_series(color) for color, _ in curves]
         strips = []
-        for row in range(rows):
+        for row, (codes, owners) in enumerate(zip(bits.tolist(), owner.tolist(), strict=True)):
             label = labels.get(row, "")
             parts: list[tuple[str, Style]] = [(label.rjust(gutter), ink.muted), ("┤" if label else "│", ink.faint)]
-            for column, (bits, series) in enumerate(zip(grid[row], owner[row], strict=True)):
+            style = styles[0]
+            for column, (code, series) in enumerate(zip(codes, owners, strict=True)):
                 if row == 0 and column in beyond:
                     parts.append((CLIPPED, ink.tone("warn")))
-                elif bits:
-                    parts.append((chr(0x2800 + bits), styles[series]))
+                elif code:
+                    style = styles[series]
+                    parts.append((chr(0x2800 + code), style))
                 else:
-                    parts.append(("┈" if label else " ", ink.faint))
+                    # A blank has no colour of its own: in its neighbour's it is no change of style.
+                    parts.append(("┈", ink.faint) if label else (" ", style))
             strips.append(line(parts, width, ink.text))
         strips.append(self._axis(gutter, plot, left, right, ink, width))
         strips.append(self._x_labels(gutter, plot, left, right, ink, width))
@@ -128,7 +141,7 @@ class LineChart(DrawnWidget):
 
     def _axis(self, gutter: int, plot: int, left: float, right: float, ink: Ink, width: int) -> Strip:
         cells: list[tuple[str, Style]] = [("─", ink.faint)] * plot
-        for tick in nice_ticks(left, right, max(1, plot // 16)):
+        for tick in nice_ticks(left, right, max(2, plot // 16)):
             cells[min(plot - 1, round((tick - left) / (right - left) * (plot - 1)))] = ("┬", ink.faint)
         for mark in self._marks:
             if left <= mark.x <= right:
@@ -140,7 +153,7 @@ class LineChart(DrawnWidget):
     def _x_labels(self, gutter: int, plot: int, left: float, right: float, ink: Ink, width: int) -> Strip:
         text = [" "] * width
         title = self._x_title
-        ticks = [tick for tick in nice_ticks(left, right, max(1, plot // 16)) if tick == int(tick)]
+        ticks = [tick for tick in nice_ticks(left, right, max(2, plot // 16)) if tick == int(tick)]
         free_from = 0
         stop = width - len(title) - 1
         for tick in ticks:
@@ -154,46 +167,35 @@ class LineChart(DrawnWidget):
         return line([("".join(text), ink.muted)], width, ink.text)
 
 
-def _plot(
-    points: list[tuple[float, float]],
-    bounds: tuple[float, float, float, float],
-    grid: list[list[int]],
-    owner: list[list[int]],
-    index: int,
-) -> None:
-    """Set the dots of one curve: straight lines between points, or each dot column's range where points are dense."""
+def _points(series: Series) -> Points:
+    """Return a curve's known points in the order of x."""
+    xs, ys = np.asarray(series.xs, np.float64), np.asarray(series.ys, np.float64)
+    known = np.isfinite(ys)
+    xs, ys = xs[known], ys[known]
+    if np.any(xs[1:] < xs[:-1]):
+        order = np.argsort(xs, kind="stable")
+        xs, ys = xs[order], ys[order]
+    return xs, ys
+
+
+def _plot(points: Points, bounds: tuple[float, float, float, float], rows: int, columns: int) -> npt.NDArray[np.uint8]:
+    """Return a curve's dots as the bits of each cell: straight lines between points, and where points are dense each
+    dot column's whole range. Shape: [rows, columns].
+    """
     left, right, low, high = bounds
-    rows, columns = len(grid), len(grid[0])
     wide, tall = columns * 2 - 1, rows * 4 - 1
-    x_scale, y_scale = wide / (right - left), tall / (high - low)
-    ranges: dict[int, tuple[int, int]] = {}
-    previous: tuple[int, int] | None = None
-    for x, y in points:
-        at = (round((x - left) * x_scale), max(0, min(tall, round((high - y) * y_scale))))
-        for column, top, bottom in _between(previous, at):
-            known = ranges.get(column)
-            ranges[column] = (min(top, known[0]), max(bottom, known[1])) if known else (top, bottom)
-        previous = at
-    for column, (top, bottom) in ranges.items():
-        for dot in range(top, bottom + 1):
-            row, cell = dot // 4, column // 2
-            grid[row][cell] |= _DOTS[dot % 4][column % 2]
-            owner[row][cell] = index
-
-
-def _between(start: tuple[int, int] | None, end: tuple[int, int]) -> list[tuple[int, int, int]]:
-    """Return (dot column, top, bottom) of the line from start to end."""
-    if start is None:
-        return [(end[0], end[1], end[1])]
-    (x0, y0), (x1, y1) = start, end
-    if x1 <= x0:
-        return [(x1, min(y0, y1), max(y0, y1))]
-    slope = (y1 - y0) / (x1 - x0)
-    found = []
-    for x in range(x0, x1 + 1):
-        a = y0 + slope * max(0.0, x - x0 - 0.5)
-        b = y0 + slope * min(float(x1 - x0), x - x0 + 0.5)
-        found.append((x, round(min(a, b)), round(max(a, b))))
+    xs, ys = (points[0] - left) * (wide / (right - left)), (high - points[1]) * (tall / (high - low))
+    first, last = round(float(xs[0])), round(float(xs[-1]))
+    places = np.arange(first, last + 1)
+    edges = np.interp(np.arange(first, last + 2) - 0.5, xs, ys)
+    top, bottom = np.minimum(edges[:-1], edges[1:]), np.maximum(edges[:-1], edges[1:])
+    of_point = np.rint(xs).astype(np.intp) - first
+    np.minimum.at(top, of_point, ys)
+    np.maximum.at(bottom, of_point, ys)
+    dots = np.zeros((rows * 4, columns * 2), bool)
+    lines = np.arange(rows * 4)[:, None]
+    dots[:, places] = (lines >= np.clip(np.rint(top), 0, tall)) & (lines <= np.clip(np.rint(bottom), 0, tall))
+    found: npt.NDArray[np.uint8] = np.einsum("rdcs,ds->rc", dots.reshape(rows, 4, columns, 2), _DOTS)
     return found
 
 

@@ -19,13 +19,15 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from distui.tui.format import cut
-from distui.tui.widgets.palette import RAMP_STEPS, Ink, half_block, ink_of, line
+from distui.tui.widgets.drawn import KeptLines
+from distui.tui.widgets.palette import RAMP_STEPS, Ink, half_block, line
+from distui.tui.widgets.scale import grown, widened
 
 _NO_VALUE = -1
 MAX_SAMPLED = 20_000
 
 
-class Heatmap(ScrollView, can_focus=True):
+class Heatmap(KeptLines, ScrollView, can_focus=True):
     """One row a rank, one column a step (or a bucket of steps); bright is slow."""
 
     DEFAULT_CSS = "Heatmap { height: 1fr; min-height: 3; overflow-x: hidden; scrollbar-size-vertical: 1; }"
@@ -49,12 +51,17 @@ class Heatmap(ScrollView, can_focus=True):
         self._group = 1
         self._bounds = (math.nan, math.nan)
         self._stale = True
+        self.num_ranks = 0
+        """How many ranks the map knows."""
 
     def show(self, steps: Sequence[int], rows: Sequence[Sequence[float]]) -> None:
         """Take one sequence of values by rank a step, oldest first; NaN is not available."""
         self._steps, self._rows = steps, rows
+        self.num_ranks = max((len(row) for row in rows), default=0)
         self._stale = True
-        self.refresh()
+        if self.is_attached and self.size.width:
+            self._prepare()
+        self.changed()
 
     def toggle_fit(self) -> None:
         """Switch between all ranks in sight and one cell a rank."""
@@ -66,11 +73,6 @@ class Heatmap(ScrollView, can_focus=True):
         """Draw anew at the new size."""
         self._stale = True
         self.refresh()
-
-    @property
-    def num_ranks(self) -> int:
-        """How many ranks the map knows."""
-        return max((len(row) for row in self._rows), default=0)
 
     def _prepare(self) -> None:
         """Bucket, group and quantise, once for each new data or size."""
@@ -88,6 +90,8 @@ class Heatmap(ScrollView, can_focus=True):
         # The slowest percent (a first step, a checkpoint) would make everything else look alike.
         low, high = float(known.min()), float(np.quantile(known, 0.985, method="lower"))
         high = max(high, low * 1.05, low + 1e-9)
+        # A bound that moved with each step would give all cells another colour.
+        low, high = widened(low, high)
         self._bounds = (low, high)
         worst = np.fmax.reduceat(buckets, np.arange(0, buckets.shape[1], self._group), axis=1)
         self._lasts = worst[-1].tolist()
@@ -115,11 +119,11 @@ class Heatmap(ScrollView, can_focus=True):
     def _label(first: int, stop: int) -> str:
         return f"rank {first}" if stop - first == 1 else f"{first}-{stop - 1}"
 
-    def render_line(self, y: int) -> Strip:
+    def draw_line(self, y: int) -> Strip:
         """Draw one line; the scale stays on the first."""
         if self._stale:
             self._prepare()
-        ink, width = ink_of(self), self.size.width
+        ink, width = self.ink, self.size.width
         if not self._cells:
             return line([(cut(f" {self._empty}", width), ink.muted)] if y == 0 else [], width, ink.text)
         if y == 0:
@@ -187,7 +191,10 @@ def _columns(rows: Sequence[Sequence[float]], width: int) -> npt.NDArray[np.floa
         values[number, : len(row)] = row
     if len(rows) <= width or not num_ranks:
         return values
-    return np.fmax.reduceat(values, [number * len(rows) // width for number in range(width)], axis=0)
+    # Buckets of the same steps until there are some more of them, so that all but the newest stay as they are.
+    length = grown(len(rows))
+    starts = [start for number in range(width) if (start := number * length // width) < len(rows)]
+    return np.fmax.reduceat(values, starts, axis=0)
 
 
 def _sample(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

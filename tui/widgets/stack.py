@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+import numpy as np
+import numpy.typing as npt
 from rich.style import Style
 from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from distui.tui.format import cut, percent
-from distui.tui.widgets.drawn import DrawnWidget
-from distui.tui.widgets.palette import Ink, fill_of, ink_of, line
+from distui.tui.widgets.drawn import DrawnWidget, KeptLines
+from distui.tui.widgets.palette import Ink, fill_of, line
+from distui.tui.widgets.scale import grown
+
+_NOTHING = -1
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Bar:
     mark: float | None = None
 
 
-class StackedBars(ScrollView, can_focus=False):
+class StackedBars(KeptLines, ScrollView, can_focus=False):
     """Bars under each other with a legend below; categories keep their pattern over all bars."""
 
     DEFAULT_CSS = "StackedBars { height: auto; overflow-x: hidden; scrollbar-size-vertical: 1; }"
@@ -78,15 +84,18 @@ class StackedBars(ScrollView, can_focus=False):
         self._redraw()
 
     def _redraw(self) -> None:
-        self._forget()
+        self._head = None
+        self._drawn.clear()
         if self.is_attached and self.size.width:
             num_lines = self._num_lines(self.size.width)
             if self.virtual_size.height != num_lines or self.virtual_size.width != self.size.width:
                 self.virtual_size = Size(self.size.width, num_lines)
                 self.refresh(layout=True)
-        self.refresh()
+        self.changed()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Forget what was drawn."""
+        super().forget()
         self._head = None
         self._drawn.clear()
 
@@ -95,20 +104,15 @@ class StackedBars(ScrollView, can_focus=False):
         return self._num_lines(width) if width else 1
 
     def _num_lines(self, width: int) -> int:
-        return len(self._draw_head(width, ink_of(self))) + len(self._bars) * self._thickness
+        return len(self._draw_head(width, self.ink)) + len(self._bars) * self._thickness
 
     def on_resize(self) -> None:
         """Draw anew at the new size."""
         self._redraw()
 
-    def notify_style_update(self) -> None:
-        """Draw anew in the new theme."""
-        super().notify_style_update()
-        self._forget()
-
-    def render_line(self, y: int) -> Strip:
+    def draw_line(self, y: int) -> Strip:
         """Draw one line; of a thousand bars only those in sight are drawn."""
-        width, ink = self.size.width, ink_of(self)
+        width, ink = self.size.width, self.ink
         if self._head is None:
             self._head = self._draw_head(width, ink)
         index = y + self.scroll_offset.y
@@ -221,51 +225,51 @@ class StackedColumns(DrawnWidget):
         self._columns = columns
         self.redraw()
 
-    def _draw(self, width: int, height: int, ink: Ink) -> list[Strip]:
+    def draw(self, width: int, height: int, ink: Ink) -> list[Strip]:
+        """Return the columns and their axis."""
         gutter = 6
         plot = max(1, width - gutter - 1)
-        buckets = _buckets(self._columns, plot)
-        if not any(bucket is not None for bucket in buckets) or height < 2:
+        shares = _buckets(self._columns, plot)
+        if not np.isfinite(shares).any() or height < 2:
             strips = [Strip.blank(width, ink.text)] * height
             if height:
                 strips[(height - 1) // 2] = line([(cut(self._empty, width).center(width), ink.muted)], width, ink.text)
             return strips
+        # The category at the middle of each cell: how many upper edges lie below it. Shape: [height, buckets].
+        middles = (height - 0.5 - np.arange(height)) / height
+        found = (shares[None, :-1, :] < middles[:, None, None]).sum(axis=1)
+        found[:, ~np.isfinite(shares[0])] = _NOTHING
         strips = []
-        for row in range(height):
-            share = (height - row - 0.5) / height
+        for row, cells in enumerate(found.tolist()):
             label = {0: "100%", height - 1: "0%", (height - 1) // 2: "50%" if height >= 7 else ""}.get(row, "")
             parts: list[tuple[str, Style]] = [
                 (label.rjust(gutter - 1) + " ", ink.muted),
                 ("┤" if label else "│", ink.faint),
             ]
-            for bucket in buckets:
-                index = (
-                    None
-                    if bucket is None
-                    else next((n for n, edge in enumerate(bucket) if share <= edge), len(bucket) - 1)
-                )
-                parts.append((" ", ink.text) if index is None else (fill_of(index), ink.of_series(index)))
+            for index, run in groupby(cells):
+                size = sum(1 for _ in run)
+                nothing = index == _NOTHING
+                parts.append((" " * size, ink.text) if nothing else (fill_of(index) * size, ink.of_series(index)))
             strips.append(line(parts, width, ink.text))
         return strips
 
 
-def _buckets(columns: Sequence[Sequence[float]], width: int) -> list[list[float] | None]:
-    """Return cumulative shares for each of `width` buckets; None where nothing was measured."""
+def _buckets(columns: Sequence[Sequence[float]], width: int) -> npt.NDArray[np.float64]:
+    """Return the cumulative shares of each of `width` buckets; NaN where nothing was measured.
+
+    Buckets are of the same steps until there are some more of these, so that only the newest one changes.
+    Shape: [categories, buckets].
+    """
     length = len(columns[0]) if columns else 0
     if not length:
-        return [None]
-    found: list[list[float] | None] = []
-    for number in range(width):
-        start = number * length // width
-        part = slice(start, max(start + 1, (number + 1) * length // width))
-        sums = [sum(value for value in values[part] if not math.isnan(value)) for values in columns]
-        total = sum(sums)
-        if total <= 0:
-            found.append(None)
-            continue
-        edges, reached = [], 0.0
-        for value in sums:
-            reached += value / total
-            edges.append(reached)
-        found.append(edges)
-    return found
+        return np.full((1, width), math.nan)
+    room = grown(length) if length > width else length
+    starts = np.arange(width) * room // width
+    starts = starts[starts < length]
+    sums = np.add.reduceat(np.nan_to_num(np.asarray(columns, np.float64)), starts, axis=1)
+    if length < width:  # a step has several buckets, and each of them is that step
+        sums = np.nan_to_num(np.asarray(columns, np.float64))[:, starts]
+    total = sums.sum(axis=0)
+    shares = np.full((len(columns), width), math.nan)
+    shares[:, : len(starts)] = np.where(total > 0, sums.cumsum(axis=0) / np.where(total > 0, total, 1.0), math.nan)
+    return shares

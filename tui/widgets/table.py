@@ -17,17 +17,19 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from distui.tui.format import cut
-from distui.tui.widgets.palette import Ink, ink_of, line
+from distui.tui.widgets.drawn import KeptLines
+from distui.tui.widgets.palette import Ink, line
 
 Row = TypeVar("Row")
+MAX_KNOWN_WIDTHS = 20_000
 
 
 @dataclass(frozen=True)
 class Column(Generic[Row]):
     """How one property of a row is found, written and coloured.
 
-    `value` gives None for what is not available; `text` writes it. Columns of the highest `priority` number are dropped
-    first. `flex` takes the width that is left, `draw` then gets that width.
+    `value` gives None for what is not available, else something hashable that `text` writes, always alike. Columns of
+    the highest `priority` number are dropped first. `flex` takes the width that is left, `draw` then gets that width.
     """
 
     title: str
@@ -41,7 +43,7 @@ class Column(Generic[Row]):
     tone: Callable[[Row], str] | None = None
 
 
-class LineTable(ScrollView, Generic[Row], can_focus=True):
+class LineTable(KeptLines, ScrollView, Generic[Row], can_focus=True):
     """Rows of any type in columns. `show` gives it rows; the cursor stays with its row's key."""
 
     DEFAULT_CSS = """
@@ -99,8 +101,9 @@ class LineTable(ScrollView, Generic[Row], can_focus=True):
         self._rows: list[Row] = []
         self._filter: re.Pattern[str] | None = None
         self._layout: list[tuple[Column[Row], int]] = []
-        self._ink: Ink | None = None
         self._cursor_styles: dict[Style, Style] = {}
+        self._widths: dict[int, dict[Hashable, int]] = {}
+        """Of each column, how wide the values are when written."""
 
     @property
     def rows(self) -> list[Row]:
@@ -121,6 +124,20 @@ class LineTable(ScrollView, Generic[Row], can_focus=True):
         """Take new rows; sort, filter and cursor stay."""
         self._all = list(rows)
         self._arrange()
+
+    def toggle_column(self, column: Column[Row], place: int) -> None:
+        """Add a column at `place`, or take it away; what the rows are sorted by stays."""
+        by = self.columns[self.sort_column] if self.sort_column is not None else None
+        if column in self.columns:
+            self.columns.remove(column)
+        else:
+            self.columns.insert(place, column)
+        self.sort_column = self.columns.index(by) if by in self.columns else None
+        self._widths.clear()
+
+    def sort_by(self, column: Column[Row]) -> None:
+        """Sort by a column, in rising order."""
+        self.sort_column, self.descending = self.columns.index(column), False
 
     def filter(self, pattern: re.Pattern[str] | None) -> None:
         """Show only the rows in whose text the pattern is found."""
@@ -159,7 +176,7 @@ class LineTable(ScrollView, Generic[Row], can_focus=True):
             title = len(column.title) + (2 if index == self.sort_column else 0)
             content = 0
             if column.draw is None and not column.flex:
-                content = max((len(column.text(column.value(row))) for row in self._rows), default=0)
+                content = self._content_width(index, column)
             widths.append(max(title, content, column.width))
         room = self.size.width - 1
         kept = list(range(len(self.columns)))
@@ -176,21 +193,33 @@ class LineTable(ScrollView, Generic[Row], can_focus=True):
                 widths[index] += extra
         self._layout = [(self.columns[index], widths[index]) for index in kept]
         self.virtual_size = Size(self.size.width, len(self._rows) + 1)
-        self.refresh()
+        self.changed()
+
+    def _content_width(self, index: int, column: Column[Row]) -> int:
+        """Return the width of the widest cell; of a thousand rows most hold what they, or others, held before."""
+        known = self._widths.setdefault(index, {})
+        if len(known) > MAX_KNOWN_WIDTHS:
+            known.clear()
+        widest = 0
+        for value in map(column.value, self._rows):
+            if (width := known.get(value)) is None:
+                width = known[value] = len(column.text(value))
+            widest = max(widest, width)
+        return widest
 
     def on_resize(self) -> None:
         """Choose the columns anew."""
         self._lay_out()
         self._reveal()
 
-    def notify_style_update(self) -> None:
-        """Forget the styles of the old theme."""
-        super().notify_style_update()
-        self._ink = None
+    def forget(self) -> None:
+        """Forget what was drawn, and the styles of the old theme."""
+        super().forget()
+        self._cursor_styles.clear()
 
-    def render_line(self, y: int) -> Strip:
+    def draw_line(self, y: int) -> Strip:
         """Draw one line: the titles stay on top, rows scroll below them."""
-        ink = self._ink = self._ink or ink_of(self)
+        ink = self.ink
         width = self.size.width
         if y == 0:
             return self._header(ink, width)

@@ -65,6 +65,8 @@ LOOKS: dict[str, tuple[str, list[str]]] = {
     "filter": ("sample_update", ["2", "slash", *"node01"]),
     "paused": ("sample_update", ["5", "left"]),
     "light": ("sample_update", ["1"]),
+    "axes": ("axes_update", ["2", "g", "g"]),
+    "pipeline": ("axes_update", ["6"]),
 }
 
 

@@ -16,6 +16,7 @@ from distui.tui.monitor.history import PHASE_NAMES
 from distui.tui.monitor.log_tail import ReadLog
 from distui.tui.monitor.model import CATEGORIES, OTHER, MemoryUse, RunModel, category_title
 from distui.tui.widgets.chart import LineChart, Mark, Series
+from distui.tui.widgets.heatmap import Heatmap
 from distui.tui.widgets.stack import Bar, StackedBars
 
 
@@ -36,6 +37,11 @@ class Frame:
     def window(self) -> slice:
         """The steps in sight, of the history's columns."""
         return self.model.history.window(self.num_steps, self.end_step)
+
+    @property
+    def steps_key(self) -> tuple[object, ...]:
+        """What stands for all the steps in sight: where it is the same, there is nothing new to draw of them."""
+        return self.model.history, self.model.history.revision, self.num_steps, self.end_step
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,12 @@ class Curve:
 
 def draw_curve(chart: LineChart, frame: Frame, curve: Curve) -> None:
     """Draw one column of the history with the events above its axis."""
+    events = frame.model.event_steps() if curve.marks else []
+    if not chart.is_new((frame.steps_key, curve, events)):
+        return
     history, window = frame.model.history, frame.window
     steps, values = history.column("step", window), history.column(curve.column, window)
-    marks = [Mark(step, kind, level) for step, kind, level in frame.model.event_steps()] if curve.marks else []
+    marks = [Mark(step, kind, level) for step, kind, level in events]
     empty = "no steps yet" if not len(history) else f"{curve.missing} in these steps"
     chart.show([Series(curve.column, steps, values, curve.color)], marks, empty)
 
@@ -121,12 +130,21 @@ def window_newest(frame: Frame, column: str) -> float | None:
 
 def draw_split(bars: StackedBars, frame: Frame) -> None:
     """Draw what a step's time is spent on, as the mean over the last 50 steps in sight."""
+    if not bars.is_new((frame.steps_key, bars.brief)):
+        return
     history, window = frame.model.history, frame.window
     recent = slice(max(window.start or 0, window.stop - 50), window.stop)
     split = history.split(recent)
     parts = list(zip(PHASE_NAMES, split, strict=True)) if split is not None else []
     empty = "no steps yet" if not len(history) else "n/a: the ranks do not time the parts of a step"
     bars.show([Bar("", parts)] if parts else [], empty=empty)
+
+
+def draw_map(heatmap: Heatmap, frame: Frame) -> None:
+    """Draw the ranks' step times over the steps in sight."""
+    if heatmap.is_new(frame.steps_key):
+        rows = frame.model.history.window_rows(frame.num_steps, frame.end_step)
+        heatmap.show([row.step for row in rows], [row.step_s for row in rows])
 
 
 def memory_bar(label: str, use: MemoryUse, planned: int | None, scale: float | None, parts: Sequence[str]) -> Bar:

@@ -13,6 +13,7 @@ from distui.tui.format import NA, NONE, count, duration, num_bytes, ranks, secon
 from distui.tui.monitor.model import RunModel
 from distui.tui.monitor.views.base import Frame, Key, Panel, View
 from distui.tui.widgets.table import Column, LineTable
+from distui.tui.widgets.timeline import Pass, PipelineTimeline, pass_of
 
 
 def _bandwidth(found: pb.CollectiveSummary) -> float | None:
@@ -128,12 +129,16 @@ class CollectivesView(View):
                 empty="no collective yet; one rank alone has none",
                 id="collectives-table",
             )
+        with Panel("pipeline", id="pipeline-panel"):
+            yield PipelineTimeline(id="pipeline")
         with Panel("who waits for whom", id="waits-panel"):
             yield LineTable[_RankLine](_RANK_COLUMNS, lambda r: r.rank, empty="n/a", id="waits-table")
 
     def on_mount(self) -> None:
         """Nothing is drawn yet."""
         self._frame: Frame | None = None
+        self._schedule: tuple[str, int, int] = ("", 1, 0)
+        self._pass: Pass | None = None
 
     def show(self, frame: Frame) -> None:
         """Draw the frame."""
@@ -142,7 +147,20 @@ class CollectivesView(View):
         blocked = sum(found.blocked_s for found in frame.model.collectives)
         number = f"{seconds(blocked)} blocked over all ranks" if frame.model.collectives else ""
         self.query_one("#collectives-panel", Panel).tell("collectives", number)
+        self._show_pipeline(frame.model)
         self._show_group(frame)
+
+    def _show_pipeline(self, model: RunModel) -> None:
+        """Draw the schedule's ideal pass, and beside it how long each stage waited in truth."""
+        told = model.run.layout
+        key = told.pipeline_schedule, model.axes.pp if model.axes else 1, told.pipeline_micro_batches
+        if key != self._schedule:
+            self._schedule, self._pass = key, pass_of(*key)
+        self.query_one("#pipeline-panel").display = self._pass is not None
+        if self._pass is not None:
+            self.query_one("#pipeline", PipelineTimeline).show(self._pass, model.stage_waits())
+            number = f"{key[0]}, {key[2]} micro-batch{'es' if key[2] != 1 else ''}, in theory"
+            self.query_one("#pipeline-panel", Panel).tell("pipeline", number)
 
     def _show_group(self, frame: Frame) -> None:
         key = self.query_one("#collectives-table", LineTable).cursor_key

@@ -16,6 +16,7 @@ from distui.tui.monitor.views.base import (
     Panel,
     View,
     draw_curve,
+    draw_map,
     draw_memory,
     draw_split,
     window_newest,
@@ -94,12 +95,12 @@ class OverviewView(View):
         draw_curve(self.query_one("#overview-throughput", LineChart), frame, curve)
         rate = si(window_newest(frame, column), unit)
         self.query_one("#overview-throughput-panel", Panel).tell("throughput", rate)
-        draw_split(self.query_one("#overview-split", StackedBars), frame)
-        self.query_one("#overview-split-panel", Panel).tell("step time", seconds(window_newest(frame, "step_s")))
         # On few lines the ranks are worth more than a whole legend.
         brief = not self.screen.has_class("-tall")
         for bars in (self.query_one("#overview-split", StackedBars), self.query_one("#overview-memory", StackedBars)):
             bars.brief = brief
+        draw_split(self.query_one("#overview-split", StackedBars), frame)
+        self.query_one("#overview-split-panel", Panel).tell("step time", seconds(window_newest(frame, "step_s")))
         fullest = model.fullest_rank()
         uses = [(fullest, memory_of(fullest))] if fullest is not None else []
         draw_memory(self.query_one("#overview-memory", StackedBars), uses, model, labels=False)
@@ -111,8 +112,7 @@ class OverviewView(View):
         show_ranks(self.query_one("#overview-table", LineTable), model, frame.now_s)
         self.query_one("#overview-table-panel", Panel).tell("ranks", f"{len(model.ranks)} of {model.run.world_size}")
         if self.query_one("#overview-map-panel").display:
-            rows = model.history.window_rows(frame.num_steps, frame.end_step)
-            self.query_one("#overview-map", Heatmap).show([row.step for row in rows], [row.step_s for row in rows])
+            draw_map(self.query_one("#overview-map", Heatmap), frame)
             nodes = list(model.snapshot.nodes) if model.snapshot is not None else []
             self.query_one("#overview-nodes", LineTable).show(nodes)
 

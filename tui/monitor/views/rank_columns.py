@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from distui.core.axes.sizes import AxisSizes
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.format import NA, count, duration, num_bytes, scalar, seconds, si
+from distui.tui.monitor.history import StepHistory
 from distui.tui.monitor.model import RunModel, optional
 from distui.tui.monitor.verdict import STATE_GLYPHS, STATE_TONES
+from distui.tui.widgets.layout import axes_in_use, place_words
 from distui.tui.widgets.sparkline import sparkline
 from distui.tui.widgets.table import Column, LineTable
+
+Place = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,8 @@ class RankLine:
     """One rank as the table shows it; None is not available."""
 
     rank: int
+    place: Place | None
+    """Its coordinate on each axis in use, first the one by which the ranks are grouped."""
     node: str
     pid: int | None
     state: str
@@ -31,7 +39,8 @@ class RankLine:
     phase: str | None
     phase_s: float | None
     device: str | None
-    times: Sequence[float] | None
+    times: Callable[[], Sequence[float]]
+    """Its last step times, looked up for the rows in sight only."""
 
 
 def phase_of(rank: pb.RankState, now_s: float) -> tuple[str | None, float | None]:
@@ -44,27 +53,38 @@ def phase_of(rank: pb.RankState, now_s: float) -> tuple[str | None, float | None
     return beat.phase or None, max(0.0, now_s - beat.phase_since_s) if beat.phase_since_s else None
 
 
-def rank_lines(model: RunModel, now_s: float) -> list[RankLine]:
-    """Return the ranks heard of, by number."""
-    return [_line(rank, model, now_s) for rank in model.ranks]
+def rank_lines(model: RunModel, now_s: float, first_axis: str = "") -> list[RankLine]:
+    """Return the ranks heard of, by number; their coordinates begin with `first_axis`."""
+    rate, now_s, sizes = model.rate[0], model.now(now_s), model.axes
+    order = sorted(axes_in_use(sizes), key=lambda axis: axis != first_axis) if sizes is not None else []
+    return [_line(rank, place_of(sizes, order, rank.rank), model.history, rate, now_s) for rank in model.ranks]
 
 
-def _line(rank: pb.RankState, model: RunModel, now_s: float) -> RankLine:
-    phase, phase_s = phase_of(rank, model.now(now_s))
+def place_of(sizes: AxisSizes | None, axes: Sequence[str], rank: int) -> Place | None:
+    """Return a rank's coordinates on `axes`; None where there are none."""
+    if sizes is None or rank >= sizes.world:
+        return None
+    found = sizes.place(rank)
+    return tuple((axis, found[axis]) for axis in axes)
+
+
+def _line(rank: pb.RankState, place: Place | None, history: StepHistory, rate: str, now_s: float) -> RankLine:
+    phase, phase_s = phase_of(rank, now_s)
     return RankLine(
         rank=rank.rank,
+        place=place,
         node=rank.node,
         pid=rank.pid or None,
         state=rank.state,
         step=optional(rank, "step"),
         loss=optional(rank, "loss"),
         step_s=optional(rank, "step_s"),
-        rate=optional(rank, model.rate[0]),
+        rate=optional(rank, rate),
         memory_bytes=optional(rank, "memory_bytes"),
         phase=phase,
         phase_s=phase_s,
         device=rank.device or None,
-        times=model.history.rank_times(rank.rank),
+        times=partial(history.rank_times, rank.rank),
     )
 
 
@@ -87,13 +107,23 @@ def _phase_s(value: float | None) -> str:
 RATES = ("tokens/s", "samples/s")
 
 
-def show_ranks(table: LineTable[RankLine], model: RunModel, now_s: float) -> None:
-    """Show the ranks in their table, whose rate is called what it counts."""
+def show_ranks(table: LineTable[RankLine], model: RunModel, now_s: float, first_axis: str = "") -> None:
+    """Show the ranks in their table, whose rate is called what it counts; with places where there are axes."""
+    if (model.axes is not None) != (PLACE in table.columns):
+        table.toggle_column(PLACE, 1)
     title = RATES[model.rate[0] == "samples_per_s"]
     for index, column in enumerate(table.columns):
         if column.title in RATES and column.title != title:
             table.columns[index] = replace(column, title=title)
-    table.show(rank_lines(model, now_s))
+    table.show(rank_lines(model, now_s, first_axis))
+
+
+def _place(value: Place | None) -> str:
+    return NA if value is None else place_words(value)
+
+
+PLACE: Column[RankLine] = Column("place", lambda r: r.place, _place, "left", priority=3)
+"""Where a rank is on the model's axes: a column of its own where there are any."""
 
 
 RANK_COLUMNS: tuple[Column[RankLine], ...] = (
@@ -116,6 +146,6 @@ RANK_COLUMNS: tuple[Column[RankLine], ...] = (
         priority=11,
         width=12,
         flex=True,
-        draw=lambda v, w: sparkline(v, w),
+        draw=lambda v, w: sparkline(v(), w),
     ),
 )

@@ -12,9 +12,10 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from distui.tui.format import seconds
-from distui.tui.monitor.views.base import Frame, Key, Panel, View
-from distui.tui.monitor.views.rank_columns import RANK_COLUMNS, RankLine, show_ranks
+from distui.tui.monitor.views.base import Frame, Key, Panel, View, draw_map
+from distui.tui.monitor.views.rank_columns import PLACE, RANK_COLUMNS, RankLine, show_ranks
 from distui.tui.widgets.heatmap import Heatmap
+from distui.tui.widgets.layout import axes_in_use
 from distui.tui.widgets.table import LineTable
 
 
@@ -25,12 +26,14 @@ class RanksView(View):
     KEYS = (
         Key("Enter", "look into the rank under the cursor; Esc comes back"),
         Key("s  S  r", "sort by the next or previous column; reverse"),
+        Key("g", "group by the next of the model's axes (pp, dp, cp, tp), where there are any"),
         Key("/", "filter by a regular expression; Esc clears it"),
         Key("z", "heatmap: all ranks in sight, or one cell a rank"),
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "filter", "Filter", key_display="/"),
         Binding("s", "table('sort(1)')", "Sort", show=True),
+        Binding("g", "group", "Group by axis", show=False),
         Binding("z", "zoom", "Zoom map", show=False),
         Binding("escape", "clear_filter", "Clear filter", show=False),
     ]
@@ -40,6 +43,8 @@ class RanksView(View):
         self._frame: Frame | None = None
         self._pattern = ""
         """The filter that the table has."""
+        self._axis = ""
+        """The axis by which the ranks are grouped; "" is none."""
 
     def compose(self) -> ComposeResult:
         """Make the parts."""
@@ -60,9 +65,8 @@ class RanksView(View):
     def show(self, frame: Frame) -> None:
         """Draw the frame."""
         self._frame = frame
-        show_ranks(self._table, frame.model, frame.now_s)
-        rows = frame.model.history.window_rows(frame.num_steps, frame.end_step)
-        self.query_one("#ranks-map", Heatmap).show([row.step for row in rows], [row.step_s for row in rows])
+        show_ranks(self._table, frame.model, frame.now_s, self._axis)
+        draw_map(self.query_one("#ranks-map", Heatmap), frame)
         self._tell()
 
     def _tell(self) -> None:
@@ -107,6 +111,17 @@ class RanksView(View):
     def _filtered(self, event: Input.Submitted) -> None:
         event.input.display = bool(event.value)
         self._table.focus()
+
+    def action_group(self) -> None:
+        """Sort by the coordinate on the next axis, so that the ranks of one group follow each other."""
+        sizes = self._frame.model.axes if self._frame is not None else None
+        if self._frame is None or sizes is None or PLACE not in self._table.columns:
+            self.notify("all ranks are data-parallel: there are no axes to group by", timeout=2)
+            return
+        axes = axes_in_use(sizes)
+        self._axis = axes[(axes.index(self._axis) + 1) % len(axes)] if self._axis in axes else axes[0]
+        self._table.sort_by(PLACE)
+        self.show(self._frame)
 
     def action_zoom(self) -> None:
         """Switch the heatmap between all ranks in sight and one cell a rank."""

@@ -44,9 +44,10 @@ class ThroughputView(View):
         rate = si(window_newest(frame, column), unit)
         self.query_one("#tokens-panel", Panel).tell(column.replace("_per_", "/"), rate)
         self.query_one("#step-panel", Panel).tell("step time", seconds(window_newest(frame, "step_s")))
-        window = frame.window
-        columns = [*(history.column(name, window) for name in PHASES), history.other(window)]
-        self.query_one("#split-columns", StackedColumns).show(columns)
+        shares = self.query_one("#split-columns", StackedColumns)
+        if shares.is_new(frame.steps_key):
+            window = frame.window
+            shares.show([*(history.column(name, window) for name in PHASES), history.other(window)])
         draw_split(self.query_one("#split-bar", StackedBars), frame)
         # MFU is told even where it has no chart, because people look for it.
         self.query_one("#split-panel", Panel).tell(
