@@ -74,7 +74,7 @@ def configure(args: Any) -> None:
     if batch.global_size is not None or batch.micro_size is not None or batch.accumulation is not None:
         if batch.global_size is not None and batch.micro_size is None and batch.accumulation is None:
             batch = batch.model_copy(update={"micro_size": args.per_device_train_batch_size})
-        plan = solve_batch(batch, args.world_size)
+        plan = solve_batch(batch, arguments.num_data_ranks(args))
         if plan.micro_size is not None:
             args.per_device_train_batch_size = plan.micro_size
         if plan.accumulation is not None and (batch.accumulation or batch.global_size):
