@@ -112,8 +112,7 @@ class Accelerator(Steps, Saving):
         deepspeed_plugin = deepspeed_plugin if deepspeed_plugin is not None else deepspeed_plugins
         accumulation = gradient_accumulation_plugin or GradientAccumulationPlugin(num_steps=gradient_accumulation_steps)
         self.handlers = sort_handlers(kwargs_handlers)
-        known = parallelism_config or AcceleratorState._shared_state.get("parallelism_config")
-        plugins = plugins_of(deepspeed_plugin, fsdp_plugin, megatron_lm_plugin, torch_tp_plugin, known)
+        plugins = plugins_of(deepspeed_plugin, fsdp_plugin, megatron_lm_plugin, torch_tp_plugin, parallelism_config)
         parallelism_config = next((plugin for plugin in plugins if isinstance(plugin, ParallelismConfig)), None)
         settled = settle(job_config({}), mixed_precision, accumulation, self.handlers, plugins)
         init = self.handlers.init.to_dict() if self.handlers.init is not None else {}

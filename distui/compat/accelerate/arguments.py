@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from distui.compat.accelerate import beside
 from distui.compat.accelerate.refusals import NotOffered, refuse_argument
 from distui.compat.accelerate.utils.axes import ParallelismConfig
 from distui.compat.accelerate.utils.dataclasses import (
@@ -189,6 +190,8 @@ def plugins_of(
         parallelism_config = ParallelismConfig(tp_size=torch_tp_plugin.tp_size)
     if parallelism_config is None and str_to_bool(os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false")):
         parallelism_config = ParallelismConfig()
+    if parallelism_config is None and megatron_lm_plugin is None:
+        parallelism_config = beside.HELD["AcceleratorState"].get("parallelism_config")  # an earlier Accelerator's
     if parallelism_config is not None:
         parallelism_config.check(int(os.environ.get("WORLD_SIZE", "1")))
         found.append(parallelism_config)

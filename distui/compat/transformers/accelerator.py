@@ -86,6 +86,8 @@ class TrainerAccelerator(Accelerator):
         self.engine._micro_size = None  # TrainingArguments carry it: the loaders are right already
         self.micro_batches_of_step = 1
         """Micro-batches of the running step; Trainer has divided their losses by it, or by the tokens of all."""
+        self.shows_axes = True
+        """Whether Trainer may know that ranks share a batch."""
         self.evaluating = False
         """Whether the loaders that are read now are an evaluation's."""
 
@@ -95,7 +97,7 @@ class TrainerAccelerator(Accelerator):
 
         It would cut sequences itself for those that share one; the model does.
         """
-        shared = self.engine.num_processes // self.engine.num_data_ranks
+        shared = self.engine.num_processes // self.engine.num_data_ranks if self.shows_axes else 1
         return ParallelismConfig(self.engine.num_data_ranks, 1, tp_size=shared) if shared > 1 else None
 
     @property

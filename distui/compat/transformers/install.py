@@ -114,6 +114,15 @@ def _step(own: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     return own(trainer, *args, **kwargs)
 
 
+def _count_items(own: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Count the labels of a step; Trainer would divide by the ranks that share a batch, which are counted once here."""
+    trainer.accelerator.shows_axes = False
+    try:
+        return own(trainer, *args, **kwargs)
+    finally:
+        trainer.accelerator.shows_axes = True
+
+
 def _evaluate(own: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     before, trainer.accelerator.evaluating = trainer.accelerator.evaluating, True
     try:
@@ -187,6 +196,7 @@ _AROUND: dict[str, Callable[..., Any]] = {
     "_prepare_for_training": _prepare,
     "_move_model_to_device": _move,
     "training_step": _step,
+    "_get_num_items_in_batch": _count_items,
     "evaluate": _evaluate,
     "predict": _evaluate,
     "_save": _save,
