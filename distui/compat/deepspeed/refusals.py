@@ -11,9 +11,7 @@ PAGE = "docs/coming-from-deepspeed.md"
 FACE = "distui.compat.deepspeed"
 
 _INFERENCE = "distui trains; serve with vLLM or transformers' generate, from `distui checkpoint consolidate`'s weights"
-_PIPELINE = (
-    "keep the model an nn.Module and choose strategy.pipeline_parallel in distui's settings where it is available"
-)
+_PIPELINE = "use PipelineModule: the engine runs gpipe and 1f1b (strategy.pipeline_schedule)"
 _MOE = "write the experts as plain modules; strategy.expert_parallel in distui's settings where it is available"
 _KERNELS = "engine.engine.use_kernels(engine.module) puts kernels into the modules that it knows (docs/kernels.md)"
 _TP = "choose strategy.tensor_parallel in distui's settings where it is available"
@@ -24,7 +22,7 @@ _COMPRESSION = "quantize with torchao; gradients on the wire with compression.gr
 NAMES: dict[str, str] = {
     **dict.fromkeys(("init_inference", "InferenceEngine", "DeepSpeedInferenceConfig"), _INFERENCE),
     **dict.fromkeys(("default_inference_config", "DeepSpeedHybridEngine"), _INFERENCE),
-    **dict.fromkeys(("PipelineModule", "PipelineEngine", "DualPipeVEngine", "DualPipeVModule"), _PIPELINE),
+    **dict.fromkeys(("DualPipeVEngine", "DualPipeVModule"), _PIPELINE),
     **dict.fromkeys(("DeepSpeedTransformerLayer", "DeepSpeedTransformerConfig", "replace_transformer_layer"), _KERNELS),
     **dict.fromkeys(("revert_transformer_layer", "module_inject", "HAS_TRITON"), _KERNELS),
 }
@@ -32,8 +30,7 @@ NAMES: dict[str, str] = {
 
 MODULES: dict[str, str] = {
     "inference": _INFERENCE,
-    "pipe": _PIPELINE,
-    "runtime.pipe": _PIPELINE,
+    "runtime.pipe.dualpipev": _PIPELINE,
     "moe": _MOE,
     "sequence": "choose strategy.context_parallel in distui's settings where it is available",
     "runtime.sequence_parallel": "choose strategy.context_parallel in distui's settings where it is available",
