@@ -21,6 +21,7 @@ from distui.compat.deepspeed.precision import OwnOutputs, scaler_of
 from distui.compat.deepspeed.runtime.pipe.engine import PipelineEngine, loss_of
 from distui.compat.deepspeed.runtime.pipe.module import PipelineModule
 from distui.compat.deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from distui.compat.deepspeed.runtime.sequence_parallel.ulysses_sp import SequenceParallel
 from distui.compat.deepspeed.runtime.tensor_parallel.init_utils import axes_of
 from distui.compat.deepspeed.utils import groups
 from distui.compat.not_offered import NotOffered, refuse_pipeline
@@ -91,7 +92,8 @@ def initialize(
     if model is None:
         raise AssertionError("deepspeed.initialize requires a model")
     is_row = isinstance(model, PipelineModule)
-    if (mpu is not None and not isinstance(mpu, PipelineParallelGrid)) or mesh_param is not None:
+    known = isinstance(mpu, (PipelineParallelGrid, SequenceParallel))
+    if (mpu is not None and not known) or mesh_param is not None:
         raise NotOffered(
             f"deepspeed.initialize({'mpu' if mpu is not None else 'mesh_param'}=...) is not offered by distui",
             "the engine makes the groups of all axes itself",
@@ -101,6 +103,8 @@ def initialize(
     axes = axes_of(model)
     if isinstance(model, PipelineModule):
         axes["pipeline"] = model.num_stages
+    if isinstance(mpu, SequenceParallel):
+        axes["context"] = mpu.size
     settings = settle(_config_of(args, config, config_params), comm.get_world_size(), **axes)
     sections: dict[str, Any] = settings.sections
     if isinstance(model, PipelineModule) and recomputes(model, settings):

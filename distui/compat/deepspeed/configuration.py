@@ -100,6 +100,8 @@ def settle(config: Any, world_size: int, **axes: int) -> DeepSpeedConfig:
     values = dict(carried.values)
     for axis, size in axes.items():
         said = values.setdefault(f"strategy.{axis}_parallel", size)
+        if axis == "tensor" and flat.get("tensor_parallel.autotp_size") == 1:  # as good as absent, but for this
+            said = 1
         if said != size:
             fix = "write the same size in both"
             raise UserError(f"two sizes of {axis} parallelism", f"{said} in the JSON, {size} in the script", fix)

@@ -15,6 +15,7 @@ _PIPELINE = "use PipelineModule: the engine runs gpipe and 1f1b (strategy.pipeli
 _MOE = "write the experts as plain modules; strategy.expert_parallel in distui's settings where it is available"
 _KERNELS = "engine.engine.use_kernels(engine.module) puts kernels into the modules that it knows (docs/kernels.md)"
 _TP = "choose strategy.tensor_parallel in distui's settings where it is available"
+_SEQUENCE = "sequence.layer.DistributedAttention; runtime.sequence_parallel.ulysses_sp for transformers' models"
 _FLOPS = "`distui launch --profile-flops` prints FLOPs and time of every module; flops_profiler.enabled does so too"
 _TUNING = "ask `distui plan` which stage and micro-batch fit"
 _COMPRESSION = "quantize with torchao; gradients on the wire with compression.gradients in distui's settings"
@@ -32,8 +33,8 @@ MODULES: dict[str, str] = {
     "inference": _INFERENCE,
     "runtime.pipe.dualpipev": _PIPELINE,
     "moe": _MOE,
-    "sequence": "choose strategy.context_parallel in distui's settings where it is available",
-    "runtime.sequence_parallel": "choose strategy.context_parallel in distui's settings where it is available",
+    "sequence": _SEQUENCE,
+    "runtime.sequence_parallel": _SEQUENCE,
     "module_inject": _TP,
     "autotuning": _TUNING,
     "profiling": _FLOPS,
