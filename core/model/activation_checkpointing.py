@@ -41,7 +41,7 @@ def apply_activation_checkpointing(model: nn.Module, mode: str) -> list[str]:
 
 def remove_activation_checkpointing(model: nn.Module) -> None:
     """Give every block of `model` its own forward back."""
-    for module in model.modules():
+    for module in [*model.modules(), *(block for _, block in find_blocks(model))]:
         forward = module.__dict__.get("forward")
         if forward is None or not hasattr(forward, _MARK):
             continue

@@ -23,7 +23,7 @@ from distui.core.axes.groups import Axes, make
 from distui.core.axes.schedules import tables
 from distui.core.config.schema import StrategySection
 from distui.core.errors import DistuiError, UserError
-from distui.core.parallel.batches import LOOKED_AT, compare_batch
+from distui.core.parallel.batches import LOOKED_AT, CutBatch, compare_batch
 from distui.core.parallel.messages import BACKWARD, FORWARD, Messages, Parts, PeerFailed
 from distui.core.parallel.outputs import Output, Told, loss_in
 from distui.core.parallel.outside import named_by
@@ -112,13 +112,25 @@ class Pipeline:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._broken:
             raise UserError("the pipeline has failed before", self._broken, "build the engine anew")
+        if len(args) == 1 and isinstance(args[0], CutBatch):
+            return self._train_cut(args[0])
         for_loss = {key: kwargs.pop(key) for key in list(kwargs) if key in self._named_by_loss}
         if not (self.stage.model.training and torch.is_grad_enabled()):
             return self._evaluate(args, kwargs, for_loss)
         if self._looked < LOOKED_AT:
             self._looked += 1
             compare_batch((args, kwargs, for_loss), self.messages.control, "a pipeline's")
-        micro, factor = list(self._cut(args, kwargs, for_loss)), self.factor()
+        return self._pass(list(self._cut(args, kwargs, for_loss)))
+
+    def _train_cut(self, batch: CutBatch) -> Any:
+        is_end = bool({0, self.stage.num_stages - 1} & {*self.stage.own})
+        if self._looked < LOOKED_AT:
+            self._looked += 1
+            compare_batch(list(batch), self.messages.control, "a pipeline's", is_there=is_end)
+        return self._pass([_Micro(*one, 1.0 / len(batch)) for one in batch])
+
+    def _pass(self, micro: list[_Micro]) -> Any:
+        factor = self.factor()
         loss = self._to_the_end(lambda: self._train(micro, factor))
         assert loss is not None
         anchor = torch.zeros((), device=loss.device, requires_grad=True)

@@ -97,6 +97,7 @@ class SequenceCut:
         self._labels: torch.Tensor | None = None
         self._num_valid: Any = None
         self._length = self._num_attended = self._seen = 0
+        self._is_inside = False
         self._random: list[torch.Tensor] = []
         self._plain_loss = model.loss_function
         model.loss_function = self._loss
@@ -135,6 +136,7 @@ class SequenceCut:
             self._seen += 1
             compare_batch(given, self.group, "context-parallel")
         known = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "num_items_in_batch"}
+        known.add("shift_labels")
         off = {name: value for name, value in given.items() if name not in known and _is_set(name, value)}
         if off:
             name, value = next(iter(off.items()))
@@ -157,7 +159,12 @@ class SequenceCut:
             )
         self._length, self._num_attended = length, 0
         self._take_mask(given.pop("attention_mask", None), length)
-        self._take_labels(given.pop("labels", None), given.pop("num_items_in_batch", None))
+        labels, shifted = given.pop("labels", None), given.pop("shift_labels", None)
+        if labels is not None and shifted is None:
+            shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]  # first: or a piece would lose its last target
+        # Without labels the model computes no loss: shifted ones are for one of the script's own.
+        self._take_labels(shifted if labels is not None else None, given.pop("num_items_in_batch", None))
+        self._is_inside = True
         positions = torch.arange(length, device=whole.device)[None]
         own = given.pop("position_ids", None)
         if own is not None and not torch.equal(own, positions.expand_as(own)):
@@ -183,16 +190,18 @@ class SequenceCut:
             )
         self._padding = None if mask is None or bool(mask.bool().all()) else mask.bool()
 
-    def _take_labels(self, labels: torch.Tensor | None, num_items: Any) -> None:
+    def _take_labels(self, shifted: torch.Tensor | None, num_items: Any) -> None:
         self._labels = None
-        if labels is not None:
-            shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]  # first: or a piece would lose its last target
+        if shifted is not None:
             self._num_valid = num_items if num_items is not None else (shifted != IGNORED).sum()
             self._labels = self._piece(shifted)
 
     # ---- what the model computes with ----------------------------------------------------------------------------
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
+        if not self._is_inside:  # the script's own, of whole logits
+            loss: torch.Tensor = self._plain_loss(logits, labels, vocab_size=vocab_size, **kwargs)
+            return loss
         shifted, self._labels = self._labels, None
         if shifted is None:
             raise _unknown(self.model, "it computes a loss of labels that it was not given")
@@ -283,6 +292,7 @@ class SequenceCut:
             torch.cuda.manual_seed(seed)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self._is_inside = False
         if self._random:
             torch.set_rng_state(self._random[0])
             if len(self._random) > 1:

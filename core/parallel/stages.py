@@ -32,6 +32,8 @@ from distui.core.sharding.units.partition import find_blocks
 
 LOOKED_AT = 2
 """In so many forwards of the beginning placeholders are looked for in what a stage's first block is given."""
+OWN_PARTS = "_distui_parts"
+"""Where a model says which of its blocks each stage has; else their costs tell."""
 ALL, ENDS = "all stages", "the first and the last stage"
 _ALONE = "set strategy.pipeline_parallel to 1"
 
@@ -77,7 +79,10 @@ class Stage:
         self._place_modules()
         costs = [float(sum(param.numel() for param in block.parameters())) for _, block in self.blocks]
         behind = sum(_cost(module) for module in self.behind.values())
-        self.parts = split(costs, self.num_stages, sum(_cost(module) for module in self.front.values()), behind)
+        front = sum(_cost(module) for module in self.front.values())
+        own_parts: list[range] = vars(model).get(OWN_PARTS, [])
+        is_told = len(own_parts) == self.num_stages
+        self.parts = own_parts if is_told else split(costs, self.num_stages, front, behind)
         self.at(0)
         self.holders = self._find_holders()
         """The ranks of the line that hold a parameter, by its identity."""
@@ -302,13 +307,13 @@ class Stage:
         if index >= self.high:
             self._take_turn(-1)
         self._take_turn(index)
-        self._hidden = self._received[0] if isinstance(self._received, tuple) else self._received
+        self._hidden = _first(self._received)
         return self._received
 
     def _enter(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._take_turn(index)
         given = [*args, *kwargs.values()]
-        if self._hidden is not None and not any(value is self._hidden for value in given):
+        if self._hidden is not None and not any(_first(value) is self._hidden for value in given):
             raise UserError(
                 f"the model changes what {self.blocks[index - 1][0]} gives before {self.blocks[index][0]} takes it",
                 "between two stages lies nothing but one block's output, which is the next one's input",
@@ -316,7 +321,7 @@ class Stage:
             )
         if index == self.low and index and self._looked[self.index] < LOOKED_AT:
             self._looked[self.index] += 1
-            if any(has_nan(value) for value in given if value is not self._hidden):
+            if any(has_nan(value) for value in given if _first(value) is not self._hidden):
                 raise UserError(
                     f"the block {self.blocks[index][0]} is given more than its hidden state by {', '.join(self.front)}",
                     f"these are on the first stage, this block is on stage {self.index}",
@@ -324,7 +329,7 @@ class Stage:
                 )
 
     def _exit(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
-        self._hidden = output[0] if isinstance(output, tuple) and output else output
+        self._hidden = _first(output)
         if index == self.high - 1 and not self.is_last:
             raise _Leave(self, output)
 
@@ -347,6 +352,11 @@ class Stage:
             f"stage {self.index} of {self.num_stages} does not hold it",
             f"assign it to the model {called} the blocks, or {_ALONE}",
         )
+
+
+def _first(value: Any) -> Any:
+    """Return the hidden state in what a block gives, or is given."""
+    return value[0] if isinstance(value, tuple) and value else value
 
 
 def _cost(module: nn.Module) -> float:

@@ -12,6 +12,7 @@ from distui.core.errors import ConfigError, Problem
 
 HANDLED = (
     "optimizer",
+    "pipeline.activation_checkpoint_interval",
     "scheduler",
     "tensorboard",
     "wandb",

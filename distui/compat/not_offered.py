@@ -22,15 +22,15 @@ class NotOffered(UserError, NotImplementedError):
         return f"{self.what}: {self.why}; instead, {self.fix}"
 
 
-def refuse_axes(strategy: Any, face: str) -> None:
-    """Refuse axes inside a model where a face counts batches by ranks. Raises: NotOffered."""
-    for axis in ("tensor", "pipeline", "context"):
-        if (size := getattr(strategy, f"{axis}_parallel")) > 1:
-            raise NotOffered(
-                f"strategy.{axis}_parallel={size} under {face} is not offered by distui",
-                "this face gives every rank samples of its own, and such ranks share theirs",
-                f"use distui.Engine in the script, or set strategy.{axis}_parallel to 1",
-            )
+def refuse_pipeline(strategy: Any, face: str) -> None:
+    """Refuse a pipeline where the script calls its model once a micro-batch. Raises: NotOffered."""
+    if (size := strategy.pipeline_parallel) > 1:
+        raise NotOffered(
+            f"strategy.pipeline_parallel={size} under {face} is not offered by distui",
+            "the script calls its model once a micro-batch, and a pipeline runs those of a step in one call",
+            "use distui.Engine in the script, or a deepspeed.pipe.PipelineModule, or set strategy.pipeline_parallel to "
+            "1",
+        )
 
 
 class NotInstalled(NotOffered, ImportError):

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distui.compat.not_offered import NotOffered
 from distui.core.checkpoint.flat import FlatShard
 from distui.core.checkpoint.layout import Entry
 from distui.core.engine.engine import Engine
@@ -23,6 +24,13 @@ class Whole:
     """The whole tensors of one prepared model. Methods are Collective: all ranks, in the same order."""
 
     def __init__(self, engine: Engine, model: nn.Module) -> None:
+        """Raises: NotOffered where axes cut the model: a parameter's place is no range of the whole then."""
+        if engine.config.strategy.tensor_parallel * engine.config.strategy.pipeline_parallel > 1:
+            raise NotOffered(
+                "whole tensors by the parameter are not offered by distui where axes cut the model",
+                f"the strategy is {engine.config.summary()}",
+                "take weights from engine.get_state_dict(model) of distui's engine, all at once",
+            )
         self._engine, self._model = engine, model
 
     def _items(self) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from distui.compat import accelerate
 from distui.compat.accelerate import Accelerator, NotOffered
 from distui.compat.accelerate import utils as accelerate_utils
 from distui.compat.accelerate.refusals import DELEGATED, MODULES, NAMES
+from distui.core.errors import UserError
 
 HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 
@@ -166,10 +167,8 @@ def test_every_module_of_accelerate_can_be_imported_by_its_own_path() -> None:
 
 
 def test_the_accelerator_has_every_member() -> None:
-    refused = {"lomo_backward", "maybe_context_parallel", "deepspeed_ulysses_dl_adapter"}
-    refused |= {name for name in MEMBERS.split() if name.endswith("_parallel_rank")} | {"data_parallel_shard_rank"}
     missing = {name for name in MEMBERS.split() if not hasattr(Accelerator, name)}
-    assert missing == refused
+    assert missing == {"lomo_backward"}
 
 
 def test_the_accelerator_takes_every_argument() -> None:
@@ -208,7 +207,11 @@ def test_every_field_of_megatrons_plugin_is_obeyed_or_refused() -> None:
     assert found == (1, "cpu", "selective") and config.optimizer.max_grad_norm == 0.5
     assert Accelerator(megatron_lm_plugin=MegatronLMPlugin(use_custom_fsdp=True)).engine.config.strategy.zero_stage == 3
     obeyed = set(inspect.signature(MegatronLMPlugin).parameters)
-    for name, value in {"tp_degree": 2, "num_micro_batches": 4, "custom_loss_function": len, "seq_length": 8}.items():
+    axes = MegatronLMPlugin(tp_degree=2, pp_degree=3, num_micro_batches=6).sections()["strategy"]
+    assert axes == {"tensor_parallel": 2, "pipeline_parallel": 3}
+    with pytest.raises(NotOffered, match=r"num_micro_batches=4\) with pp_degree=1"):
+        MegatronLMPlugin(num_micro_batches=4)
+    for name, value in {"sequence_parallelism": True, "custom_loss_function": len, "seq_length": 8}.items():
         with pytest.raises(NotOffered, match=f"MegatronLMPlugin\\({name}="):
             MegatronLMPlugin(**{name: value})
     with pytest.raises(TypeError, match="no field 'mistyped'"):
@@ -221,7 +224,7 @@ def test_every_field_of_megatrons_plugin_is_obeyed_or_refused() -> None:
 
 
 def test_recipes_describe_and_are_refused_where_they_are_used() -> None:
-    from distui.compat.accelerate import ParallelismConfig, utils
+    from distui.compat.accelerate import utils
 
     assert utils.TERecipeKwargs(fp8_format="e4m3").fp8_format == "E4M3"
     with pytest.raises(ValueError, match="opt_level"):
@@ -229,11 +232,45 @@ def test_recipes_describe_and_are_refused_where_they_are_used() -> None:
     for recipe in (utils.AORecipeKwargs, utils.TERecipeKwargs, utils.MSAMPRecipeKwargs, utils.FP8RecipeKwargs):
         with pytest.raises(NotOffered, match="no fp8 matrix multiplications"):
             Accelerator(kwargs_handlers=[recipe()])
-    with pytest.raises(NotOffered, match="context parallelism"):
-        Accelerator(parallelism_config=ParallelismConfig(cp_size=2, cp_handler=utils.TorchContextParallelConfig()))
-    with pytest.raises(NotOffered, match="torch_tp_plugin"):
-        Accelerator(torch_tp_plugin=utils.TorchTensorParallelPlugin(tp_size=2))
     assert Accelerator(torch_tp_plugin=utils.TorchTensorParallelPlugin()).num_processes == 1
+
+
+def test_sizes_of_axes_are_checked_where_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distui.compat.accelerate import ParallelismConfig, utils
+
+    handler = utils.TorchContextParallelConfig("alltoall")
+    axes = ParallelismConfig(dp_shard_size=2, tp_size=3, cp_size=2, cp_handler=handler)
+    assert (axes.total_size, axes.data_parallel_size, axes.non_data_parallel_size) == (12, 2, 6)
+    assert (axes.active_mesh_dims, axes.dp_shard_cp_dim_names) == (["dp_shard", "tp", "cp"], ["dp_shard", "cp"])
+    assert axes.cp_enabled and not axes.sp_enabled and axes.cp_handler is handler
+    assert axes.sections() == {"strategy": {"zero_stage": 3, "tensor_parallel": 3, "context_parallel": 2}}
+    for wrong, words in {
+        "cp_size and sp_size": "mutually exclusive",
+        "tp_size below 1": "tp_size must be at least 1",
+        "handler": "cp_handler must be a TorchContextParallelConfig",
+        "backend": "`cp_backend` must be one of torch",
+    }.items():
+        given: dict[str, dict[str, Any]] = {
+            "cp_size and sp_size": {"cp_size": 2, "sp_size": 2},
+            "tp_size below 1": {"tp_size": 0},
+            "handler": {"cp_size": 2, "cp_handler": utils.TorchTensorParallelConfig()},
+            "backend": {"cp_backend": "other"},
+        }
+        with pytest.raises(ValueError, match=words):
+            ParallelismConfig(**given[wrong])
+    with pytest.raises(NotOffered, match="enable_async_tp"):
+        utils.TorchTensorParallelConfig(enable_async_tp=True)
+    with pytest.raises(ValueError, match="sp_seq_length"):
+        utils.DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=False)
+    with pytest.raises(NotOffered, match="shards over all data-parallel ranks"):
+        ParallelismConfig(dp_shard_size=2, dp_replicate_size=2).check(4)
+    with pytest.raises(UserError, match=r"total_size \(2\) does not match num_processes \(1\)"):
+        Accelerator(parallelism_config=ParallelismConfig(cp_size=2, cp_handler=handler))
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    assert ParallelismConfig().tp_size == 2
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    with pytest.raises(UserError, match="tp_size=2"):
+        Accelerator()
 
 
 def test_scalers_and_contexts_of_a_loop_of_its_own() -> None:

@@ -14,7 +14,7 @@ from distui.compat.deepspeed.configuration import settle
 from distui.compat.deepspeed.lr_schedules import SCHEDULES, build_schedule
 from distui.compat.deepspeed.optim.optimizers import build_optimizer
 from distui.compat.deepspeed.precision import scaler_of
-from distui.compat.not_offered import NotOffered, refuse_axes
+from distui.compat.not_offered import NotOffered, refuse_pipeline
 from distui.core.config.schema import StrategySection
 from distui.core.errors import ConfigError, UserError
 
@@ -223,8 +223,8 @@ def test_what_needs_no_axis_of_its_own_is_taken() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
     deepspeed.set_autotp_mode(training=True)
     assert deepspeed.tp_model_init(model, tp_size=1, dtype=torch.float32) is model
-    with pytest.raises(NotOffered, match="tensor parallelism is not offered by this face"):
-        deepspeed.tp_model_init(model, tp_size=2, dtype=torch.float32)
+    with pytest.raises(NotOffered, match="tp_group"):
+        deepspeed.tp_model_init(model, tp_size=2, dtype=torch.float32, tp_group=object())
     deepspeed.set_optimizer_flags(type("Config", (), {"optimizer_name": "muon"}), model)
     assert [param.use_muon for param in model.parameters()] == [True, False, True, False]
     engine, optimizer, _, _ = deepspeed.initialize(
@@ -247,7 +247,9 @@ def test_every_public_name_is_offered_or_refused_with_the_way_around() -> None:
         getattr(deepspeed, name)
     with pytest.raises(NotOffered, match="vLLM"):
         deepspeed.init_inference(torch.nn.Linear(1, 1))
-    with pytest.raises(NotOffered, match="pipeline_parallel"):
+    with pytest.raises(NotOffered, match="use PipelineModule"):
+        deepspeed.DualPipeVModule(layers=[])
+    with pytest.raises(RuntimeError, match="num_stages or topology"):
         deepspeed.PipelineModule(layers=[])
     with pytest.raises(AttributeError, match=r"docs/coming-from-deepspeed\.md"):
         _ = deepspeed.initialise
@@ -263,8 +265,7 @@ def test_every_public_name_is_offered_or_refused_with_the_way_around() -> None:
     assert all(hasattr(deepspeed.DeepSpeedEngine, name) for name in members.split()[1:])
 
 
-@pytest.mark.parametrize("axis", ["tensor", "pipeline", "context"])
-def test_axes_of_the_jobs_settings_are_refused_under_a_face(axis: str) -> None:
-    refuse_axes(StrategySection(), "DeepSpeed's names")
-    with pytest.raises(NotOffered, match=f"strategy.{axis}_parallel=2 under DeepSpeed's names"):
-        refuse_axes(StrategySection.model_validate({f"{axis}_parallel": 2}), "DeepSpeed's names")
+def test_a_pipeline_of_the_jobs_settings_is_refused_for_a_plain_model() -> None:
+    refuse_pipeline(StrategySection(tensor_parallel=2), "DeepSpeed's names")
+    with pytest.raises(NotOffered, match=r"strategy\.pipeline_parallel=2 under DeepSpeed's names"):
+        refuse_pipeline(StrategySection(pipeline_parallel=2), "DeepSpeed's names")

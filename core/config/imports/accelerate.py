@@ -198,8 +198,17 @@ def _megatron(carried: Carried, section: Mapping[str, Any], folder: Path) -> Non
         elif name == "gradient_clipping":
             carried.set("optimizer.max_grad_norm", float(value), f"megatron_lm_config.{key}")
         elif name == "use_distributed_optimizer":
-            if truth(value):
+            shards_all = section.get("megatron_lm_use_custom_fsdp", section.get("use_custom_fsdp"))
+            if truth(value) and not truth(shards_all):
                 carried.set("strategy.zero_stage", 1, f"megatron_lm_config.{key}")
+        elif name == "use_custom_fsdp":
+            if truth(value):
+                carried.set("strategy.zero_stage", 3, f"megatron_lm_config.{key}")
+        elif name == "optimizer_cpu_offload":
+            if truth(value):
+                carried.set("offload.optimizer", "cpu", f"megatron_lm_config.{key}")
+        elif name == "num_micro_batches":
+            _micro_batches(carried, f"megatron_lm_config.{key}", value, section)
         elif name in ("recompute_activations", "recompute_granularity"):
             if truth(value) or value in ("full", "selective"):
                 mode = value if value in ("full", "selective") else "selective"
@@ -210,6 +219,16 @@ def _megatron(carried: Carried, section: Mapping[str, Any], folder: Path) -> Non
             carried.unknown(
                 f"megatron_lm_config.{key}", [f"megatron_lm_{other}" for other in (*sizes, *_MEGATRON_LOST)]
             )
+
+
+def _micro_batches(carried: Carried, key: str, value: Any, section: Mapping[str, Any]) -> None:
+    stages = section.get("megatron_lm_pp_degree", section.get("pp_degree")) or 1
+    if value in (None, 1):
+        return
+    if stages > 1:
+        carried.set("batch.accumulation", int(value), key)
+    else:
+        carried.note(key, "lost", "without a pipeline the script's own loop accumulates: batch.accumulation")
 
 
 def _parallelism(carried: Carried, section: Mapping[str, Any], folder: Path) -> None:
@@ -225,7 +244,7 @@ def _parallelism(carried: Carried, section: Mapping[str, Any], folder: Path) -> 
             if value not in (None, 1):
                 carried.note(f"parallelism_config.{key}", "changed", "states are sharded over all data-parallel ranks")
         elif name.startswith(("cp_", "sp_")):
-            carried.note(f"parallelism_config.{key}", "lost", "the engine chooses how a sequence is shared")
+            carried.note(f"parallelism_config.{key}", "needless", "the engine chooses how a sequence is shared")
         else:
             known = [*axes, "dp_shard_size", "dp_replicate_size"]
             carried.unknown(f"parallelism_config.{key}", [f"parallelism_config_{other}" for other in known])
@@ -255,13 +274,10 @@ _MEGATRON_LOST = {
     "hidden_dropout",
     "no_load_optim",
     "no_save_optim",
-    "num_micro_batches",
-    "optimizer_cpu_offload",
     "overlap_cpu_optimizer_d2h_h2d",
     "recompute_method",
     "recompute_num_layers",
     "sequence_parallelism",
-    "use_custom_fsdp",
     "use_precision_aware_optimizer",
     "use_rotary_position_embeddings",
 }

@@ -134,8 +134,20 @@ REMARKS: dict[str, tuple[Kind, str]] = {
     "disable_python_gc": ("script", "gc.disable() in the script"),
     "dataloader_drop_last": ("script", "DataLoader(drop_last=True) in the script"),
     "seq_parallel_communication_data_type": ("lost", _ABSENT),
+    **{
+        f"tensor_parallel.{name}": ("needless", "the model comes from the script, in the file's format")
+        for name in ("dtype", "keep_module_on_host", "vocab_parallel_lm_head")
+    },
     "tensor_parallel": ("lost", "the plan follows from the model's own modules"),
     "expert_parallel": ("lost", "set strategy.expert_parallel"),
+    "pipeline.activation_checkpoint_interval": (
+        "changed",
+        "set activation_checkpointing.mode = full; `--as deepspeed` recomputes a PipelineModule's layers by it",
+    ),
+    **{
+        f"pipeline.{name}": ("needless", "activations travel whole, and are recomputed in torch's non-reentrant way")
+        for name in ("pipe_partitioned", "grad_partitioned", "use_reentrant")
+    },
     "pipeline": ("lost", "set strategy.pipeline_parallel"),
     "sequence_parallel": ("lost", "set strategy.context_parallel"),
     "checkpoint_tag_validation": ("needless", _ALWAYS),

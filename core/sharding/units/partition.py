@@ -1,9 +1,10 @@
 """Which parameters form a unit: the model's repeated blocks, and what lies around them.
 
 A block is a child of a ModuleList or Sequential whose children are all of one class, or a module of a class that the
-model names in `_no_split_modules` (transformers). Parameters that lie outside the blocks, or that several modules
-share, belong to the root: it is gathered for as long as any part of the model runs, because code may read such a
-parameter without calling the module that holds it (`x @ self.embedding.weight.T`).
+model names in `_no_split_modules` (transformers); a model that is nothing but a row of blocks may list them itself.
+Parameters that lie outside the blocks, or that several modules or blocks share, belong to the root: it is gathered for
+as long as any part of the model runs, because code may read such a parameter without calling the module that holds it
+(`x @ self.embedding.weight.T`).
 """
 
 from __future__ import annotations
@@ -39,8 +40,14 @@ class UnitSpec:
         return sum(param.numel() for _, param in self.params)
 
 
+OWN_BLOCKS = "_distui_blocks"
+"""Where a model lists its blocks as (name, module), each called with what the one before gave; any class."""
+
+
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the repeated blocks with their names, outermost only, in registration order."""
+    if (own := vars(model).get(OWN_BLOCKS)) is not None:
+        return list(own)
     named_by_model = set(getattr(model, "_no_split_modules", None) or ())
 
     def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -87,7 +94,8 @@ def partition(model: nn.Module) -> list[UnitSpec]:
     block_of: dict[int, int] = {}
     for index, (_, block) in enumerate(blocks):
         for param in block.parameters():
-            block_of.setdefault(id(param), index)
+            if block_of.setdefault(id(param), index) != index:
+                shared.add(id(param))
 
     first_root = UnitSpec("root", is_root=True)
     units: list[UnitSpec] = []

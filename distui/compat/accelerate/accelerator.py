@@ -15,12 +15,14 @@ from distui.compat.accelerate.data.loaders import PreparedDataLoader
 from distui.compat.accelerate.data_loader import prepare_data_loader, skip_first_batches
 from distui.compat.accelerate.logging import get_logger
 from distui.compat.accelerate.optimizer import AcceleratedOptimizer
+from distui.compat.accelerate.ranks import join_axes
 from distui.compat.accelerate.refusals import NotOffered
 from distui.compat.accelerate.saving import Saving, _Kept
 from distui.compat.accelerate.scheduler import AcceleratedScheduler
 from distui.compat.accelerate.state import AcceleratorState, GradientState
 from distui.compat.accelerate.steps import ModelNoSync, NoteSync, Steps
 from distui.compat.accelerate.tracking import filter_trackers
+from distui.compat.accelerate.utils.axes import ParallelismConfig
 from distui.compat.accelerate.utils.dataclasses import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
@@ -36,7 +38,6 @@ from distui.compat.accelerate.utils.deepspeed import (
     schedule_of,
 )
 from distui.compat.accelerate.utils.other import compile_regions, extract_model_from_parallel
-from distui.compat.not_offered import refuse_axes
 from distui.core.backends.ddp import DDPBackend
 from distui.core.engine.batches import tell_changed_batch
 from distui.core.engine.engine import Engine
@@ -46,14 +47,6 @@ from distui.core.ranks.precision import cast_floating
 __all__ = ["Accelerator", "DataLoaderConfiguration", "GradientAccumulationPlugin"]
 
 logger = get_logger("accelerate.accelerator")
-
-_PARALLEL_RANKS = (
-    "data_parallel_rank",
-    "data_parallel_shard_rank",
-    "tensor_parallel_rank",
-    "pipeline_parallel_rank",
-    "context_parallel_rank",
-)
 
 
 def _casting_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -120,6 +113,7 @@ class Accelerator(Steps, Saving):
         accumulation = gradient_accumulation_plugin or GradientAccumulationPlugin(num_steps=gradient_accumulation_steps)
         self.handlers = sort_handlers(kwargs_handlers)
         plugins = plugins_of(deepspeed_plugin, fsdp_plugin, megatron_lm_plugin, torch_tp_plugin, parallelism_config)
+        parallelism_config = next((plugin for plugin in plugins if isinstance(plugin, ParallelismConfig)), None)
         settled = settle(job_config({}), mixed_precision, accumulation, self.handlers, plugins)
         init = self.handlers.init.to_dict() if self.handlers.init is not None else {}
         self.state = AcceleratorState(
@@ -134,7 +128,7 @@ class Accelerator(Steps, Saving):
         )
         sections: dict[str, Any] = settled.sections
         self.engine = Engine(**sections)
-        refuse_axes(self.engine.config.strategy, "Accelerate's names")
+        join_axes(self.engine, self.state, parallelism_config)
         if isinstance(self.engine.backend, DDPBackend) and self.handlers.ddp is not None:
             self.engine.backend.comm_hook = self.handlers.ddp.hook()
         self._autocast_dtype = settled.autocast_dtype
@@ -177,6 +171,10 @@ class Accelerator(Steps, Saving):
             for index, value in enumerate(args):
                 if isinstance(value, kind):
                     prepared[index] = prepare(value)
+        if (axes := self.parallelism_config) is not None and axes.sp_enabled and self._models:
+            for value in prepared.values():
+                if isinstance(value, PreparedDataLoader):
+                    value.shifts_labels = True
         self.engine._report_memory()
         results = tuple(prepared.get(index, value) for index, value in enumerate(args))
         return results[0] if len(results) == 1 else results
@@ -240,8 +238,8 @@ class Accelerator(Steps, Saving):
         prepared = prepare_data_loader(
             self._with_micro_size(data_loader),
             self.device,
-            num_processes=self.num_processes,
-            process_index=self.process_index,
+            num_processes=self.engine.num_data_ranks,
+            process_index=self.engine.data_index,
             split_batches=config.split_batches,
             put_on_device=self.device_placement if device_placement is None else device_placement,
             rng_types=list(self.rng_types),
@@ -258,12 +256,15 @@ class Accelerator(Steps, Saving):
 
     def _with_micro_size(self, loader: Any) -> Any:
         """Give a loader the micro-batches that the job's configuration asks for, where it asks."""
-        micro = self.engine._micro_size
-        if micro is None or type(loader.batch_sampler) is not BatchSampler or loader.batch_size == micro:
+        micro, pieces, ranks = self.engine._micro_size, self.engine.num_micro, self.engine.num_data_ranks
+        if type(loader.batch_sampler) is not BatchSampler:
             return loader
-        own = loader.batch_size // self.num_processes if self.split_batches else loader.batch_size
-        tell_changed_batch(self.engine, own, micro)
-        size = micro * self.num_processes if self.split_batches else micro
+        own = loader.batch_size // ranks if self.split_batches else loader.batch_size
+        micro = micro or own * pieces  # a pipeline takes the micro-batches of a step at once
+        if own == micro:
+            return loader
+        tell_changed_batch(self.engine, own * pieces, micro)
+        size = micro * ranks if self.split_batches else micro
         loader.__dict__["batch_sampler"] = BatchSampler(loader.sampler, size, loader.drop_last)
         loader.__dict__["batch_size"] = size
         return loader
@@ -299,6 +300,12 @@ class Accelerator(Steps, Saving):
         self._schedulers.append(prepared)
         self.engine._schedulers.append(prepared)  # type: ignore[arg-type]
         return prepared
+
+    def deepspeed_ulysses_dl_adapter(self, dl: Any, model: Any) -> Any:
+        """Have a prepared loader give `shift_labels`, where sequences are shared; the model itself cuts the batch."""
+        if (axes := self.parallelism_config) is not None and axes.sp_enabled:
+            dl.shifts_labels = True
+        return dl
 
     def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
         """Return a view of a loader without its first batches."""
@@ -341,11 +348,8 @@ class Accelerator(Steps, Saving):
 
     def __getattr__(self, name: str) -> Any:
         refusals = {
-            "maybe_context_parallel": "use strategy.context_parallel of distui's config",
-            **dict.fromkeys(_PARALLEL_RANKS, "use accelerator.process_index"),
             "lomo_backward": "use an optimizer with a step of its own",
             "deepspeed_engine_wrapped": "distui's own engine runs what a DeepSpeedPlugin asks for",
-            "deepspeed_ulysses_dl_adapter": "use strategy.context_parallel of distui's config",
         }
         if hasattr(type(self), name):  # a property that raised AttributeError: its own error is the one to tell
             return object.__getattribute__(self, name)

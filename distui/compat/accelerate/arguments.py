@@ -6,7 +6,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from distui.compat.accelerate import beside
 from distui.compat.accelerate.refusals import NotOffered, refuse_argument
+from distui.compat.accelerate.utils.axes import ParallelismConfig
 from distui.compat.accelerate.utils.dataclasses import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
@@ -17,6 +19,7 @@ from distui.compat.accelerate.utils.dataclasses import (
     ProfileKwargs,
 )
 from distui.compat.accelerate.utils.enums import DDPCommunicationHookType, PrecisionType
+from distui.compat.accelerate.utils.environment import str_to_bool
 from distui.compat.accelerate.utils.megatron_lm import MegatronLMPlugin
 from distui.compat.accelerate.utils.plugins import DeepSpeedPlugin, FullyShardedDataParallelPlugin, Sections
 from distui.compat.accelerate.utils.recipes import Fp8Recipe
@@ -97,15 +100,18 @@ def settle(
             given, defaults = getattr(config, section), getattr(Config(), section)
             for key, value in values.items():
                 if getattr(given, key) == getattr(defaults, key):
-                    sections.setdefault(section, {})[key] = value
+                    sections.setdefault(section, {}).setdefault(key, value)
     steps = accumulation.num_steps or 1
     if steps == 1:
         for plugin in plugins:
-            steps = int(getattr(plugin, "gradient_accumulation_steps", None) or steps)
+            told = getattr(plugin, "gradient_accumulation_steps", None) or getattr(plugin, "num_micro_batches", None)
+            steps = int(told or steps)
     if steps == 1:
         steps = config.batch.accumulation or 1
     sections["batch"] = {"accumulation": steps} if steps > 1 else {}
-    accumulation.num_steps = steps
+    is_cut = sections.get("strategy", {}).get("pipeline_parallel", config.strategy.pipeline_parallel) > 1
+    # A pipeline runs all micro-batches of a step in one call of the model.
+    accumulation.num_steps = 1 if is_cut else steps
     found.accumulation = accumulation
     wanted = _precision(mixed_precision)
     stage = sections.get("strategy", {}).get("zero_stage", config.strategy.zero_stage)
@@ -114,7 +120,8 @@ def settle(
     else:
         found.mixed_precision = wanted
         dtype = _TO_DTYPE[wanted]
-        if wanted == "bf16" and stage == 0 and config.precision.dtype != "bf16":
+        # A pipeline's call holds its backward passes, which autocast does not belong around.
+        if wanted == "bf16" and stage == 0 and config.precision.dtype != "bf16" and not is_cut:
             found.autocast_dtype, dtype = "bf16", "fp32"
         sections.setdefault("precision", {})["dtype"] = dtype
     if handlers.ddp is not None and handlers.ddp.comm_hook != DDPCommunicationHookType.NO:
@@ -154,12 +161,10 @@ def _precision(mixed_precision: str | None) -> str | None:
 def plugins_of(
     deepspeed_plugin: Any, fsdp_plugin: Any, megatron_lm_plugin: Any, torch_tp_plugin: Any, parallelism_config: Any
 ) -> list[Any]:
-    """Return the plugins that say how to shard.
+    """Return the plugins that say how to shard, those that count where they differ first.
 
-    Raises: NotOffered for axes inside a model; TypeError for what is no plugin.
+    Raises: NotOffered for axes that the engine does not have; TypeError for what is no plugin.
     """
-    if torch_tp_plugin is not None and torch_tp_plugin.tp_size > 1:
-        raise refuse_argument("Accelerator", "torch_tp_plugin", torch_tp_plugin, "shard over all ranks: zero_stage=3")
     found: list[Any] = []
     if isinstance(deepspeed_plugin, dict):
         if len(deepspeed_plugin) != 1:
@@ -181,6 +186,12 @@ def plugins_of(
         if not isinstance(megatron_lm_plugin, MegatronLMPlugin):
             raise TypeError("`megatron_lm_plugin` must be a MegatronLMPlugin object.")
         found.append(megatron_lm_plugin)
+    if torch_tp_plugin is not None and parallelism_config is None:
+        parallelism_config = ParallelismConfig(tp_size=torch_tp_plugin.tp_size)
+    if parallelism_config is None and str_to_bool(os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false")):
+        parallelism_config = ParallelismConfig()
+    if parallelism_config is None and megatron_lm_plugin is None:
+        parallelism_config = beside.HELD["AcceleratorState"].get("parallelism_config")  # an earlier Accelerator's
     if parallelism_config is not None:
         parallelism_config.check(int(os.environ.get("WORLD_SIZE", "1")))
         found.append(parallelism_config)

@@ -79,8 +79,8 @@ def prepare_data_loader(
     if dispatch_batches and not put_on_device:
         raise ValueError("Using `dispatch_batches=True` requires `put_on_device=True`.")
     state = PartialState()
-    num_processes = state.num_processes if num_processes is None else num_processes
-    process_index = state.process_index if process_index is None else process_index
+    num_processes = state.num_data_ranks if num_processes is None else num_processes
+    process_index = state.data_index if process_index is None else process_index
     batches: Any = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
     in_sampler = batches is dataloader.sampler
     if split_batches:

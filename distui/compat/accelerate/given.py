@@ -41,13 +41,46 @@ class Given:
 
     @property
     def parallelism_config(self) -> Any:
-        """The parallelism that the script gave, or None."""
+        """The parallelism that the script, or the settings, gave; None where all ranks are data-parallel."""
         return self.state.parallelism_config
 
     @property
     def torch_device_mesh(self) -> Any:
-        """None: the engine keeps its own groups."""
+        """The mesh of `parallelism_config`, or None."""
         return self.state.device_mesh
+
+    def _rank_on(self, axis: str, kind: str) -> int:
+        axes = self.parallelism_config
+        if axes is None:
+            raise RuntimeError(f"{kind} parallelism is not configured. Set `parallelism_config` first.")
+        return int(self.torch_device_mesh.get_local_rank(axis)) if getattr(axes, f"{axis}_enabled") else 0
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        """This rank among those that share its matrices."""
+        return self._rank_on("tp", "Tensor")
+
+    @property
+    def context_parallel_rank(self) -> int:
+        """This rank among those that share its sequences."""
+        axes = self.engine.backend.axes
+        return axes.index("cp") if axes is not None else 0
+
+    @property
+    def pipeline_parallel_rank(self) -> int:
+        """This rank's stage."""
+        axes = self.engine.backend.axes
+        return axes.index("pp") if axes is not None else 0
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """This rank among the copies of the model."""
+        return self._rank_on("dp_replicate", "Data")
+
+    @property
+    def data_parallel_shard_rank(self) -> int:
+        """This rank among those that shard the model."""
+        return self._rank_on("dp_shard", "Shard-based data")
 
     @property
     def is_fsdp2(self) -> bool:

@@ -23,7 +23,8 @@ class LocalSGD:
         self.num_steps = 0
         self.accelerator, self.model, self.local_sgd_steps = accelerator, model, local_sgd_steps
         engine = accelerator.engine
-        if self.enabled and (engine.backend.name != "native" or engine.config.strategy.zero_stage > 0):
+        backend, stage = engine.backend, engine.config.strategy.zero_stage
+        if self.enabled and (backend.name != "native" or stage > 0 or backend.axes is not None):
             raise NotOffered(
                 "LocalSGD is not offered by distui here",
                 f"the strategy is {engine.config.summary()}, and ranks step alone on whole weights",

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from distui.compat.accelerate.utils.plugins import ParallelismConfig as ParallelismConfig
+from distui.compat.accelerate.utils.axes import ParallelismConfig as ParallelismConfig

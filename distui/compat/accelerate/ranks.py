@@ -7,12 +7,42 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from distui.compat.accelerate.state import AcceleratorState, GradientState
 from distui.compat.accelerate.utils import operations
+from distui.compat.accelerate.utils.axes import ParallelismConfig
 from distui.compat.accelerate.utils.enums import DistributedType
 from distui.core.engine.engine import Engine
+from distui.core.errors import UserError
 from distui.core.ranks import ops
+
+
+def join_axes(engine: Engine, state: AcceleratorState, given: ParallelismConfig | None) -> None:
+    """Have the face's states know who shares a batch, and the mesh of the axes. Collective.
+
+    Raises: UserError where the script (`given`) and the settings say different sizes.
+    """
+    strategy, axes = engine.config.strategy, engine.backend.axes
+    tensor, context = strategy.tensor_parallel, strategy.context_parallel
+    if given is not None and (given.tp_size, given.shared_sequence) != (tensor, context):
+        raise UserError(
+            f"ParallelismConfig(tp_size={given.tp_size}, cp_size={given.cp_size}, sp_size={given.sp_size})",
+            f"the settings of the job say strategy.tensor_parallel={tensor}, strategy.context_parallel={context}",
+            "take one of the two out",
+        )
+    if given is None and axes is not None and strategy.pipeline_parallel == 1:
+        shards = engine.num_data_ranks if strategy.zero_stage == 3 else 1
+        given = ParallelismConfig(engine.num_data_ranks // shards, shards, tp_size=tensor, cp_size=context)
+    ranks = range(engine.num_processes)
+    state._partial.follow(engine, [axes.sizes.place(rank)["dp"] if axes is not None else rank for rank in ranks])
+    state.parallelism_config = given
+    mesh: DeviceMesh | None = None
+    if given is not None:
+        has_axes = given.total_size > 1
+        given.settle(engine.num_processes)
+        mesh = given.get_device_mesh(engine.device.type) if has_axes else None
+    state.device_mesh = mesh
 
 
 class Ranks:
@@ -131,18 +161,18 @@ class Ranks:
         return self.engine.check_trigger()
 
     def gather(self, tensor: Any) -> Any:
-        """Concatenate every rank's tensors along dimension 0. Collective."""
+        """Concatenate every data rank's tensors along dimension 0. Collective."""
         return operations.gather(tensor)
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """Gather, without the samples that were repeated to even out the last batch. Collective."""
         num_real = self.gradient_state.remainder if self.gradient_state.end_of_dataloader else -1
-        if self.num_processes > 1:
-            return ops.gather_for_metrics(input_data, num_real, use_gather_object)
+        if self.engine.num_data_ranks > 1:
+            return ops.gather_for_metrics(input_data, num_real, use_gather_object, self.engine.data_group)
         return input_data
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """Combine every rank's tensors. Collective."""
+        """Combine every data rank's tensors. Collective."""
         return operations.reduce(tensor, reduction, scale)
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:

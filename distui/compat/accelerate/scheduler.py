@@ -1,4 +1,4 @@
-"""Accelerate's scheduler: it steps once a rank, unless batches are split."""
+"""Accelerate's scheduler: it steps once a data rank, unless batches are split."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from distui.compat.accelerate.state import AcceleratorState, GradientState
 class AcceleratedScheduler:
     """Steps a scheduler when its optimizers stepped.
 
-    A schedule counts the batches of one process, so it moves on by as many steps as there are ranks, and by one with
-    `split_batches`. (`distui.Engine` moves it on by one a step.)
+    A schedule counts the batches of one process, so it moves on by as many steps as there are ranks with batches of
+    their own, and by one with `split_batches`. (`distui.Engine` moves it on by one a step.)
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class AcceleratedScheduler:
             return
         if any(optimizer.step_was_skipped for optimizer in self.optimizers):
             return
-        for _ in range(1 if self.split_batches else AcceleratorState().num_processes):
+        for _ in range(1 if self.split_batches else AcceleratorState().num_data_ranks):
             total = getattr(self.scheduler, "total_steps", None)
             if total is None or self.scheduler._step_count <= total:
                 self.scheduler.step(*args, **kwargs)

@@ -15,6 +15,7 @@ from distui.compat.accelerate import beside
 from distui.compat.accelerate.refusals import refuse_argument
 from distui.compat.accelerate.utils.dataclasses import GradientAccumulationPlugin
 from distui.compat.accelerate.utils.enums import DistributedType
+from distui.core.ranks.process import ProcessState
 
 _OF_PROCESS = frozenset(
     [
@@ -65,6 +66,8 @@ class PartialState:
         self.backend = dist.get_backend() if dist.is_initialized() else None
         self.debug = False
         self.fork_launched = os.environ.get("FORK_LAUNCHED", "0") == "1"
+        self.data_places = list(range(process.num_processes))
+        """By rank, which of the batches of a moment it has; ranks that share one have the same."""
         several = DistributedType.MULTI_GPU if process.device.type == "cuda" else DistributedType.MULTI_CPU
         self.distributed_type = several if process.num_processes > 1 else DistributedType.NO
 
@@ -79,6 +82,21 @@ class PartialState:
     def initialized(self) -> bool:
         """Whether there is a state."""
         return bool(self._shared_state)
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks with batches of their own, counting those that share one once."""
+        return int(self._process.num_data_ranks)
+
+    @property
+    def data_index(self) -> int:
+        """Which of them this is."""
+        return int(self._process.data_index)
+
+    def follow(self, process: ProcessState, places: list[int]) -> None:
+        """Take over who shares a batch from an engine that has axes inside the model."""
+        self._process.data_place, self._process.data_group = process.data_place, process.data_group
+        self.data_places = places
 
     @property
     def default_device(self) -> torch.device:
@@ -153,7 +171,7 @@ class AcceleratorState:
             self.backend = self._partial.backend
             self.deepspeed_plugins = None
             self.fsdp_plugin = None
-            self.device_mesh = None
+            self.device_mesh: Any = None
             self.use_ipex = False
             self._mixed_precision = "no"
         if mixed_precision is not None:

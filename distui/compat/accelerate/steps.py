@@ -15,10 +15,13 @@ from torch import nn
 from distui.compat.accelerate.arguments import Handlers
 from distui.compat.accelerate.data.loaders import DataLoaderDispatcher, PreparedDataLoader
 from distui.compat.accelerate.given import Given
+from distui.compat.accelerate.logging import get_logger
 from distui.compat.accelerate.ranks import Ranks
 from distui.compat.accelerate.refusals import refuse_argument
 from distui.compat.accelerate.utils.dataclasses import AutocastKwargs, ProfileKwargs
 from distui.compat.accelerate.utils.enums import DistributedType
+
+logger = get_logger("accelerate.accelerator")
 
 
 class NoteSync:
@@ -143,6 +146,18 @@ class Steps(Ranks, Given):
         prepared = getattr(self.engine.backend, "_models", {})
         found = prepared.values() if isinstance(prepared, dict) else ()
         return [sharded.schedule for sharded in found if hasattr(sharded, "schedule")]
+
+    @contextmanager
+    def maybe_context_parallel(
+        self, buffers: Any = None, buffer_seq_dims: Any = None, no_restore_buffers: Any = None
+    ) -> Iterator[None]:
+        """Nothing: the model itself cuts what it is given, and the buffers stay whole."""
+        if self.engine.config.strategy.context_parallel == 1:
+            logger.warning_once(
+                "Context parallel training is not enabled. This context manager will have no effect. "
+                "To enable it, set `parallelism_config.cp_size` > 1 in the `Accelerator` constructor."
+            )
+        yield
 
     def unscale_gradients(self, optimizer: Any = None) -> None:
         """Divide the loss scale out of the gradients (fp16)."""

@@ -11,14 +11,20 @@ import torch
 from torch import nn
 
 from distui.compat.deepspeed import checkpointing, comm
-from distui.compat.deepspeed.configuration import settle
+from distui.compat.deepspeed.configuration import DeepSpeedConfig, settle
 from distui.compat.deepspeed.engine import DeepSpeedEngine
 from distui.compat.deepspeed.loading import DeepSpeedDataLoader
 from distui.compat.deepspeed.lr_schedules import build_schedule
 from distui.compat.deepspeed.optim.optimizers import build_optimizer
 from distui.compat.deepspeed.parameters import tell_of
 from distui.compat.deepspeed.precision import OwnOutputs, scaler_of
-from distui.compat.not_offered import NotOffered, refuse_axes
+from distui.compat.deepspeed.runtime.pipe.engine import PipelineEngine, loss_of
+from distui.compat.deepspeed.runtime.pipe.module import PipelineModule
+from distui.compat.deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from distui.compat.deepspeed.runtime.sequence_parallel.ulysses_sp import SequenceParallel
+from distui.compat.deepspeed.runtime.tensor_parallel.init_utils import axes_of
+from distui.compat.deepspeed.utils import groups
+from distui.compat.not_offered import NotOffered, refuse_pipeline
 from distui.core.engine.engine import Engine
 from distui.core.errors import UserError
 
@@ -55,6 +61,13 @@ def _config_of(args: Any, config: Any, config_params: Any) -> Any:
     )
 
 
+def recomputes(model: PipelineModule, settings: DeepSpeedConfig) -> bool:
+    """Return whether the layers of a row are to be recomputed, by the JSON or by the model itself."""
+    interval = int(settings.get("pipeline.activation_checkpoint_interval", 0) or model.activation_checkpoint_interval)
+    model.activation_checkpoint_interval = interval
+    return interval > 0
+
+
 def initialize(
     args: Any = None,
     model: nn.Module | None = None,
@@ -78,17 +91,28 @@ def initialize(
     """
     if model is None:
         raise AssertionError("deepspeed.initialize requires a model")
-    if mpu is not None or mesh_param is not None:
+    is_row = isinstance(model, PipelineModule)
+    known = isinstance(mpu, (PipelineParallelGrid, SequenceParallel))
+    if (mpu is not None and not known) or mesh_param is not None:
         raise NotOffered(
             f"deepspeed.initialize({'mpu' if mpu is not None else 'mesh_param'}=...) is not offered by distui",
-            "all ranks are data-parallel here",
-            "leave it out; model parallelism is chosen in distui's settings (strategy.*)",
+            "the engine makes the groups of all axes itself",
+            'leave it out: say sizes in the JSON ("tensor_parallel": {"autotp_size": N}), or in strategy.*',
         )
     comm.init_distributed(dist_init_required=dist_init_required, distributed_port=distributed_port)
-    settings = settle(_config_of(args, config, config_params), comm.get_world_size())
+    axes = axes_of(model)
+    if isinstance(model, PipelineModule):
+        axes["pipeline"] = model.num_stages
+    if isinstance(mpu, SequenceParallel):
+        axes["context"] = mpu.size
+    settings = settle(_config_of(args, config, config_params), comm.get_world_size(), **axes)
     sections: dict[str, Any] = settings.sections
+    if isinstance(model, PipelineModule) and recomputes(model, settings):
+        sections.setdefault("activation_checkpointing", {})["mode"] = "full"
     engine = Engine(**sections)
-    refuse_axes(engine.config.strategy, "DeepSpeed's names")
+    if not is_row:
+        refuse_pipeline(engine.config.strategy, "DeepSpeed's names")
+    groups.follow(engine)
     engine.scaler = scaler_of(settings)
     if settings.get("disable_python_gc", False):
         gc.disable()
@@ -111,10 +135,10 @@ def initialize(
             "the optimizer belongs to another engine", "initialize was called with it before", "build one an engine"
         )
     outputs = OwnOutputs()
-    keeps_format = engine.config.precision.dtype != "fp32"
+    keeps_format = engine.config.precision.dtype != "fp32" and not is_row
     if keeps_format:
         outputs.keep(model)
-    prepared_model = engine.prepare_model(model)
+    prepared_model = engine.prepare_model(model, loss=loss_of(model) if isinstance(model, PipelineModule) else None)
     if keeps_format:
         outputs.restore(prepared_model)
     prepared = engine.prepare_optimizer(optimizer) if optimizer is not None else None
@@ -124,8 +148,11 @@ def initialize(
         elif not hasattr(lr_scheduler, "step"):
             lr_scheduler = lr_scheduler(prepared)
     engine._report_memory()
-    wrapped = DeepSpeedEngine(settings, engine, prepared_model, prepared, lr_scheduler, collate_fn)
+    kind = PipelineEngine if is_row else DeepSpeedEngine
+    wrapped = kind(settings, engine, prepared_model, prepared, lr_scheduler, collate_fn)
     tell_of(wrapped, prepared_model)
-    if training_data is not None:
+    if training_data is not None and isinstance(wrapped, PipelineEngine):
+        wrapped.read_from(training_data)
+    elif training_data is not None:
         wrapped.training_dataloader = wrapped.deepspeed_io(training_data)
     return wrapped, prepared, wrapped.training_dataloader, lr_scheduler

@@ -80,8 +80,10 @@ def load_config(config: Any) -> dict[str, Any]:
     )
 
 
-def settle(config: Any, world_size: int) -> DeepSpeedConfig:
+def settle(config: Any, world_size: int, **axes: int) -> DeepSpeedConfig:
     """Check a DeepSpeed configuration and return what it means for this job.
+
+    `axes` are sizes (`tensor`, `pipeline`) that the script says otherwise than by the JSON.
 
     What the job's own settings (`distui launch --zero 3`, distui.toml) set other than their default wins over the JSON.
     What the JSON asks for is obeyed or refused.
@@ -95,12 +97,28 @@ def settle(config: Any, world_size: int) -> DeepSpeedConfig:
     refuse_features(flat)
     carried = reader.refuse_unknown(raw)
     refuse_lost(carried, flat)
-    plan = _batch(flat, world_size)
     values = dict(carried.values)
+    for axis, size in axes.items():
+        said = values.setdefault(f"strategy.{axis}_parallel", size)
+        if axis == "tensor" and flat.get("tensor_parallel.autotp_size") == 1:  # as good as absent, but for this
+            said = 1
+        if said != size:
+            fix = "write the same size in both"
+            raise UserError(f"two sizes of {axis} parallelism", f"{said} in the JSON, {size} in the script", fix)
     values.setdefault("optimizer.max_grad_norm", DEFAULT_CLIPPING)
     if values.get("precision.dtype") == "fp16":
         values.setdefault("precision.loss_scale_window", DEFAULT_SCALE_WINDOW)
     sections = _under_the_jobs_own(values)
+    strategy = job_config({name: section for name, section in sections.items() if name == "strategy"}).strategy
+    for axis, size in axes.items():
+        if (own := getattr(strategy, f"{axis}_parallel")) != size:
+            raise UserError(
+                f"two sizes of {axis} parallelism",
+                f"strategy.{axis}_parallel={own} in the settings of the job, {size} in the script",
+                "take it out of the settings",
+            )
+    shared = strategy.tensor_parallel * strategy.pipeline_parallel * strategy.context_parallel
+    plan = _batch(flat, max(1, world_size // shared))
     sections["batch"] = {"global_size": None, "micro_size": plan[1], "accumulation": plan[2]}
     merged = job_config(sections)
     if problems := check(merged, world_size=world_size):

@@ -156,7 +156,7 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
     @property
     def _sum_factor(self) -> float:
         """What turns the mean over the ranks into what the JSON asks for."""
-        return float(self.world_size) if self.settings.sums_gradients else 1.0
+        return float(self.dp_world_size) if self.settings.sums_gradients else 1.0
 
     @property
     def _bare_factor(self) -> float:
@@ -249,7 +249,7 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
 
     def _seen_samples(self) -> int:
         seen, self._num_backward = self._num_backward, 0
-        return self.train_micro_batch_size_per_gpu() * self.world_size * seen
+        return self.train_micro_batch_size_per_gpu() * self.dp_world_size * seen
 
     def _average_bare(self, optimizer: PreparedOptimizer) -> None:
         """Divide by the accumulation steps what the script's own `loss.backward()` summed up, if nobody has yet."""

@@ -56,7 +56,7 @@ class DeepSpeedDataLoader:
         self.dataset, self.batch_size = dataset, batch_size
         on_gpu = engine.device.type == "cuda"
         if data_sampler is None and not isinstance(dataset, IterableDataset):
-            data_sampler = DistributedSampler(dataset, engine.num_processes, engine.process_index, shuffle=shuffle)
+            data_sampler = DistributedSampler(dataset, engine.num_data_ranks, engine.data_index, shuffle=shuffle)
         self.data_sampler = data_sampler
         self.loader: DataLoader[Any] = DataLoader(
             dataset,

@@ -47,17 +47,17 @@ class Queries:
 
     @property
     def dp_world_size(self) -> int:
-        """The number of data-parallel ranks."""
-        return self.engine.num_processes
+        """The number of data-parallel ranks: those with batches of their own."""
+        return self.engine.num_data_ranks
 
     @property
     def data_parallel_group(self) -> Any:
         """The process group of the data-parallel ranks."""
-        return dist.group.WORLD
+        return self.engine.data_group or dist.group.WORLD
 
     def get_data_parallel_rank(self) -> int:
         """Return this rank among the data-parallel ones."""
-        return self.engine.process_index
+        return self.engine.data_index
 
     def train_batch_size(self) -> int:
         """Return the samples in one step over all ranks."""
@@ -81,14 +81,16 @@ class Queries:
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the samples in one step, by the number of micro-batches. Raises ValueError where they do not fit."""
-        each = self.settings.micro_size * self.world_size
+        each = self.settings.micro_size * self.dp_world_size
         if train_batch_size <= 0 or train_batch_size % each:
             raise ValueError(
                 f"train_batch_size={train_batch_size} is no multiple of micro-batch x ranks = "
-                f"{self.settings.micro_size} x {self.world_size} = {each}"
+                f"{self.settings.micro_size} x {self.dp_world_size} = {each}"
             )
         self.settings.train_batch_size = train_batch_size
-        self.settings.accumulation = self.engine.gradient_accumulation_steps = train_batch_size // each
+        self.settings.accumulation = train_batch_size // each
+        if self.engine.config.strategy.pipeline_parallel == 1:  # a pipeline's micro-batches are no steps of the engine
+            self.engine.gradient_accumulation_steps = self.settings.accumulation
 
     def zero_optimization(self) -> bool:
         """Return whether anything is sharded."""
@@ -182,12 +184,13 @@ class Queries:
 
     reload_states = offload_states
 
-    def train_batch(self, *args: Any, **kwargs: Any) -> None:
+    def train_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: it is the pipeline engine's."""
         raise NotOffered(
-            "train_batch is not offered by distui",
+            "train_batch of a model that is no PipelineModule",
             "it belongs to DeepSpeed's PipelineModule",
-            "write the loop: loss = engine(batch); engine.backward(loss); engine.step()",
+            "give initialize a PipelineModule, or write the loop: loss = engine(batch); engine.backward(loss); "
+            "engine.step()",
         )
 
     eval_batch = train_batch

@@ -11,12 +11,11 @@ PAGE = "docs/coming-from-deepspeed.md"
 FACE = "distui.compat.deepspeed"
 
 _INFERENCE = "distui trains; serve with vLLM or transformers' generate, from `distui checkpoint consolidate`'s weights"
-_PIPELINE = (
-    "keep the model an nn.Module and choose strategy.pipeline_parallel in distui's settings where it is available"
-)
+_PIPELINE = "use PipelineModule: the engine runs its stages by strategy.pipeline_schedule"
 _MOE = "use distui.MoE, or experts of transformers, with strategy.expert_parallel in distui's settings"
 _KERNELS = "engine.engine.use_kernels(engine.module) puts kernels into the modules that it knows (docs/kernels.md)"
 _TP = "choose strategy.tensor_parallel in distui's settings where it is available"
+_SEQUENCE = "sequence.layer.DistributedAttention; runtime.sequence_parallel.ulysses_sp for transformers' models"
 _FLOPS = "`distui launch --profile-flops` prints FLOPs and time of every module; flops_profiler.enabled does so too"
 _TUNING = "ask `distui plan` which stage and micro-batch fit"
 _COMPRESSION = "quantize with torchao; gradients on the wire with compression.gradients in distui's settings"
@@ -24,7 +23,7 @@ _COMPRESSION = "quantize with torchao; gradients on the wire with compression.gr
 NAMES: dict[str, str] = {
     **dict.fromkeys(("init_inference", "InferenceEngine", "DeepSpeedInferenceConfig"), _INFERENCE),
     **dict.fromkeys(("default_inference_config", "DeepSpeedHybridEngine"), _INFERENCE),
-    **dict.fromkeys(("PipelineModule", "PipelineEngine", "DualPipeVEngine", "DualPipeVModule"), _PIPELINE),
+    **dict.fromkeys(("DualPipeVEngine", "DualPipeVModule"), _PIPELINE),
     **dict.fromkeys(("DeepSpeedTransformerLayer", "DeepSpeedTransformerConfig", "replace_transformer_layer"), _KERNELS),
     **dict.fromkeys(("revert_transformer_layer", "module_inject", "HAS_TRITON"), _KERNELS),
 }
@@ -32,11 +31,10 @@ NAMES: dict[str, str] = {
 
 MODULES: dict[str, str] = {
     "inference": _INFERENCE,
-    "pipe": _PIPELINE,
-    "runtime.pipe": _PIPELINE,
+    "runtime.pipe.dualpipev": _PIPELINE,
     "moe": _MOE,
-    "sequence": "choose strategy.context_parallel in distui's settings where it is available",
-    "runtime.sequence_parallel": "choose strategy.context_parallel in distui's settings where it is available",
+    "sequence": _SEQUENCE,
+    "runtime.sequence_parallel": _SEQUENCE,
     "module_inject": _TP,
     "autotuning": _TUNING,
     "profiling": _FLOPS,

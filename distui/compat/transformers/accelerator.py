@@ -9,11 +9,13 @@ from torch import nn
 
 from distui.compat.accelerate import Accelerator
 from distui.compat.accelerate.data.loaders import PreparedDataLoader
+from distui.compat.accelerate.utils.axes import ParallelismConfig
 from distui.compat.accelerate.utils.dataclasses import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
     TorchDynamoPlugin,
 )
+from distui.compat.not_offered import NotOffered
 from distui.compat.transformers.arguments import own_parallelism, own_plugin
 from distui.core.engine.job import job_config
 
@@ -44,7 +46,7 @@ class TrainerAccelerator(Accelerator):
         What TrainingArguments' deepspeed, fsdp and parallelism_config ask for is mapped onto the engine, and told in
         a line.
 
-        Raises: NotOffered for axes inside a model.
+        Raises: NotOffered for axes that the engine does not have, and for a pipeline.
         """
         given = {name: value for name, value in strategies.items() if value is not None}
         if "fsdp_plugin" in given:
@@ -55,6 +57,12 @@ class TrainerAccelerator(Accelerator):
             mixed_precision = "no"  # the JSON has it: weights in half precision at stage 0 too
         options = {name: getattr(dataloader_config, name, None) for name in _LOADER_OPTIONS}
         config = job_config({})
+        if (stages := config.strategy.pipeline_parallel) > 1:
+            raise NotOffered(
+                f"strategy.pipeline_parallel={stages} under transformers' Trainer is not offered by distui",
+                "it calls the model once a micro-batch, and a pipeline runs those of a step in one call",
+                "write the loop with distui.Engine, or set strategy.pipeline_parallel to 1",
+            )
         # Trainer always says "no": what distui's configuration asks for counts unless it is at its default.
         by_config = mixed_precision == "no" or config.precision.dtype != "fp32"
         super().__init__(
@@ -78,8 +86,19 @@ class TrainerAccelerator(Accelerator):
         self.engine._micro_size = None  # TrainingArguments carry it: the loaders are right already
         self.micro_batches_of_step = 1
         """Micro-batches of the running step; Trainer has divided their losses by it, or by the tokens of all."""
+        self.shows_axes = True
+        """Whether Trainer may know that ranks share a batch."""
         self.evaluating = False
         """Whether the loaders that are read now are an evaluation's."""
+
+    @property
+    def parallelism_config(self) -> ParallelismConfig | None:
+        """What Trainer counts samples by: ranks that share a batch, as if all of them were tensor-parallel.
+
+        It would cut sequences itself for those that share one; the model does.
+        """
+        shared = self.engine.num_processes // self.engine.num_data_ranks if self.shows_axes else 1
+        return ParallelismConfig(self.engine.num_data_ranks, 1, tp_size=shared) if shared > 1 else None
 
     @property
     def weights_are_local(self) -> bool:

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from distui.compat.accelerate.utils.plugins import DeepSpeedPlugin, FullyShardedDataParallelPlugin, ParallelismConfig
+from distui.compat.accelerate.utils.axes import ParallelismConfig
+from distui.compat.accelerate.utils.plugins import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from distui.compat.deepspeed.configuration import load_config
 from distui.compat.deepspeed.lr_schedules import build_schedule
 from distui.compat.deepspeed.optim.optimizers import build_optimizer
+from distui.core.engine.job import job_config
 from distui.core.errors import UserError
 
 _TRAINERS_OWN = (
@@ -56,7 +58,7 @@ def deepspeed_json(args: Any, num_steps: int | None = None) -> dict[str, Any] | 
     told: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
-        "train_batch_size": micro * steps * args.world_size,
+        "train_batch_size": micro * steps * num_data_ranks(args),
         "gradient_clipping": args.max_grad_norm,
         "optimizer.params.lr": args.learning_rate,
         "optimizer.params.betas": [args.adam_beta1, args.adam_beta2],
@@ -100,6 +102,15 @@ def plugin_of(args: Any) -> DeepSpeedPlugin | None:
         if wanted:
             filled.setdefault(name, {}).setdefault("enabled", True)
     return DeepSpeedPlugin(hf_ds_config=filled)
+
+
+def num_data_ranks(args: Any) -> int:
+    """Return how many ranks have batches of their own, by the settings or by `parallelism_config`."""
+    strategy, axes = job_config({}).strategy, getattr(args, "parallelism_config", None)
+    shared = strategy.tensor_parallel * strategy.context_parallel
+    if shared == 1 and axes is not None:
+        shared = own_parallelism(axes).non_data_parallel_size
+    return max(1, int(args.world_size) // shared)
 
 
 def own_parallelism(axes: Any) -> ParallelismConfig:

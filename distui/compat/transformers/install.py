@@ -74,7 +74,7 @@ def configure(args: Any) -> None:
     if batch.global_size is not None or batch.micro_size is not None or batch.accumulation is not None:
         if batch.global_size is not None and batch.micro_size is None and batch.accumulation is None:
             batch = batch.model_copy(update={"micro_size": args.per_device_train_batch_size})
-        plan = solve_batch(batch, args.world_size)
+        plan = solve_batch(batch, arguments.num_data_ranks(args))
         if plan.micro_size is not None:
             args.per_device_train_batch_size = plan.micro_size
         if plan.accumulation is not None and (batch.accumulation or batch.global_size):
@@ -112,6 +112,15 @@ def _move(own: Any, trainer: Any, model: Any, device: Any) -> Any:
 def _step(own: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     trainer.accelerator.micro_batches_of_step = getattr(trainer, "current_gradient_accumulation_steps", 1) or 1
     return own(trainer, *args, **kwargs)
+
+
+def _count_items(own: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Count the labels of a step; Trainer would divide by the ranks that share a batch, which are counted once here."""
+    trainer.accelerator.shows_axes = False
+    try:
+        return own(trainer, *args, **kwargs)
+    finally:
+        trainer.accelerator.shows_axes = True
 
 
 def _evaluate(own: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -187,6 +196,7 @@ _AROUND: dict[str, Callable[..., Any]] = {
     "_prepare_for_training": _prepare,
     "_move_model_to_device": _move,
     "training_step": _step,
+    "_get_num_items_in_batch": _count_items,
     "evaluate": _evaluate,
     "predict": _evaluate,
     "_save": _save,

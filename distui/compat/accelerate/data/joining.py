@@ -29,10 +29,11 @@ def joining(accelerator: Ranks, models: list[nn.Module]) -> Iterator[None]:
     """
     backend = accelerator.engine.backend
     stage = accelerator.engine.config.strategy.zero_stage
-    if backend.name != "native" or stage > 0:
+    if backend.name != "native" or stage > 0 or backend.axes is not None:
         raise NotOffered(
             "join_uneven_inputs(even_batches=False) is not offered by distui here",
-            f"the strategy is {backend.name} at stage {stage}, and joining works on the native backend at stage 0",
+            f"the strategy is {accelerator.engine.config.summary()}, and joining works on the native backend at stage "
+            "0, each rank with batches of its own",
             "leave even_batches=True, or use drop_last",
         )
     models = list(models)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -35,6 +35,14 @@ def get_sampler(dataloader: Any) -> Any:
     return getattr(batches, "sampler", None)
 
 
+def shifted(batch: Any) -> Any:
+    """Return a batch with each token's next one as `shift_labels`, and without `labels`."""
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        return batch
+    labels = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[..., 1:].contiguous()
+    return {**{key: value for key, value in batch.items() if key != "labels"}, "shift_labels": labels}
+
+
 class PreparedDataLoader(DataLoader[Any], DataLoaderStateMixin):
     """What both kinds of prepared loader have in common; with `use_stateful_dataloader` it is torchdata's too."""
 
@@ -58,6 +66,8 @@ class PreparedDataLoader(DataLoader[Any], DataLoaderStateMixin):
         self.on_batch: Callable[[int, int], None] | None = None
         """Called with (tokens, samples) of each batch."""
         self.watch: Watch = NoWatch()
+        self.shifts_labels = False
+        """Whether batches have `shift_labels` in place of `labels`, as DeepSpeed's sequence parallelism gives them."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "on_wait": None, "on_batch": None, "watch": NoWatch(), "_iterator": None}
@@ -142,6 +152,8 @@ class PreparedDataLoader(DataLoader[Any], DataLoaderStateMixin):
         self.end_of_dataloader = is_last
         if is_last:
             self._note_position()
+        if self.shifts_labels:
+            batch = shifted(batch)
         self._epochs.num_batches += 1
         if self.on_batch is not None:
             self.on_batch(*count_tokens(batch))
@@ -170,7 +182,7 @@ class PreparedDataLoader(DataLoader[Any], DataLoaderStateMixin):
         return {
             "iteration": epochs.iteration + ended,
             "num_batches": epochs.num_batches if inside else epochs.resume_batches,
-            "num_processes": PartialState().num_processes,
+            "num_processes": PartialState().num_data_ranks,
             "generator": epochs.generator_state if inside else now,
             "initial_seed": getattr(sampler, "initial_seed", None),
         }
@@ -190,7 +202,7 @@ class PreparedDataLoader(DataLoader[Any], DataLoaderStateMixin):
 
         Raises: UserError for a position of another number of ranks.
         """
-        num_processes = PartialState().num_processes
+        num_processes = PartialState().num_data_ranks
         if state["num_batches"] and state["num_processes"] != num_processes:
             raise UserError(
                 f"the loader's position was saved by {state['num_processes']} ranks, here are {num_processes}",
@@ -291,11 +303,11 @@ class DataLoaderDispatcher(PreparedDataLoader):
             dataset, skip_batches=skip_batches, iteration=iteration, stateful=use_stateful_dataloader, **kwargs
         )
         self.split_batches, self.state, self.slice_fn = split_batches, PartialState(), slice_fn or slice_tensors
-        self._reads_per_batch = 1 if split_batches else self.state.num_processes
+        self._reads_per_batch = 1 if split_batches else self.state.num_data_ranks
         self._drop_last, self._non_blocking = _drop_last, _non_blocking
 
     def __len__(self) -> int:
-        whole, ranks = super().__len__(), self.state.num_processes
+        whole, ranks = super().__len__(), self.state.num_data_ranks
         if not self.split_batches:
             whole = whole // ranks if self._drop_last else math.ceil(whole / ranks)
         return max(0, whole - self.skip_batches)
@@ -304,7 +316,7 @@ class DataLoaderDispatcher(PreparedDataLoader):
     def total_batch_size(self) -> int | None:
         """Samples of a global batch, over all ranks."""
         size = self.batch_size or getattr(self.batch_sampler, "batch_size", None)
-        return size if size is None or self.split_batches else size * self.state.num_processes
+        return size if size is None or self.split_batches else size * self.state.num_data_ranks
 
     def _global_batches(self) -> Iterator[tuple[Any, bool]]:
         """Yield rank 0's whole batches, with whether each is the last."""
@@ -331,7 +343,7 @@ class DataLoaderDispatcher(PreparedDataLoader):
             group = ahead
 
     def _parts(self, whole: Any, first: Any) -> tuple[list[Any], int]:
-        ranks = self.state.num_processes
+        ranks = self.state.num_data_ranks
         size = find_batch_size(whole)
         if rest := -size % ranks:
             filler = slice_tensors(whole, slice(0, ranks)) if first is None else first
@@ -355,9 +367,9 @@ class DataLoaderDispatcher(PreparedDataLoader):
                     sent = [None] * self.state.num_processes
                     for whole, last in islice(source, 1):
                         if first is None and not self._drop_last:
-                            first = slice_tensors(whole, slice(0, self.state.num_processes))
+                            first = slice_tensors(whole, slice(0, self.state.num_data_ranks))
                         parts, size = self._parts(whole, first)
-                        sent = [(part, size, last) for part in parts]
+                        sent = [(parts[place], size, last) for place in self.state.data_places]
                 received: list[Any] = [None]
                 if self.state.num_processes > 1:
                     dist.scatter_object_list(received, sent, src=0)

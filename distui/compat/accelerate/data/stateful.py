@@ -90,7 +90,7 @@ class TorchdataStates:
         """Go on where `state` was: this loader's, or torchdata's of one that reads this rank's batches."""
         if "iteration" not in state:
             done = 0 if state.get("_iterator_finished") else _yielded(state) // self._reads_per_batch
-            known = {"num_processes": PartialState().num_processes, "generator": None, "initial_seed": None}
+            known = {"num_processes": PartialState().num_data_ranks, "generator": None, "initial_seed": None}
             state = {**state, **known, "iteration": self.iteration, "num_batches": done}
         super().load_state_dict(state)  # type: ignore[misc]
         self._epochs.resume_torchdata, self._epochs.torchdata = {}, {}

@@ -16,14 +16,15 @@ _IN: dict[str, str] = {
     "dataclasses": "AutocastKwargs BaseEnum ComputeEnvironment CustomDtype DataLoaderConfiguration "
     "DDPCommunicationHookType DeepSpeedPlugin DistributedDataParallelKwargs DistributedType DynamoBackend "
     "FullyShardedDataParallelPlugin GradientAccumulationPlugin GradScalerKwargs InitProcessGroupKwargs KwargsHandler "
-    "LoggerType ParallelismConfig PrecisionType ProfileKwargs ProjectConfiguration RNGType TensorInformation "
+    "LoggerType PrecisionType ProfileKwargs ProjectConfiguration RNGType TensorInformation "
     "TorchDynamoPlugin",
     "environment": "are_libraries_initialized clear_environment convert_dict_to_env_variables get_current_device_type "
     "get_int_from_env parse_choice_from_env parse_flag_from_env patch_environment purge_accelerate_environment "
     "str_to_bool",
     "megatron_lm": "MegatronLMPlugin avg_losses_across_data_parallel_group gather_across_data_parallel_groups",
-    "recipes": "AORecipeKwargs DeepSpeedSequenceParallelConfig FP8RecipeKwargs MSAMPRecipeKwargs TERecipeKwargs "
-    "TorchContextParallelConfig TorchTensorParallelConfig TorchTensorParallelPlugin",
+    "axes": "DeepSpeedSequenceParallelConfig ParallelismConfig TorchContextParallelConfig TorchTensorParallelConfig "
+    "TorchTensorParallelPlugin",
+    "recipes": "AORecipeKwargs FP8RecipeKwargs MSAMPRecipeKwargs TERecipeKwargs",
     "memory": "clear_device_cache find_executable_batch_size release_memory",
     "modeling": "compute_module_sizes convert_file_size_to_int dtype_byte_size find_tied_parameters get_grad_scaler "
     "get_mixed_precision_context_manager id_tensor_storage "

@@ -59,11 +59,11 @@ __all__ = [
 
 
 _ELSEWHERE = {
-    **dict.fromkeys(("DeepSpeedPlugin", "FullyShardedDataParallelPlugin", "ParallelismConfig"), "plugins"),
+    **dict.fromkeys(("DeepSpeedPlugin", "FullyShardedDataParallelPlugin"), "plugins"),
     "MegatronLMPlugin": "megatron_lm",
     **dict.fromkeys(("AORecipeKwargs", "FP8RecipeKwargs", "MSAMPRecipeKwargs", "TERecipeKwargs"), "recipes"),
-    **dict.fromkeys(("TorchContextParallelConfig", "TorchTensorParallelConfig"), "recipes"),
-    **dict.fromkeys(("TorchTensorParallelPlugin", "DeepSpeedSequenceParallelConfig"), "recipes"),
+    **dict.fromkeys(("TorchContextParallelConfig", "TorchTensorParallelConfig", "ParallelismConfig"), "axes"),
+    **dict.fromkeys(("TorchTensorParallelPlugin", "DeepSpeedSequenceParallelConfig"), "axes"),
 }
 
 

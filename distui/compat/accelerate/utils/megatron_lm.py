@@ -1,4 +1,4 @@
-"""What of Accelerate's Megatron-LM the engine does too: data parallelism, sharded states, clipping, recomputation."""
+"""What of Accelerate's Megatron-LM the engine does too: the axes, sharded states, clipping, recomputation."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import torch
 
 from distui.compat.accelerate.refusals import NotOffered, offered
 from distui.compat.accelerate.utils.operations import gather, reduce
+from distui.core.config.check import unavailable
+from distui.core.config.schema import Config, StrategySection
 
-_AXES = (
-    "tp_degree",
-    "pp_degree",
-    "expert_model_parallel_size",
-    "context_parallel_size",
-    "expert_tensor_parallel_size",
-)
+_AXES = {
+    "tp_degree": "tensor_parallel",
+    "pp_degree": "pipeline_parallel",
+    "context_parallel_size": "context_parallel",
+    "expert_model_parallel_size": "expert_parallel",
+}
+"""Fields that are sizes of axes -> the engine's settings."""
 _SAY_NOTHING = (
     "decoder_last_pipeline_num_layers recompute_method recompute_num_layers attention_backend attention_dropout "
     "hidden_dropout attention_softmax_in_fp32 calculate_per_token_loss use_rotary_position_embeddings "
@@ -38,13 +40,12 @@ _OTHERS: dict[str, Any] = {
     "eval_iters": 100,
     "eval_interval": 1000,
     "is_train_batch_min": True,
-    "num_micro_batches": 1,
+    "expert_tensor_parallel_size": 1,
     **dict.fromkeys(_OFF.split(), False),
     **dict.fromkeys(_SAY_NOTHING.split()),
 }
 """Fields that are Megatron's own, with what says nothing."""
 _WAYS = {
-    "num_micro_batches": "pass Accelerator(gradient_accumulation_steps=N)",
     "sequence_parallelism": "leave it out: it divides activations between tensor-parallel ranks",
 }
 
@@ -62,37 +63,61 @@ class MegatronLMPlugin:
         recompute_granularity: str | None = None,
         use_distributed_optimizer: bool | None = None,
         use_custom_fsdp: bool | None = None,
+        num_micro_batches: int | None = None,
+        context_parallel_size: int | None = None,
+        expert_model_parallel_size: int | None = None,
         optimizer_cpu_offload: bool | None = None,
         overlap_cpu_optimizer_d2h_h2d: bool | None = None,
         **others: Any,
     ) -> None:
         """Raises: NotOffered for what would change the training and is not done; TypeError for no field."""
+        self.context_parallel_size = context_parallel_size or 1
+        self.expert_model_parallel_size = expert_model_parallel_size or 1
+        self.num_micro_batches = num_micro_batches or 1
         self.gradient_clipping = 1.0 if gradient_clipping is None else gradient_clipping
         self.recompute_activations, self.recompute_granularity = recompute_activations, recompute_granularity
         self.use_distributed_optimizer, self.use_custom_fsdp = use_distributed_optimizer, use_custom_fsdp
         self.optimizer_cpu_offload = optimizer_cpu_offload
         self.overlap_cpu_optimizer_d2h_h2d = overlap_cpu_optimizer_d2h_h2d  # the engine's copies overlap anyway
         self.tp_degree, self.pp_degree = tp_degree or 1, pp_degree or 1
-        sizes = {"tp_degree": tp_degree, "pp_degree": pp_degree}
-        for name, value in {**sizes, **others}.items():
-            if name not in _AXES and name not in _OTHERS:
+        for name, value in others.items():
+            if name not in _OTHERS:
                 raise TypeError(f"MegatronLMPlugin has no field {name!r}")
-            without = 1 if name in _AXES else _OTHERS[name]
-            if value is not None and value != without:
-                own = "it is a setting of Megatron-LM's own models, data and schedule, which are not there"
+            if value is not None and value != (without := _OTHERS[name]):
                 raise NotOffered(
                     f"MegatronLMPlugin({name}={value!r}) is not offered by distui",
-                    "axes inside a model are not offered by this face" if name in _AXES else own,
+                    "it is a setting of Megatron-LM's own models, data and schedule, which are not there",
                     _WAYS.get(name, f"leave it at {without}, and let the script's own model and loop do it"),
                 )
+        self._check_axes()
         if recompute_granularity not in (None, "full", "selective"):
             raise ValueError(f"recompute_granularity={recompute_granularity!r}: full or selective")
+
+    def _axes(self) -> dict[str, Any]:
+        return {ours: size for theirs, ours in _AXES.items() if (size := getattr(self, theirs)) > 1}
+
+    def _check_axes(self) -> None:
+        missing = {problem.path: problem for problem in unavailable(Config(strategy=StrategySection(**self._axes())))}
+        for theirs, ours in _AXES.items():
+            if problem := missing.get(f"strategy.{ours}"):
+                raise NotOffered(
+                    f"MegatronLMPlugin({theirs}={getattr(self, theirs)}) is not offered by distui",
+                    problem.what,
+                    "leave it at 1",
+                )
+        if self.num_micro_batches > 1 and self.pp_degree == 1:
+            raise NotOffered(
+                f"MegatronLMPlugin(num_micro_batches={self.num_micro_batches}) with pp_degree=1",
+                "the model is called once a batch, and without a pipeline nothing cuts that into micro-batches",
+                "pass Accelerator(gradient_accumulation_steps=N), and call accelerator.accumulate(model) in the loop",
+            )
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """Return the configuration that this asks for."""
         found: dict[str, dict[str, Any]] = {"optimizer": {"max_grad_norm": float(self.gradient_clipping)}}
+        found["strategy"] = dict(self._axes())
         if self.use_custom_fsdp or self.use_distributed_optimizer:
-            found["strategy"] = {"zero_stage": 3 if self.use_custom_fsdp else 1}
+            found["strategy"]["zero_stage"] = 3 if self.use_custom_fsdp else 1
         if self.recompute_activations:
             found["activation_checkpointing"] = {"mode": self.recompute_granularity or "selective"}
         if self.optimizer_cpu_offload:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from distui.compat.accelerate import beside
 from distui.compat.accelerate.utils.dataclasses import TensorInformation
 from distui.core.errors import UserError
 from distui.core.ranks import ops
@@ -22,9 +23,9 @@ from distui.core.ranks.ops import (
     convert_outputs_to_fp32,
     convert_to_fp32,
     find_batch_size,
-    gather_object,
     send_to_device,
 )
+from distui.core.ranks.ops import gather_object as gather_objects
 
 __all__ = [
     "CannotPadNestedTensorWarning",
@@ -77,20 +78,31 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def data_group() -> Any:
+    """Return the ranks that have different batches; None is all."""
+    return getattr(beside.HELD["PartialState"].get("_process"), "data_group", None)
+
+
 @_checked
 def gather(tensor: Any) -> Any:
-    """Concatenate every rank's tensors along dimension 0. Collective."""
-    if ops._world() == 1:
+    """Concatenate every data rank's tensors along dimension 0. Collective."""
+    if ops._world(group := data_group()) == 1:
         return tensor
-    return ops.gather(tensor)
+    return ops.gather(tensor, group)
+
+
+@_checked
+def gather_object(object: Any) -> Any:
+    """Concatenate every data rank's lists. Collective."""
+    return gather_objects(object, data_group())
 
 
 @_checked
 def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
-    """Combine every rank's tensors by "sum", "mean" or "max". Collective."""
-    if ops._world() == 1:
+    """Combine every data rank's tensors by "sum", "mean" or "max". Collective."""
+    if ops._world(group := data_group()) == 1:
         return tensor
-    return ops.reduce(tensor, reduction, scale)
+    return ops.reduce(tensor, reduction, scale, group)
 
 
 @_checked
@@ -101,11 +113,11 @@ def broadcast(tensor: Any, from_process: int = 0) -> Any:
 
 @_checked
 def pad_across_processes(tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
-    """Pad every tensor along `dim` to the largest size over ranks. Collective."""
+    """Pad every tensor along `dim` to the largest size over data ranks. Collective."""
     if any(getattr(value, "is_nested", False) for _, value in ops.iter_tensors(tensor)):
         warnings.warn("a nested tensor cannot be padded", CannotPadNestedTensorWarning, stacklevel=3)
         return tensor
-    return ops.pad_across_processes(tensor, dim, pad_index, pad_first)
+    return ops.pad_across_processes(tensor, dim, pad_index, pad_first, data_group())
 
 
 def copy_tensor_to_devices(tensor: Any = None) -> torch.Tensor:

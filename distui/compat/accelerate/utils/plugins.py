@@ -1,4 +1,4 @@
-"""Accelerate's FSDP and DeepSpeed plugins and its parallelism, as sections of distui's configuration."""
+"""Accelerate's FSDP and DeepSpeed plugins, as sections of distui's configuration."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distui.compat.accelerate.refusals import NotOffered, refuse_argument
+from distui.compat.accelerate.refusals import refuse_argument
 from distui.compat.deepspeed_json import HANDLED_BY_PLUGIN, refuse_features, refuse_lost
 from distui.core.config.imports.carried import flatten
 from distui.core.config.imports.deepspeed import refuse_unknown
-from distui.core.errors import UserError
 
 Sections = dict[str, dict[str, Any]]
 """Section of the configuration -> key -> value."""
@@ -187,75 +186,3 @@ class DeepSpeedPlugin:
     def is_zero3_init_enabled(self) -> bool:
         """Return False: models are built whole, and sharded by prepare()."""
         return False
-
-
-@dataclass
-class ParallelismConfig:
-    """How many ranks share what: copies of the model, or shards of one; axes inside a model are refused."""
-
-    dp_replicate_size: int | None = None
-    dp_shard_size: int | None = None
-    tp_size: int | None = None
-    cp_size: int | None = None
-    sp_size: int | None = None
-    cp_backend: str | None = None
-    sp_backend: str | None = None
-    tp_handler: Any = None
-    cp_handler: Any = None
-    sp_handler: Any = None
-
-    def __post_init__(self) -> None:
-        for name in ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size"):
-            setattr(self, name, getattr(self, name) or 1)
-
-    @property
-    def total_size(self) -> int:
-        """The ranks that the sizes multiply to."""
-        total = 1
-        for name in ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size"):
-            total *= getattr(self, name)
-        return total
-
-    def __getattr__(self, name: str) -> Any:
-        axis = name.removesuffix("_enabled")
-        if name.endswith("_enabled") and f"{axis}_size" in self.__dict__:
-            return self.__dict__[f"{axis}_size"] > 1
-        raise AttributeError(f"'ParallelismConfig' object has no attribute {name!r}")
-
-    @property
-    def data_parallel_size(self) -> int:
-        """The ranks that see different samples."""
-        return int((self.dp_replicate_size or 1) * (self.dp_shard_size or 1))
-
-    @property
-    def non_data_parallel_size(self) -> int:
-        """The ranks that share samples."""
-        return self.total_size // self.data_parallel_size
-
-    def check(self, num_processes: int) -> None:
-        """Refuse what the job or the engine cannot be. Raises: NotOffered; UserError for another number of ranks."""
-        for name in ("tp_size", "cp_size", "sp_size"):
-            if getattr(self, name) > 1:
-                axis = {"tp": "tensor", "cp": "context", "sp": "sequence"}[name[:2]]
-                raise NotOffered(
-                    f"ParallelismConfig({name}={getattr(self, name)}) is not offered by distui",
-                    f"{axis} parallelism is not offered by this face, which gives every rank samples of its own",
-                    f"leave {name} at 1, and shard over all ranks: dp_shard_size={num_processes}",
-                )
-        if (self.dp_replicate_size or 1) > 1 and (self.dp_shard_size or 1) > 1:
-            raise NotOffered(
-                f"ParallelismConfig(dp_replicate_size={self.dp_replicate_size}, dp_shard_size={self.dp_shard_size}) "
-                "is not offered by distui",
-                "its engine shards over all ranks of the job, not over groups of them",
-                f"shard over all ranks: dp_shard_size={num_processes} alone",
-            )
-        if self.total_size not in (1, num_processes):
-            raise UserError(
-                f"ParallelismConfig total_size ({self.total_size}) does not match num_processes ({num_processes})",
-                f"dp_replicate_size={self.dp_replicate_size}, dp_shard_size={self.dp_shard_size}",
-                f"launch {self.total_size} ranks, or make the one that is not 1 {num_processes}",
-            )
-
-    def sections(self) -> Sections:
-        """Return the configuration that this asks for."""
-        return {"strategy": {"zero_stage": 3}} if (self.dp_shard_size or 1) > 1 else {}

@@ -1,4 +1,4 @@
-"""What only describes: recipes for fp8, and options of axes inside a model. Who uses them is refused."""
+"""What only describes: recipes for fp8. Who uses them is refused."""
 
 from __future__ import annotations
 
@@ -78,41 +78,3 @@ class FP8RecipeKwargs(TERecipeKwargs):
         _one_of("backend", self.backend, ("TE", "MSAMP"))
         _one_of("opt_level", self.opt_level, ("O1", "O2"))
         super().__post_init__()
-
-
-@dataclass
-class TorchTensorParallelPlugin:
-    """The ranks that share each matrix; `Accelerator` takes 1."""
-
-    tp_size: int = 1
-    torch_device_mesh: Any = None
-
-
-@dataclass
-class TorchTensorParallelConfig:
-    """Options of `ParallelismConfig(tp_size=...)`."""
-
-    enable_async_tp: bool = False
-
-
-@dataclass
-class TorchContextParallelConfig:
-    """Options of `ParallelismConfig(cp_size=...)`."""
-
-    cp_comm_strategy: str = "allgather"
-
-    def __post_init__(self) -> None:
-        _one_of("cp_comm_strategy", self.cp_comm_strategy, ("allgather", "alltoall"))
-
-
-@dataclass
-class DeepSpeedSequenceParallelConfig:
-    """Options of `ParallelismConfig(sp_size=...)`."""
-
-    sp_seq_length: int | None = None
-    sp_seq_length_is_variable: bool = True
-    sp_attn_implementation: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.sp_seq_length_is_variable and self.sp_seq_length is None:
-            raise ValueError("when `sp_seq_length_is_variable` is `False` `sp_seq_length` must be provided")

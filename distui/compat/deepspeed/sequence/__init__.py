@@ -1,0 +1,1 @@
+"""`deepspeed.sequence`: attention over sequences of which each rank has a piece."""
