@@ -224,7 +224,7 @@ def test_every_field_of_megatrons_plugin_is_obeyed_or_refused() -> None:
 
 
 def test_recipes_describe_and_are_refused_where_they_are_used() -> None:
-    from distui.compat.accelerate import ParallelismConfig, utils
+    from distui.compat.accelerate import utils
 
     assert utils.TERecipeKwargs(fp8_format="e4m3").fp8_format == "E4M3"
     with pytest.raises(ValueError, match="opt_level"):

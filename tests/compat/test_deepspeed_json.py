@@ -267,5 +267,5 @@ def test_every_public_name_is_offered_or_refused_with_the_way_around() -> None:
 
 def test_a_pipeline_of_the_jobs_settings_is_refused_for_a_plain_model() -> None:
     refuse_pipeline(StrategySection(tensor_parallel=2), "DeepSpeed's names")
-    with pytest.raises(NotOffered, match="strategy.pipeline_parallel=2 under DeepSpeed's names"):
+    with pytest.raises(NotOffered, match=r"strategy\.pipeline_parallel=2 under DeepSpeed's names"):
         refuse_pipeline(StrategySection(pipeline_parallel=2), "DeepSpeed's names")
