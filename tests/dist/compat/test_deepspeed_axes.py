@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
-from tests.dist.parallel.trainings import MAX_NORM, ROWS, build, difference, optimizer_of, samples
 
 from distui.core.errors import UserError
+from tests.dist.parallel.trainings import MAX_NORM, ROWS, build, difference, optimizer_of, samples
 
 if TYPE_CHECKING:
     from tests.dist.rank_pool import RunRanks
@@ -71,6 +71,7 @@ def train(way: str, size: int, stage: int) -> dict[str, Any]:
         found["losses"].append(float(engine.engine.reduce(mean, "mean")))
         found["norms"].append(engine.get_global_grad_norm())
     found["weights"] = engine.module_state_dict()
+    assert engine.training_dataloader is not None
     found["sampler"] = (engine.training_dataloader.data_sampler.num_replicas, engine.global_samples)
     engine.destroy()
     return found
@@ -111,11 +112,12 @@ def ulysses(ranks: int) -> dict[str, Any]:
     losses = []
     for batch in loader:
         outputs = engine(**batch)
-        loss = engine.module.loss_function(
+        unwrapped: Any = engine.module
+        loss = unwrapped.loss_function(
             logits=outputs.logits,
             labels=None,
             shift_labels=batch["shift_labels"],
-            vocab_size=engine.module.config.vocab_size,
+            vocab_size=unwrapped.config.vocab_size,
         )
         engine.backward(loss)
         engine.step()
