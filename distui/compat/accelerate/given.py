@@ -10,7 +10,48 @@ from distui.compat.accelerate.utils.enums import FP8BackendType
 from distui.core.engine.engine import Engine
 
 
-class Given:
+class Places:
+    """Where this rank is among those that share something with it."""
+
+    engine: Engine
+    parallelism_config: Any
+    torch_device_mesh: Any
+
+    def _rank_on(self, axis: str, kind: str) -> int:
+        axes = self.parallelism_config
+        if axes is None:
+            raise RuntimeError(f"{kind} parallelism is not configured. Set `parallelism_config` first.")
+        return int(self.torch_device_mesh.get_local_rank(axis)) if getattr(axes, f"{axis}_enabled") else 0
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        """This rank among those that share its matrices."""
+        return self._rank_on("tp", "Tensor")
+
+    @property
+    def context_parallel_rank(self) -> int:
+        """This rank among those that share its sequences."""
+        axes = self.engine.backend.axes
+        return axes.index("cp") if axes is not None else 0
+
+    @property
+    def pipeline_parallel_rank(self) -> int:
+        """This rank's stage."""
+        axes = self.engine.backend.axes
+        return axes.index("pp") if axes is not None else 0
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """This rank among the copies of the model."""
+        return self._rank_on("dp_replicate", "Data")
+
+    @property
+    def data_parallel_shard_rank(self) -> int:
+        """This rank among those that shard the model."""
+        return self._rank_on("dp_shard", "Shard-based data")
+
+
+class Given(Places):
     """What the `Accelerator` was given, and what the engine made of it."""
 
     engine: Engine
@@ -48,39 +89,6 @@ class Given:
     def torch_device_mesh(self) -> Any:
         """The mesh of `parallelism_config`, or None."""
         return self.state.device_mesh
-
-    def _rank_on(self, axis: str, kind: str) -> int:
-        axes = self.parallelism_config
-        if axes is None:
-            raise RuntimeError(f"{kind} parallelism is not configured. Set `parallelism_config` first.")
-        return int(self.torch_device_mesh.get_local_rank(axis)) if getattr(axes, f"{axis}_enabled") else 0
-
-    @property
-    def tensor_parallel_rank(self) -> int:
-        """This rank among those that share its matrices."""
-        return self._rank_on("tp", "Tensor")
-
-    @property
-    def context_parallel_rank(self) -> int:
-        """This rank among those that share its sequences."""
-        axes = self.engine.backend.axes
-        return axes.index("cp") if axes is not None else 0
-
-    @property
-    def pipeline_parallel_rank(self) -> int:
-        """This rank's stage."""
-        axes = self.engine.backend.axes
-        return axes.index("pp") if axes is not None else 0
-
-    @property
-    def data_parallel_rank(self) -> int:
-        """This rank among the copies of the model."""
-        return self._rank_on("dp_replicate", "Data")
-
-    @property
-    def data_parallel_shard_rank(self) -> int:
-        """This rank among those that shard the model."""
-        return self._rank_on("dp_shard", "Shard-based data")
 
     @property
     def is_fsdp2(self) -> bool:
