@@ -86,6 +86,7 @@ async def test_a_timeline_of_many_stages_takes_some_of_them_and_says_so() -> Non
     found = pass_of("1f1b", 64, 8)
     assert found is not None
     widget = PipelineTimeline()
+    widget.styles.max_height = "100%"  # as in the dashboard
     async with Stage(widget).run_test(size=(120, 17)) as pilot:
         widget.show(found, [None] * 64)
         await pilot.pause()
