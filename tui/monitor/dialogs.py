@@ -15,13 +15,13 @@ from distui.tui.monitor.views.base import Key
 
 GLOBAL_KEYS = (
     Key("1 to 8", "the views; a click on their names does the same"),
-    Key("p", "pause the picture; data keeps arriving; p again goes on"),
+    Key("p", "pause the picture, or go on; data keeps arriving"),
     Key("← →", "back and forward through the steps (pauses)"),
     Key("w", "steps in sight: all, 1,000, 200, 50"),
     Key("Tab", "the next part of the view"),
-    Key("c", "act on the job: checkpoint, stacks, profile, log level, stop"),
+    Key("c", "the job: checkpoint, stacks, profile, log level, stop"),
     Key("e  E", "write the table as CSV; the screen as SVG"),
-    Key("y  o", "copy the log in sight, or what is wrong; open it in $PAGER"),
+    Key("y  o", "copy the log, or what is wrong; open it in $PAGER"),
     Key("t", "next theme; all of them are in the palette"),
     Key("ctrl+p", "command palette"),
     Key("?", "this help"),

@@ -16,6 +16,7 @@ from distui.core.axes.sizes import AxisSizes
 from distui.core.paths import is_run_id
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.monitor.history import StepHistory
+from distui.tui.monitor.stage_waits import StageWaits
 
 FINAL_STATES = frozenset({"finished", "failed", "stopped"})
 MAX_EVENTS = 2000
@@ -89,6 +90,7 @@ class RunModel:
         self.ranks: list[pb.RankState] = []
         """The ranks heard of so far, by number."""
         self._by_number: dict[int, pb.RankState] = {}
+        self._waits = StageWaits()
         self._event_steps: tuple[object, list[tuple[float, str, int]]] = (None, [])
         self._seen_events: set[tuple[float, int, str, str]] = set()
         self._seen_metrics: set[tuple[float, int]] = set()
@@ -101,6 +103,8 @@ class RunModel:
         if is_run_id(update.snapshot.run.run_id):  # it names files: a daemon may be another user's
             self.run_id = update.snapshot.run.run_id
         self.server_time_s, self.received_s = update.server_time_s, received_s
+        if update.snapshot.run.layout.pp > 1:
+            self._waits.note(update.server_time_s, update.snapshot.collectives)
         for summary in update.steps:
             self.history.append(summary)
         self._add_events(update)
@@ -128,6 +132,7 @@ class RunModel:
         """Return the run as it is now; later updates do not change it."""
         frozen = copy.copy(self)
         frozen.history = self.history.copy()
+        frozen._waits = copy.deepcopy(self._waits)
         frozen.events = self.events.copy()
         frozen.metrics = {name: series.copy() for name, series in self.metrics.items()}
         return frozen
@@ -184,15 +189,8 @@ class RunModel:
         return sizes if sizes.has_model_axes and sizes.world == self.run.world_size else None
 
     def stage_waits(self) -> list[float | None]:
-        """Return for each stage of the pipeline what share of the last step its ranks waited in; None is not known."""
-        sizes = self.axes or AxisSizes()
-        shares: list[list[float]] = [[] for _ in range(sizes.pp)]
-        for rank in self.ranks:
-            step = rank.last_step
-            measured = step.forward_s or step.backward_s or step.exposed_comm_s
-            if rank.rank < sizes.world and step.step_s > 0 and measured:
-                shares[sizes.place(rank.rank)["pp"]].append(step.exposed_comm_s / step.step_s)
-        return [sum(of_stage) / len(of_stage) if of_stage else None for of_stage in shares]
+        """Return for each stage of the pipeline what share of the time it waited for others of late."""
+        return self._waits.shares(self.axes or AxisSizes())
 
     def tokens_per_s(self) -> float | None:
         """Return the newest rate over all ranks; None where the script counts no tokens."""

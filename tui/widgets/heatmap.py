@@ -108,9 +108,7 @@ class Heatmap(KeptLines, ScrollView, can_focus=True):
 
     def _label_width(self) -> int:
         last = max(0, self.num_ranks - 1)
-        return (
-            len(self._label(last, last + 1)) + 2 if self._group == 1 else len(self._label(last, last + self._group)) + 2
-        )
+        return len(self._label(last, last + 1)) + 2 if self._group == 1 else len(f"{last}-{last}") + 2
 
     def _value_width(self) -> int:
         return 9
@@ -168,7 +166,8 @@ class Heatmap(KeptLines, ScrollView, can_focus=True):
         if top >= len(self._cells):
             return Strip.blank(width, ink.text)
         first = top * self._group
-        stop = min(first + self._group, self.num_ranks)
+        # A line of groups is called by the ranks of both its halves; of single ranks, by the upper one.
+        stop = min(first + self._group * (2 if self._group > 1 else 1), self.num_ranks)
         parts: list[tuple[str, Style]] = [(f" {self._label(first, stop)}".ljust(self._label_width()), ink.muted)]
         upper = self._cells[top]
         lower = self._cells[top + 1] if top + 1 < len(self._cells) else [_NO_VALUE] * len(upper)

@@ -250,3 +250,35 @@ def test_the_split_is_the_mean_over_the_window(sample: Any) -> None:
     assert sum(split) == pytest.approx(mean_step_s)
     for share, seconds_ in zip(sample.PHASE_SHARES, split[: len(PHASES)], strict=True):
         assert seconds_ == pytest.approx(share * mean_step_s)
+
+
+def pipelined(sample: Any, time_s: float, blocked: dict[str, float]) -> pb.Update:
+    update = sample.axes_update(8)
+    update.server_time_s = time_s
+    for group, blocked_s in blocked.items():
+        update.snapshot.collectives.add(group=group, op="recv", count=1, blocked_s=blocked_s)
+    return update
+
+
+def test_stages_wait_for_what_their_ranks_were_blocked_in_receives_from_their_neighbours(sample: Any) -> None:
+    model = RunModel("")
+    # world = pp 2 x dp 2 x tp 2: ranks 0 and 4 are one pipeline, 1 and 5 the next; 0 and 1 share a matrix.
+    model.apply(pipelined(sample, 1000.0, {"pp[0>4]": 50.0, "pp[4>0]": 10.0}), NOW_S)
+    assert model.stage_waits() == [None, None], "one moment tells of no share"
+    later = {"pp[0>4]": 54.0, "pp[1>5]": 2.0, "pp[4>0]": 11.0, "tp[0>1]": 90.0, "own[9>4]": 90.0, "own[any>4]": 90.0}
+    model.apply(pipelined(sample, 1010.0, later), NOW_S)
+    assert model.stage_waits() == [pytest.approx(1 / 40), pytest.approx(6 / 40)], "4 ranks a stage, 10 s"
+    frozen = model.freeze()
+    model.apply(pipelined(sample, 900.0, later), NOW_S)
+    assert model.stage_waits() == [None, None], "a recording went back"
+    assert frozen.stage_waits()[1] == pytest.approx(6 / 40)
+
+
+@pytest.mark.parametrize("layout", [{}, {"pp": 2, "dp": 2, "cp": 1, "tp": 1}, {"pp": 1, "dp": 8, "cp": 1, "tp": 1}])
+def test_ranks_have_places_only_where_the_axes_multiply_to_the_world(sample: Any, layout: dict[str, Any]) -> None:
+    update = sample.sample_update(8)
+    update.snapshot.run.layout.CopyFrom(pb.Layout(**layout))
+    model = model_of(update)
+    assert model.axes is None and all(line.place is None for line in rank_lines(model, NOW_S))
+    placed = rank_lines(model_of(sample.axes_update(8)), NOW_S, "tp")
+    assert placed[6].place == (("tp", 0), ("pp", 1), ("dp", 1))

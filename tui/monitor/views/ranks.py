@@ -26,7 +26,7 @@ class RanksView(View):
     KEYS = (
         Key("Enter", "look into the rank under the cursor; Esc comes back"),
         Key("s  S  r", "sort by the next or previous column; reverse"),
-        Key("g", "group by the next of the model's axes (pp, dp, cp, tp), where there are any"),
+        Key("g", "group by the next of the axes pp, dp, cp, tp"),
         Key("/", "filter by a regular expression; Esc clears it"),
         Key("z", "heatmap: all ranks in sight, or one cell a rank"),
     )
