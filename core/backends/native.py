@@ -34,6 +34,7 @@ from distui.core.sharding.transport.agreement import Place
 from distui.core.sharding.transport.compression import Compression
 
 if TYPE_CHECKING:  # pipelines and cut models are few; their files are read where there is one
+    from distui.core.parallel.experts.exchange import Exchange
     from distui.core.parallel.pipeline import Pipeline
 
 
@@ -48,6 +49,7 @@ class NativeBackend(NativeBeside, Backend):
         self._models: dict[int, ShardedModel] = {}
         self._casts: list[Any] = []
         self._pipelines: dict[int, Pipeline] = {}
+        self._exchanges: list[Exchange] = []
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Lay `model` out in flat buffers, in place, a unit at a time. Collective."""
@@ -73,6 +75,7 @@ class NativeBackend(NativeBeside, Backend):
                     from distui.core.parallel.experts.tokens import spread_experts
 
                     cuts, exchange = spread_experts(model, self.axes, start)
+                    self._exchanges.append(exchange)
                 if (group := self.axes["cp"]) is not None:
                     from distui.core.parallel.sequence import SequenceCut
 
@@ -281,10 +284,11 @@ class NativeBackend(NativeBeside, Backend):
     def take_exposed_s(self) -> float:
         """Return the seconds that this rank was blocked in collectives since the last call."""
         seconds = 0.0
-        for sharded in self._models.values():
-            for transport in sharded.transports:
-                seconds += transport.exposed_s
-                transport.exposed_s = 0.0
+        inside: list[Any] = [pipeline.messages for pipeline in self._pipelines.values()]
+        inside += [exchange.transport for exchange in self._exchanges]
+        for waited in (*inside, *(one for sharded in self._models.values() for one in sharded.transports)):
+            seconds += waited.exposed_s
+            waited.exposed_s = 0.0
         return seconds
 
     def free(self) -> None:
@@ -292,6 +296,7 @@ class NativeBackend(NativeBeside, Backend):
         for pipeline in self._pipelines.values():
             pipeline.remove()
         self._pipelines.clear()
+        self._exchanges.clear()
         for sharded in self._models.values():
             sharded.remove()
         for cast in self._casts:

@@ -8,6 +8,7 @@ Messages are told apart by the stage that they go to, for a rank may have severa
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,6 +46,8 @@ class Messages:
         # On NCCL what two ranks exchange goes through one queue: each direction to a stage has one of its own.
         self._is_apart = "nccl" in dist.get_backend_config(group)
         self._data = [beside(group) if self._is_apart else self.control for _ in range(2 * num_stages)]
+        self.exposed_s = 0.0
+        """Seconds that the training thread waited for messages; the engine reads and resets it each step."""
         self._sent: list[tuple[Any, torch.Tensor]] = []
         self._own: dict[int, deque[tuple[Parts, bool]]] = {}
         """To stages of this rank itself: what lies there, by channel."""
@@ -147,6 +150,8 @@ class Messages:
         self._sent.append((dist.isend(tensor, peer, group=group, tag=tag), tensor))
 
     def _recv(self, tensor: torch.Tensor, peer: int, group: dist.ProcessGroup, tag: int) -> None:
+        begin = time.perf_counter()
         work = dist.irecv(tensor, peer, group=group, tag=tag)
         assert work is not None
         work.wait()
+        self.exposed_s += time.perf_counter() - begin

@@ -333,3 +333,13 @@ def held_numel() -> tuple[int, int]:
     held = sum(param.numel() for param in model.parameters())
     engine.free_memory()
     return held, total
+
+
+def blocked_s() -> float:
+    """Return how long this rank's forward waited for messages, as a step's record has it."""
+    engine, model, _, loader = prepared("llama", 2, 0)
+    batch = next(iter(loader))
+    engine.backward(loss_of("llama", model, batch))
+    found = engine.clock.exposed_comm_s
+    engine.free_memory()
+    return found

@@ -181,6 +181,10 @@ def test_a_rank_holds_its_stage_only(run_ranks: RunRanks) -> None:
     assert first + last == total + embedding + norm
 
 
+def test_what_a_stage_waits_is_communication_and_no_forward(run_ranks: RunRanks) -> None:
+    assert all(found > 0.0 for found in run_ranks(pipelines.blocked_s, 2))
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_all_models_under_all_stages(run_ranks: RunRanks, num_ranks: int) -> None:
