@@ -56,10 +56,10 @@ class Heard:
 
 
 async def saying(*messages: pb.AgentSays, then: asyncio.Event | None = None) -> AsyncIterator[pb.AgentSays]:
+    """Say the messages, and stay until `then`; None is for ever: who speaks as it is refused may not hear why."""
     for message in messages:
         yield message
-    if then is not None:
-        await then.wait()
+    await (then or asyncio.Event()).wait()
 
 
 def hello() -> pb.AgentSays:
@@ -90,13 +90,13 @@ async def test_an_agent_joins_once_and_its_beats_come_back() -> None:
         assert heard.hellos == [(1, "head")] and heard.said == ["beat"]
         seat.say(end=pb.End(leave=True))
         assert (await call.read()).end.leave
-        replayed = stub.Join(saying(hello()), metadata=bearer(seat.token))
+        replayed = stub.Join(saying(), metadata=bearer(seat.token))
         assert await refused(replayed) == grpc.StatusCode.PERMISSION_DENIED, "a hello that is said again"
         heard.changed.clear()
         leave.set()
         await heard.until_changed()
         assert heard.gone == [1]
-        again = stub.Join(saying(hello()), metadata=bearer(seat.token))
+        again = stub.Join(saying(), metadata=bearer(seat.token))
         assert await refused(again) == grpc.StatusCode.UNAUTHENTICATED, "the seat is closed with its agent"
     await heard.port.stop()
 
@@ -108,24 +108,24 @@ async def test_strangers_are_refused() -> None:
     async with heard.channel() as channel:
         stub = rpc.ClusterStub(channel)
         for metadata in ((), bearer("wrong"), (("authorization", seat.token),)):
-            assert await refused(stub.Join(saying(hello()), metadata=metadata)) == grpc.StatusCode.UNAUTHENTICATED
+            assert await refused(stub.Join(saying(), metadata=metadata)) == grpc.StatusCode.UNAUTHENTICATED
             assert await refused(stub.Tunnel(saying_nothing(), metadata=metadata)) == grpc.StatusCode.UNAUTHENTICATED
         bad = pb.AgentSays(hello='{"host_name": 1}')
         assert await refused(stub.Join(saying(bad), metadata=bearer(seat.token))) == grpc.StatusCode.INVALID_ARGUMENT
         newer = heard.port.seat(0)
         assert newer.token != seat.token
-        late = stub.Join(saying(hello()), metadata=bearer(seat.token))
+        late = stub.Join(saying(), metadata=bearer(seat.token))
         assert await refused(late) == grpc.StatusCode.UNAUTHENTICATED, "the agent before the one that is expected"
     other, _ = new_certificate()
     async with heard.channel(other) as channel:
-        call = rpc.ClusterStub(channel).Join(saying(hello()), metadata=bearer(newer.token))
+        call = rpc.ClusterStub(channel).Join(saying(), metadata=bearer(newer.token))
         assert await refused(call) == grpc.StatusCode.UNAVAILABLE, "a supervisor with another certificate"
     assert not heard.hellos
     await heard.port.stop()
 
 
 async def saying_nothing() -> AsyncIterator[pb.Piece]:
-    return
+    await asyncio.Event().wait()
     yield pb.Piece()
 
 
@@ -149,7 +149,7 @@ async def test_a_tunnel_leads_to_the_daemons_socket_and_to_no_other(tmp_path: Pa
         got = [piece.data async for piece in stub.Tunnel(pieces(), metadata=(*metadata, ("socket", "daemon")))]
         assert b"".join(got) == b"ONE TWO"
         for name, code in (("control", grpc.StatusCode.UNAVAILABLE), ("../x", grpc.StatusCode.INVALID_ARGUMENT)):
-            assert await refused(stub.Tunnel(pieces(), metadata=(*metadata, ("socket", name)))) == code
+            assert await refused(stub.Tunnel(saying_nothing(), metadata=(*metadata, ("socket", name)))) == code
     await heard.port.stop()
     server.close()
     await server.wait_closed()
