@@ -247,7 +247,7 @@ def test_a_finished_run_reads_the_same_from_disk_and_from_the_daemon(node: Node,
     node.kill(signal.SIGTERM)
     assert read_snapshot(run) == told
     shown = snapshot_json(told)
-    assert set(shown) == {"run", "state", "strategy", "ranks", "diagnosis", "dropped", "progress", "restarts"}
+    assert set(shown) == {"run", "state", "strategy", "ranks", "diagnosis", "dropped", "progress", "restarts", "effort"}
     assert set(shown["ranks"][0]) == {
         "rank", "node", "pid", "state", "busy", "step", "loss", "step_s", "tokens_per_s",
         "samples_per_s", "memory_bytes",
