@@ -131,6 +131,6 @@ def cut(text: str, width: int) -> str:
 
 def lost_time(effort: Effort) -> str:
     """Return `93% of 2m 10s was new training; start 4.20 s, notice 1.00 s, ...`: a run's time, and where it went."""
-    names = ("start", "notice", "waiting", "restart", "replay")
-    parts = ", ".join(f"{name} {seconds(getattr(effort, f'{name}_s'))}" for name in names)
+    names = [field.name for field in effort.DESCRIPTOR.fields if field.name not in ("wall_s", "effective")]
+    parts = ", ".join(f"{name.removesuffix('_s')} {seconds(getattr(effort, name))}" for name in names)
     return f"{effort.effective:.0%} of {duration(effort.wall_s)} was new training; {parts}"

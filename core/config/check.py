@@ -250,22 +250,13 @@ def tensor_problems(config: Config) -> Iterator[Problem]:
         )
     if size == 1 or config.strategy.backend != "native":  # refused with the backend
         return
-    for key in ("gradients", "weights"):
-        if (value := getattr(config.compression, key)) != "none":
-            yield Problem(
-                f"compression.{key}",
-                f"{key}={value} with tensor_parallel={size}",
-                "blocks that share a scale would hold cut parameters beside whole ones, and what the ranks have whole "
-                "would come out otherwise on each of them",
-                f"set compression.{key} to none, or strategy.tensor_parallel to 1",
-            )
-    if config.optimizer.state_bits != 32:
-        yield Problem(
-            "optimizer.state_bits",
-            f"state_bits={config.optimizer.state_bits} with tensor_parallel={size}",
-            "blocks that share a scale would hold states of cut parameters beside those of whole ones",
-            "set optimizer.state_bits to 32, or strategy.tensor_parallel to 1",
-        )
+    why = (
+        "blocks that share a scale would hold cut parameters beside whole ones, and what the ranks have whole would "
+        "come out otherwise on each of them"
+    )
+    yield from _not_beside(config, "tensor_parallel", ("compression.gradients", "compression.weights"), why)
+    why = "blocks that share a scale would hold states of cut parameters beside those of whole ones"
+    yield from _not_beside(config, "tensor_parallel", ("optimizer.state_bits",), why)
 
 
 def pipeline_problems(config: Config) -> Iterator[Problem]:
@@ -284,8 +275,10 @@ def pipeline_problems(config: Config) -> Iterator[Problem]:
     if (other := strategy.context_parallel) > 1:
         what = f"context_parallel={other} with pipeline_parallel={size}"
         yield _not_available("strategy.context_parallel", what, "1")
-    keys = ["compression.gradients", "compression.weights", "offload.optimizer", "offload.params"]
-    keys.append("optimizer.state_bits")
+    keys = (
+        *("compression.gradients", "compression.weights"),
+        *("offload.optimizer", "offload.params", "optimizer.state_bits"),
+    )
     why = "a pipeline's stages hold whole states on their devices in this version"
     yield from _not_beside(config, "pipeline_parallel", keys, why)
 

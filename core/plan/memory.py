@@ -65,12 +65,6 @@ class Strategy:
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
 
     @property
-    def rounds(self) -> int:
-        """Micro-batches of a step as a pipeline counts them: in whole rounds of its ranks where it is interleaved."""
-        m, ranks = self.accumulation, self.pipeline_parallel
-        return -(-m // ranks) * ranks if self.pipeline_schedule == "interleaved" else m
-
-    @property
     def num_shards(self) -> int:
         """Ranks that would hold the same states: they average gradients, and states are sharded over them."""
         return self.data_parallel * self.context_parallel
@@ -298,7 +292,9 @@ def pipeline_course(strategy: Strategy, recomputed: float = 0.0) -> Course:
     `recomputed` is the share of them that backward computes again. 1F1B is counted without its table: arXiv 2104.04473,
     section 2.2.
     """
-    ranks, micro = strategy.pipeline_parallel, strategy.rounds
+    ranks, micro = strategy.pipeline_parallel, strategy.accumulation
+    if strategy.pipeline_schedule == "interleaved":
+        micro += -micro % ranks  # whole rounds
     if strategy.pipeline_schedule != "1f1b":
         return _course(strategy.pipeline_schedule, ranks, micro, strategy.pipeline_chunks, 2.0 + recomputed)
     end = (micro + ranks - 1) * (3.0 + recomputed)

@@ -137,11 +137,9 @@ def hosts_of(request: LaunchRequest, config: Config) -> list[Host]:
     """Return the hosts that the settings name. Raises: UserError."""
     cluster = config.cluster
     assert isinstance(cluster.nproc, int)
-    listed = cluster.hosts
+    listed, is_told = cluster.hosts, load(request.config_path, request.overrides).origins["cluster.nodes"] != "default"
     if not listed and not cluster.hostfile and (found_job := allocation(os.environ)) is not None:
-        origins = load(request.config_path, request.overrides).origins
-        most = 0 if origins["cluster.nodes"] == "default" else cluster.nodes
-        listed = as_hosts(found_job, most, cluster.nproc, cluster.min_nodes)
+        listed = as_hosts(found_job, cluster.nodes if is_told else 0, cluster.nproc, cluster.min_nodes)
     found = choose_hosts(listed, cluster.hostfile, request.include, request.exclude, cluster.nproc)
     if cluster.node_rank or cluster.master_port:
         raise UserError(
@@ -150,9 +148,8 @@ def hosts_of(request: LaunchRequest, config: Config) -> list[Host]:
             "leave out --nodes, --node-rank, --master-addr and --master-port, or leave out the hosts",
         )
     load_starter(cluster)
-    origin = load(request.config_path, request.overrides).origins["cluster.nodes"]
     is_enough = cluster.starter == "slurm" and 0 < cluster.min_nodes <= len(found) < cluster.nodes
-    if origin != "default" and cluster.nodes != len(found) and not is_enough:
+    if is_told and cluster.nodes != len(found) and not is_enough:
         what = f"--nodes {cluster.nodes}, and {len(found)} hosts"
         raise UserError(what, "each host is one node", f"--nodes {len(found)}, or leave it out")
     return found

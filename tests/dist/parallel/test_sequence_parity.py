@@ -117,18 +117,9 @@ RINGS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "context", "tensor", "world", "stage", "masked", "method"), RINGS)
-def test_cut_sequences_train_as_whole_ones_in_a_ring(
-    run_ranks: Callable[..., Any],
-    name: str,
-    context: int,
-    tensor: int,
-    world: int,
-    stage: int,
-    masked: bool,
-    method: str,
-) -> None:
-    _check(run_ranks, name, context, tensor, world, stage, masked, method)
+@pytest.mark.parametrize("case", RINGS)
+def test_cut_sequences_train_as_whole_ones_in_a_ring(run_ranks: Callable[..., Any], case: tuple[Any, ...]) -> None:
+    _check(run_ranks, *case)
 
 
 def _ring_alone(num_key_heads: int) -> float:
