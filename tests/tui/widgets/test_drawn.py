@@ -6,8 +6,6 @@ import math
 from typing import Any
 
 import pytest
-from textual.app import App, ComposeResult
-from textual.widget import Widget
 
 from distui.core.axes.schedules import SCHEDULES
 from distui.core.axes.sizes import AxisSizes
@@ -16,21 +14,7 @@ from distui.tui.widgets.layout import picture
 from distui.tui.widgets.scale import grown, steps_range, widened
 from distui.tui.widgets.table import Column, LineTable
 from distui.tui.widgets.timeline import PipelineTimeline, pass_of
-
-
-class Stage(App[None]):
-    """One widget on the whole screen."""
-
-    def __init__(self, widget: Widget) -> None:
-        super().__init__()
-        self.shown = widget
-
-    def compose(self) -> ComposeResult:
-        yield self.shown
-
-
-def lines(app: App[None]) -> list[str]:
-    return [strip.text.rstrip() for strip in app.screen._compositor.render_strips()]
+from tests.tui.widgets.stage import Stage, lines
 
 
 def test_a_picture_shows_every_rank_by_axis_or_says_how_many_it_leaves_out() -> None:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 from rich.color import Color
-from textual.app import App, ComposeResult
-from textual.widget import Widget
+from textual.app import App
 
 from distui.tui.format import num_bytes, seconds, si
 from distui.tui.widgets.chart import LineChart, Mark, Series, nice_ticks
@@ -20,23 +19,9 @@ from distui.tui.widgets.palette import FILLS, RAMP, RAMP_STEPS
 from distui.tui.widgets.sparkline import sparkline
 from distui.tui.widgets.stack import Bar, StackedBars, StackedColumns
 from distui.tui.widgets.table import Column, LineTable
+from tests.tui.widgets.stage import Stage, lines
 
 NAN = math.nan
-
-
-class Stage(App[None]):
-    """One widget on the whole screen."""
-
-    def __init__(self, widget: Widget) -> None:
-        super().__init__()
-        self.shown = widget
-
-    def compose(self) -> ComposeResult:
-        yield self.shown
-
-
-def lines(app: App[None]) -> list[str]:
-    return [strip.text.rstrip() for strip in app.screen._compositor.render_strips()]
 
 
 def colors(app: App[None]) -> set[Color | None]:
