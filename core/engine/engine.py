@@ -278,7 +278,7 @@ class Engine(States, ProcessState):
 
         Collective: all ranks.
         """
-        if not self.sync_gradients:
+        if not step_allowed(self, "clip_grad_norm_"):
             return None
         begin = time.perf_counter()
         self._unscale()
@@ -291,7 +291,7 @@ class Engine(States, ProcessState):
 
     def clip_grad_value_(self, parameters: torch.Tensor | Iterable[torch.Tensor], clip_value: float) -> None:
         """Clamp every gradient element to [-clip_value, clip_value]. Collective: all ranks."""
-        if self.sync_gradients:
+        if step_allowed(self, "clip_grad_value_"):
             self._unscale()
             params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
             for optimizer in self._optimizers:

@@ -34,11 +34,11 @@ def without_sync(engine: Synced) -> Iterator[None]:
             engine._set_sync(engine.sync_outside)
 
 
-def step_allowed(engine: Synced) -> bool:
+def step_allowed(engine: Synced, what: str = "optimizer.step()") -> bool:
     """Tell whether the optimizer steps now: not while gradients accumulate. Raises: UserError inside `no_sync`."""
     if engine.inside_no_sync:
         raise UserError(
-            "optimizer.step() inside engine.no_sync",
+            f"{what} inside engine.no_sync",
             "the gradients there are this rank's alone: weights stepped by them would differ over ranks",
             "call it after the with block, or let `with engine.accumulate(model):` say which steps are real",
         )

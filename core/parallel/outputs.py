@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,6 +50,34 @@ def loss_in(output: Any) -> Any:
     if isinstance(output, tuple) and output and not hasattr(output, "loss"):
         return loss_in(output[0]) if isinstance(output[0], torch.Tensor) else None
     return getattr(output, "loss", None)
+
+
+_OF_ALL = ("output_router_logits", "output_hidden_states", "output_attentions")
+"""What transformers' models collect of every block."""
+
+
+def refuse_outputs_of_all(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what a model would collect of blocks that other stages have. Raises: UserError."""
+    config = getattr(model, "config", None)
+    for name in _OF_ALL:
+        given = kwargs.get(name)
+        if given or (given is None and getattr(config, name, False) is True):
+            raise UserError(
+                f"{name}=True in a pipeline",
+                "it is collected of all blocks, of which a rank has its own alone: a loss of it would be another",
+                f"leave {name} out, or set strategy.pipeline_parallel to 1",
+            )
+
+
+def refuse_nan(loss: torch.Tensor, model: torch.nn.Module) -> None:
+    """Refuse a first loss that is NaN: what other stages have is NaN here, or empty. Raises: UserError."""
+    if bool(loss.detach().isnan().any()):
+        raise UserError(
+            f"the first loss of {type(model).__name__} in a pipeline is NaN",
+            "what lies outside of the last stage's blocks is NaN on its rank: an embedding, an earlier hidden state, a "
+            "weight that the model reads beside its blocks; or the model, or a micro-batch without labels, gives it",
+            "hand it on inside the blocks' outputs, or set strategy.pipeline_parallel to 1",
+        )
 
 
 class Told(torch.autograd.Function):

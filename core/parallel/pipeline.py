@@ -25,7 +25,7 @@ from distui.core.config.schema import StrategySection
 from distui.core.errors import DistuiError, UserError
 from distui.core.parallel.batches import LOOKED_AT, CutBatch, compare_batch
 from distui.core.parallel.messages import BACKWARD, FORWARD, Messages, Parts, PeerFailed
-from distui.core.parallel.outputs import Output, Told, loss_in
+from distui.core.parallel.outputs import Output, Told, loss_in, refuse_nan, refuse_outputs_of_all
 from distui.core.parallel.outside import named_by
 from distui.core.parallel.stages import ENDS, Left, Stage
 from distui.core.parallel.weights_later import Pair, WeightsLater, finish
@@ -85,7 +85,7 @@ class Pipeline:
         self._own = stage.model.forward
         self._before = stage.model.__dict__.get("forward")
         self._broken = ""
-        self._looked = 0
+        self._looked = self._num_losses = 0
         self._is_bare = False
         """Whether a call gives the loss itself, as the last stage told."""
         self._is_summed = False
@@ -114,6 +114,7 @@ class Pipeline:
             raise UserError("the pipeline has failed before", self._broken, "build the engine anew")
         if len(args) == 1 and isinstance(args[0], CutBatch):
             return self._train_cut(args[0])
+        refuse_outputs_of_all(self.stage.model, kwargs)
         for_loss = {key: kwargs.pop(key) for key in list(kwargs) if key in self._named_by_loss}
         if not (self.stage.model.training and torch.is_grad_enabled()):
             return self._evaluate(args, kwargs, for_loss)
@@ -228,6 +229,9 @@ class Pipeline:
                 f"it gives a {what}, and the last stage begins each backward with one number",
                 _NO_LOSS,
             )
+        self._num_losses += 1
+        if self._num_losses <= LOOKED_AT:
+            refuse_nan(loss, self.stage.model)
         return loss.reshape(())
 
     def _run_backward(self, one: _Micro, factor: float) -> None:
@@ -239,10 +243,11 @@ class Pipeline:
             pairs = [(out, grad) for out, grad in zip(flows, parts, strict=True) if grad is not None]
             flows, grads = [out for out, _ in pairs], [grad for _, grad in pairs]
         self.before_micro()
-        if kept.loss is not None and kept.loss.requires_grad:
-            (kept.loss * factor).backward()
-        elif flows:
-            torch.autograd.backward(flows, grads)
+        with self._later.putting_off() if self._later is not None else nullcontext():
+            if kept.loss is not None and kept.loss.requires_grad:
+                (kept.loss * factor).backward()
+            elif flows:
+                torch.autograd.backward(flows, grads)
         schedule.end_backward()
         wanted = [part for part in kept.inputs if part is not None and part.requires_grad]
         if wanted and not stage.is_first:
@@ -368,9 +373,7 @@ class Pipeline:
         told: list[Any] = [None] * len(self.messages.ranks)
         dist.all_gather_object(told, words, group=self.messages.control)
         index = next((index for index, text in enumerate(told) if text), 0)
-        own = [stage for stage in range(self.stage.num_stages) if self.stage.rank_of(stage) == index]
-        stages = f"stage{'s' if len(own) > 1 else ''} {' and '.join(map(str, own))} of {self.stage.num_stages}"
-        self._broken = f"{stages} (rank {self.messages.ranks[index]}): {told[index]}"
+        self._broken = f"{self.stage.words(index)} (rank {self.messages.ranks[index]}): {told[index]}"
         if failure is not None and is_cause:
             raise failure
         raise DistuiError(f"a stage of the pipeline failed: {self._broken}") from failure

@@ -32,6 +32,11 @@ def stand_in(
     return _mapped(output, functools.partial(_placeholder, device))
 
 
+def blank(value: Any) -> Any:
+    """Return NaN of the shapes of all tensors in `value`."""
+    return _mapped(value, lambda tensor: _placeholder(tensor.device, tensor))
+
+
 def has_nan(value: Any) -> bool:
     """Tell whether any tensor in `value` has one."""
     return any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in _tensors(value))

@@ -59,13 +59,13 @@ class _Ring(torch.autograd.Function):
     ) -> torch.Tensor:
         ring = _Blocks(group, query.shape[2], padding)
         q = _by_key_head(query, key.shape[1]) * scale
-        output = torch.zeros_like(q)
+        output = q.new_zeros(*q.shape[:-1], value.shape[-1])
         sums = q.new_full(q.shape[:-1], _NEVER)
         """Logarithms of the sums of exponentials, over the keys so far."""
-        kept = torch.stack([key, value])
+        kept, sizes = torch.cat([key, value], -1), (key.shape[-1], value.shape[-1])
         for step in range(ring.num_ranks):
             arriving = ring.hand_on(kept) if step < ring.num_ranks - 1 else None
-            k, v = kept.float()
+            k, v = kept.float().split(sizes, -1)
             for rows, columns, scores in ring.scores(q, k, step):
                 of_tile = torch.logsumexp(scores, -1)
                 part = torch.exp(scores - of_tile[..., None].nan_to_num(neginf=0.0)) @ v[:, :, None, columns]
@@ -88,24 +88,26 @@ class _Ring(torch.autograd.Function):
         grad = _by_key_head(grad, key.shape[1])
         inner = (grad * output).sum(-1)
         for_q = torch.zeros_like(q)
-        kept = torch.stack([key, value])
+        kept, sizes = torch.cat([key, value], -1), (key.shape[-1], value.shape[-1])
         for_kept = torch.zeros(kept.shape, dtype=torch.float32, device=kept.device)
         """Gradients of the keys and values that are here; they travel with them, and one rank further to their own."""
         for step in range(ring.num_ranks):
             arriving = ring.hand_on(kept) if step < ring.num_ranks - 1 else None
-            k, v = kept.float()
+            k, v = kept.float().split(sizes, -1)
+            for_k, for_v = for_kept.split(sizes, -1)
             for rows, columns, scores in ring.scores(q, k, step):
                 weights = torch.exp(scores - sums[..., rows, None].nan_to_num(neginf=0.0))
                 of_rows = grad[..., rows, :]
                 for_scores = weights * (of_rows @ v[:, :, None, columns].mT - inner[..., rows, None])
                 for_q[..., rows, :] += for_scores @ k[:, :, None, columns]
-                for_kept[0][:, :, columns] += (for_scores.mT @ q[..., rows, :]).sum(2)
-                for_kept[1][:, :, columns] += (weights.mT @ of_rows).sum(2)
+                for_k[:, :, columns] += (for_scores.mT @ q[..., rows, :]).sum(2)
+                for_v[:, :, columns] += (weights.mT @ of_rows).sum(2)
             for_kept = ring.hand_on(for_kept)()
             if arriving is not None:
                 kept = arriving()
         for_query = (for_q * ctx.scale).flatten(1, 2).to(query.dtype)
-        return for_query, for_kept[0].to(key.dtype), for_kept[1].to(value.dtype), None, None, None
+        for_key, for_value = for_kept.split(sizes, -1)
+        return for_query, for_key.to(key.dtype), for_value.to(value.dtype), None, None, None
 
 
 def _by_key_head(x: torch.Tensor, num: int) -> torch.Tensor:

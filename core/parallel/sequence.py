@@ -238,6 +238,12 @@ class SequenceCut:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        if not self._is_inside and torch._C._current_graph_task_id() == -1:  # in backward it is computed again
+            raise UserError(
+                f"a part of {type(self.model).__name__} was called, and not the model",
+                "sequences are cut, and losses joined, around the model's own forward",
+                "call model(...), or set strategy.context_parallel to 1",
+            )
         self._num_attended += 1
         off = [name for name in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
         if self.is_ring and dropout:
@@ -314,7 +320,7 @@ class SequenceCut:
 
 
 def _is_set(name: str, value: Any) -> bool:
-    if name in ("use_cache", "return_dict"):  # nothing is kept for a next token
+    if name == "return_dict":
         return False
     return value is not None and value is not False and not (name == "logits_to_keep" and value == 0)
 

@@ -22,7 +22,7 @@ from distui.core.axes.groups import Axes
 from distui.core.axes.schedules import num_chunks, split, stage_of
 from distui.core.errors import UserError
 from distui.core.parallel.messages import Parts
-from distui.core.parallel.placeholders import has_nan, stand_in
+from distui.core.parallel.placeholders import blank, has_nan, stand_in
 from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.hooks import Hook
 from distui.core.sharding.start.initialise import make_real
@@ -95,7 +95,9 @@ class Stage:
         self._shapes: dict[int, tuple[int, ...]] = {}
         """Of parameters, as this stage's tensor-parallel rank would hold them, by identity."""
         self._received: Any = None
-        self._expected = 0
+        self._blank: Any = None
+        """What stands for the outputs of blocks of other stages, but for the one that was received."""
+        self._expected, self._is_running = 0, False
         self._hidden: Any = None
         self._looked = dict.fromkeys(self.own, 0)
         self._handles: list[Any] = []
@@ -115,6 +117,11 @@ class Stage:
     def rank_of(self, stage: int) -> int:
         """Return which rank of the line has `stage`."""
         return self._rank_of[stage]
+
+    def words(self, rank: int) -> str:
+        """Return which stages a rank of the line has, for messages."""
+        own = [stage for stage, of_stage in enumerate(self._rank_of) if of_stage == rank]
+        return f"stage{'s' if len(own) > 1 else ''} {' and '.join(map(str, own))} of {self.num_stages}"
 
     def at(self, chunk: int) -> None:
         """Be this rank's stage `chunk`, until another is asked for."""
@@ -245,10 +252,12 @@ class Stage:
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any, received: tuple[Parts, bool] | None) -> Any:
         """Run the model's `forward` as far as this stage goes; the last one gives its output, others `Left`."""
-        self._expected, self._hidden = 0, None
+        self._expected, self._hidden, self._is_running = 0, None, True
         if received is not None:
             parts, is_tuple = received
             self._received = parts if is_tuple else parts[0]
+            if self.low > 1:
+                self._blank = blank(self._received)
         try:
             with self._others_passing():
                 output = forward(*args, **kwargs)
@@ -257,7 +266,8 @@ class Stage:
                 raise
             return self._left(leave.output)
         finally:
-            self._received = self._hidden = None
+            self._received = self._blank = self._hidden = None
+            self._is_running = False
         if self._expected != len(self.blocks):
             raise UserError(
                 f"the forward of {type(self.model).__name__} called {self._expected} of {len(self.blocks)} blocks",
@@ -291,6 +301,12 @@ class Stage:
         )
 
     def _take_turn(self, index: int) -> None:
+        if not self._is_running and torch._C._current_graph_task_id() == -1:
+            raise UserError(
+                f"a part of {type(self.model).__name__} was called, and not the model",
+                "each stage runs the model's own forward, as far as it goes",
+                f"call model(...), with engine.prepare(..., loss=fn) where the loss is outside, or {_ALONE}",
+            )
         if index != self._expected:
             raise UserError(
                 f"the block {self.blocks[index][0]} is called where {self._name(self._expected)} is expected",
@@ -307,8 +323,9 @@ class Stage:
         if index >= self.high:
             self._take_turn(-1)
         self._take_turn(index)
-        self._hidden = _first(self._received)
-        return self._received
+        found = self._received if index == self.low - 1 else self._blank  # what lies between is on other stages
+        self._hidden = _first(found)
+        return found
 
     def _enter(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._take_turn(index)

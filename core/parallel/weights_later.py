@@ -8,6 +8,8 @@ is computed again in backward: a checkpoint compares what both forwards saved.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ class WeightsLater(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.is_putting_off = False
+        """Whether the backward that runs is the schedule's own: a model may ask for gradients of its own in forward."""
         self._kept: list[Pair] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -34,6 +38,15 @@ class WeightsLater(TorchFunctionMode):
             bias, x, weight = args  # weight as (in, out)
             return _Product.apply(x, weight, bias, self, True)
         return func(*args, **kwargs)
+
+    @contextmanager
+    def putting_off(self) -> Iterator[None]:
+        """Run a backward of the schedule's inside."""
+        self.is_putting_off = True
+        try:
+            yield
+        finally:
+            self.is_putting_off = False
 
     def take(self) -> list[Pair]:
         """Return what the backward since the last `take` has left to do."""
@@ -56,9 +69,11 @@ def _can_wait(input: Any = None, weight: Any = None, bias: Any = None) -> bool:
     return (
         isinstance(weight, nn.Parameter)
         and weight.requires_grad
+        and not weight._backward_hooks  # they would be given none
         and weight.dim() == 2
         and torch.is_grad_enabled()
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        and not torch._C._are_functorch_transforms_active()
         and isinstance(input, torch.Tensor)
         and input.dtype == weight.dtype
         and (bias is None or (isinstance(bias, torch.Tensor) and bias.dim() == 1))
@@ -82,18 +97,22 @@ class _Product(torch.autograd.Function):
         return torch.addmm(bias, x, weight) if is_in_out else F.linear(x, weight, bias)  # type: ignore[arg-type]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        for_x = for_bias = None
+        for_x = for_weight = for_bias = None
         flat = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
             for_x = grad @ (weight.t() if ctx.is_in_out else weight)
         if ctx.needs_input_grad[1]:
             rows = x.reshape(-1, x.shape[-1])
-            ctx.later.keep(weight, *((rows, flat) if ctx.is_in_out else (flat, rows)))
+            pair = (rows, flat) if ctx.is_in_out else (flat, rows)
+            if ctx.later.is_putting_off:
+                ctx.later.keep(weight, *pair)
+            else:
+                for_weight = pair[0].t() @ pair[1]
         if ctx.needs_input_grad[2]:
             for_bias = flat.sum(0)
-        return for_x, None, for_bias, None, None
+        return for_x, for_weight, for_bias, None, None
 
 
 class _Gradient(torch.autograd.Function):
