@@ -263,6 +263,11 @@ def serve(connection: Connection) -> None:
             path, module_name, qualname, payload, rank, *place = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
+        # Process groups hang on engines, which refer to themselves, and each gloo group has a thread that looks a
+        # hundred times a second whether there is something to do. By now all ranks have ended the call before, so that
+        # nobody loses a connection that it still needs. What is left is not looked at again.
+        gc.collect()
+        gc.freeze()
         try:
             with _as_rank(rank, *place):
                 function = _load(path, module_name, qualname)
@@ -271,10 +276,6 @@ def serve(connection: Connection) -> None:
         except BaseException as error:  # noqa: BLE001 - pytest.fail and SystemExit are reported as well
             reply = pickle.dumps((False, _report(error)))
         connection.send_bytes(reply)
-        # Process groups hang on engines, which refer to themselves, and each gloo group has a thread that looks a
-        # hundred times a second whether there is something to do. What is left is not looked at again.
-        gc.collect()
-        gc.freeze()
 
 
 if __name__ == "__main__":

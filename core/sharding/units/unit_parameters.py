@@ -44,6 +44,13 @@ class UnitParameters(Shards):
         """The script may have written to the parameters since `take_writes`."""
         self._versions = [0] * len(self.params)
         """Of each parameter, autograd's count of writes as far as it is taken note of."""
+        self._hidden_at = [0] * len(self.params)
+        """Stage 3: how often the unit had been released when each parameter was hidden last."""
+        self._num_released = 0
+        self._left: list[torch.Tensor] = []
+        """Stage 3: memory that was released while somebody else had it, who may have it still: NaN."""
+        self._written_hidden = False
+        """A view wrote to a parameter that was hidden, since `take_writes`."""
         self._num_shown = 0
         self._own_references = 0
         whole, part = self._begin(start)
@@ -132,6 +139,7 @@ class UnitParameters(Shards):
             shape, strides, offset = self._cuts[index]
             DATA.__set__(param, full.as_strided(shape, strides, start + offset))  # one call: blocks come and go
             if param._version != self._versions[index]:  # by a view from before, which counts with it
+                self._note_hidden_write(index)
                 self.touched, self._versions[index] = True, param._version
             shown.append(index)
         self._num_shown += len(shown)
@@ -151,15 +159,36 @@ class UnitParameters(Shards):
                 self.touched, self._versions[index] = True, param._version
             DATA.__set__(param, self._nan[index])
             param.__class__ = fetched
+            self._hidden_at[index] = self._num_released
             self._num_shown -= 1
 
     def _note_writes(self) -> bool:
         """Return whether parameters were written to since this was last asked, hidden ones by views from before."""
         with torch._C.DisableTorchFunctionSubclass():
             versions = [param._version for param in self.params]
-        written = versions != self._versions
+        if versions == self._versions:
+            return False
+        for index, (param, (kept, _)) in enumerate(zip(self.params, self._classes, strict=True)):
+            if versions[index] != self._versions[index] and type(param) is not kept:
+                self._note_hidden_write(index)
         self._versions = versions
-        return written
+        return True
+
+    def _note_hidden_write(self, index: int) -> None:
+        """Note that a view has written to a parameter that is hidden. Raises: UserError where that is lost."""
+        if not self.placement.shards_parameters:
+            return
+        self._written_hidden = True
+        if self._hidden_at[index] != self._num_released:
+            raise self._lost(index)
+
+    def _lost(self, index: int) -> UserError:
+        return UserError(
+            f"{self.param_names[index]} was written to by a view of it from an earlier step",
+            "at stage 3 whole parameters are in other memory each time, and the view is of what was let go: NaN",
+            "take the view anew (parameter.detach()) where it is written to, write to the parameter itself, or set "
+            "strategy.zero_stage to 2 or less",
+        )
 
     def place(self, full: torch.Tensor) -> None:
         """Have the parameters in `full`, which holds their numbers."""
@@ -169,10 +198,13 @@ class UnitParameters(Shards):
 
     def release(self) -> None:
         """Let the whole parameters go (stage 3)."""
+        if self.full is not None and self.is_aliased:
+            self._left.append(self.full)
         self.residence.do("release")
         if self._num_shown:
             self.hide()
         self.full = None
+        self._num_released += 1
 
     @property
     def is_aliased(self) -> bool:
@@ -267,8 +299,15 @@ class UnitParameters(Shards):
                 DATA.__set__(param, full[span.offset : span.end].view(span.shape))
 
     def take_writes(self) -> None:
-        """Take what the script wrote to whole parameters into the shard and its fp32 master."""
+        """Take what the script wrote to whole parameters into the shard and its fp32 master.
+
+        Raises: UserError for what a view of memory that was let go wrote, at stage 3.
+        """
+        if self._left:
+            self._left = [left for left in self._left if _references(left) > 1]
         if not self.is_whole or self.full is None:
+            if self.placement.shards_parameters:
+                self._note_writes()
             return
         self._take_assigned()
         aliased = self.is_aliased
@@ -279,7 +318,10 @@ class UnitParameters(Shards):
         now = self.full[start:end]
         if self.placement.shards_parameters:
             before = self.read_shard()
+            written_hidden, self._written_hidden = self._written_hidden, False
             if torch.equal(now, before):
+                if written_hidden and self._left:
+                    raise self._lost(0)
                 return
         elif self.has_master:
             before = self.read_master().to(self.dtype)

@@ -237,8 +237,15 @@ def _step_in_no_sync() -> bool:
     model, optimizer = engine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with engine.no_sync(model):
         engine.backward(_loss(model, _loader(4).dataset[:4][0]))
-        with pytest.raises(UserError, match="inside engine.no_sync"):
-            optimizer.step()
+        params = list(model.parameters())
+        for refused in (
+            optimizer.step,
+            lambda: engine.clip_grad_norm_(params, 0.1),
+            lambda: engine.clip_grad_value_(params, 0.1),
+            lambda: torch.nn.utils.clip_grad_norm_(params, 0.1),
+        ):
+            with pytest.raises(UserError, match="inside engine.no_sync"):
+                refused()
     optimizer.step()
     return optimizer.step_was_skipped
 

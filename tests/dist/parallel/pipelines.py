@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tests.dist.parallel.refused_models import KINDS, Failing, Inward
 from tests.dist.parallel.trainings import ROWS, VOCAB, Encoder, build, optimizer_of, samples, steps, trained
 
 import distui
-from distui.core.errors import DistuiError
+from distui.core.errors import DistuiError, UserError
 
 
 def deep_llama() -> nn.Module:
@@ -141,107 +142,6 @@ def odd_batches(name: str, schedule: str | None) -> dict[str, Any]:
     return {"losses": losses, "norms": [float(norm)], "weights": weights, "logits": logits, "refused": refused}
 
 
-class Failing(nn.Module):
-    """A chain of blocks, one of which fails in its third forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCAB, 8)
-        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-        self.head = nn.Linear(8, 1)
-        self.calls = 0
-
-    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        x_BTD = self.embedding(ids_BT)
-        for index, block in enumerate(self.blocks):
-            if index == 3 and self.calls == 3:
-                raise ValueError("the third forward fails")
-            x_BTD = block(x_BTD)
-        return self.head(x_BTD).mean()
-
-
-class Residual(Failing):
-    """Adds something between its blocks."""
-
-    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        x_BTD = self.embedding(ids_BT)
-        for block in self.blocks:
-            x_BTD = x_BTD + block(x_BTD)
-        return self.head(x_BTD).mean()
-
-
-class Backwards(Failing):
-    """Calls its blocks in another order than they are in."""
-
-    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        x_BTD = self.embedding(ids_BT)
-        for block in reversed(self.blocks):
-            x_BTD = block(x_BTD)
-        return self.head(x_BTD).mean()
-
-
-class Skipping(Failing):
-    """Gives every block the embedding beside the hidden state."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Bilinear(8, 8, 8) for _ in range(4))
-
-    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        x_BTD = first_BTD = self.embedding(ids_BT)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, first_BTD)
-        return self.head(x_BTD).mean()
-
-
-class NoLoss(Failing):
-    """Gives no loss."""
-
-    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        x_BTD = self.embedding(ids_BT)
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
-        return self.head(x_BTD)
-
-
-class _Broken(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        raise ValueError("this backward fails")
-
-
-class FailingBackward(Failing):
-    """A chain of blocks; the backward behind the second one fails."""
-
-    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        x_BTD = self.embedding(ids_BT)
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
-        return self.head(x_BTD).mean()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Broken(8, 8, index) for index in range(4))
-
-
-class Broken(nn.Linear):
-    def __init__(self, inputs: int, outputs: int, index: int) -> None:
-        super().__init__(inputs, outputs)
-        self.index = index
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = super().forward(x_BTD)
-        return _Broken.apply(found) if self.index == 1 else found
-
-
-KINDS = {kind.__name__: kind for kind in (Failing, FailingBackward, Residual, Backwards, Skipping, NoLoss)}
-
-
 def refusals(kinds: list[str], stages: int = 2, schedule: str = "1f1b") -> list[str]:
     """Return what each kind of model, or of use, is told on this rank."""
     return [_refusal(kind, stages, schedule) for kind in kinds]
@@ -258,6 +158,8 @@ def _refusal(kind: str, stages: int, schedule: str) -> str:
             ids_BT += engine.process_index
         for _ in range(2):
             loss = model(ids_BT)
+            if kind == "part":
+                model.head(model.blocks[1](torch.ones(4, 8)))
             if kind == "scaled":
                 loss = loss * 2.0
             if kind == "penalty":
@@ -271,6 +173,36 @@ def _refusal(kind: str, stages: int, schedule: str) -> str:
                 optimizer.state_dict()
     except (DistuiError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
+    finally:
+        engine.free_memory()
+    return "nothing"
+
+
+def asking(schedule: str | None) -> dict[str, torch.Tensor]:
+    """Train a model that asks for gradients in its forward; return its weights."""
+    strategy: Any = {"pipeline_parallel": 2, "pipeline_schedule": schedule} if schedule else {}
+    engine = distui.Engine(strategy=strategy, batch={"accumulation": 2} if schedule else {})
+    torch.manual_seed(0)
+    model: Any = Inward()
+    model, optimizer = engine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for ids_BT in torch.stack(samples()[:8]).split(4):
+        engine.backward(model(ids_BT))
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = engine.get_state_dict(model)
+    engine.free_memory()
+    return weights
+
+
+def routed(name: str) -> str:
+    """Return what is told of a mixture that is to collect something of all its blocks."""
+    engine = distui.Engine(strategy={"pipeline_parallel": 2}, batch={"accumulation": 2})
+    model = engine.prepare(build("qwen3-moe"))
+    try:
+        ids_BT = torch.stack(samples()[:4])
+        model(input_ids=ids_BT, labels=ids_BT, **{name: True})
+    except UserError as error:
+        return error.what
     finally:
         engine.free_memory()
     return "nothing"

@@ -130,6 +130,8 @@ REFUSED = {
     "Backwards": "is called where blocks.0 is expected",
     "Skipping": "is given more than its hidden state by embedding",
     "NoLoss": "gives no loss in a pipeline",
+    "Looking": "the first loss of Looking in a pipeline is NaN",
+    "part": "a part of Failing was called, and not the model",
     "short": "pipeline_parallel=2 with 0 blocks",
     "batches": "a pipeline's ranks were given different batches",
     "scaled": "was multiplied by 2 before the backward",
@@ -143,6 +145,24 @@ def test_what_would_be_another_computation_is_refused_on_all_ranks(run_ranks: Ru
     for found in run_ranks(pipelines.refusals, 2, list(REFUSED)):
         for kind, told in zip(REFUSED, found, strict=True):
             assert REFUSED[kind] in told, (kind, told)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zbv"])
+def test_a_loss_of_hidden_states_is_refused_on_all_ranks(run_ranks: RunRanks, schedule: str) -> None:
+    for told in run_ranks(pipelines.refusals, 2, ["Collecting"], 2, schedule):
+        assert "the first loss of Collecting in a pipeline is NaN" in told[0]
+
+
+@pytest.mark.parametrize("name", ["output_router_logits", "output_hidden_states"])
+def test_what_is_collected_of_all_blocks_is_refused(run_ranks: RunRanks, name: str) -> None:
+    assert run_ranks(pipelines.routed, 2, name) == [f"{name}=True in a pipeline"] * 2
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_gradients_that_a_model_asks_for_are_its_own(run_ranks: RunRanks, schedule: str) -> None:
+    alone = run_ranks(pipelines.asking, 1, None)[0]
+    for found in run_ranks(pipelines.asking, 2, schedule):
+        torch.testing.assert_close(found, alone, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_an_overflow_of_one_stage_skips_the_step_on_all(run_ranks: RunRanks) -> None:

@@ -213,10 +213,13 @@ def _told(what: str) -> str:
         ids = torch.ones(2, {"odd": 7, "odd in a ring": 6}.get(what, 8), dtype=torch.long)
         more: dict[str, Any] = {
             "hidden": {"output_hidden_states": True},
+            "cache": {"use_cache": True},
             "packed": {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])},
             "mask": {"attention_mask": torch.ones(2, 1, 8, 8)},
             "batches": {"labels": ids + engine.process_index},
         }
+        if what == "part":
+            model.model(input_ids=ids)
         model(input_ids=ids, **more.get(what, {}))
     except UserError as error:
         return f"{error.what}: {error.why}: {error.fix}"
@@ -237,6 +240,8 @@ def _told(what: str) -> str:
             "attention of LlamaAttention over context_parallel=2 ranks: dropout=0.25 is set; in a ring it is causal",
         ),
         ("hidden", "output_hidden_states=True under context_parallel=2"),
+        ("part", "a part of LlamaForCausalLM was called, and not the model"),
+        ("cache", "use_cache=True under context_parallel=2"),
         ("packed", "position_ids that are not 0, 1, 2, ... under context parallelism"),
         ("mask", "an attention_mask of [2, 1, 8, 8] under context parallelism"),
         ("batches", "context-parallel ranks were given different batches"),

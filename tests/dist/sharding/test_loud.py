@@ -330,3 +330,29 @@ def _steps_without_a_backward(stage: int) -> None:
 
 def test_a_rank_that_steps_without_a_backward_is_told(run_ranks: RunRanks) -> None:
     run_ranks(_steps_without_a_backward, 2, 0)
+
+
+def _written_by_an_old_view(moment: str) -> None:
+    engine, model, optimizer = _prepared(3)
+    views: list[torch.Tensor] = []
+    block: Any = model.blocks[1].inner
+    keep = block.register_forward_hook(lambda module, *_: views.append(module.weight.detach()))
+    for step in range(2):
+        engine.backward(square(model(batch(step))))
+        keep.remove()
+        if step == 1 and moment == "before the step":
+            with _refused("written to by a view of it from an earlier step", "take the view anew"):
+                views[0].mul_(0.5)
+                optimizer.step()
+            return
+        optimizer.step()
+        optimizer.zero_grad()
+    views[0].mul_(0.5)
+    with _refused("written to by a view of it from an earlier step", "take the view anew"):
+        model(batch(2))
+    engine.free_memory()
+
+
+@pytest.mark.parametrize("moment", ["before the step", "between steps"])
+def test_writes_by_views_of_memory_that_was_let_go(run_ranks: RunRanks, moment: str) -> None:
+    run_ranks(_written_by_an_old_view, 2, moment)
