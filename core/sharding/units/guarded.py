@@ -129,6 +129,16 @@ class Kept:
         return memo[id(self)]
 
 
+def refused_view(name: str) -> UserError:
+    """Return what is raised where a view wrote to memory of `name`, a parameter or a unit, that was let go."""
+    return UserError(
+        f"{name} was written to by a view of it from an earlier step",
+        "at stage 3 whole parameters are in other memory each time, and the view is of what was let go: NaN",
+        "take the view anew (parameter.detach()) where it is written to, write to the parameter itself, or set "
+        "strategy.zero_stage to 2 or less",
+    )
+
+
 def refused_hook(whose: str) -> UserError:
     """Return why nobody may be called after a parameter's gradient."""
     return UserError(

@@ -14,7 +14,7 @@ from distui.core.sharding.homes.home import Waitable
 from distui.core.sharding.homes.homes import Homes
 from distui.core.sharding.start.start import Start
 from distui.core.sharding.transport.transport import Transport
-from distui.core.sharding.units.guarded import DATA, guard, let_go
+from distui.core.sharding.units.guarded import DATA, guard, let_go, refused_view
 from distui.core.sharding.units.placement import Placement
 from distui.core.sharding.units.shards import Shards
 from distui.core.sharding.units.states import PARAM_MOVES, Machine, ParamState
@@ -180,15 +180,7 @@ class UnitParameters(Shards):
             return
         self._written_hidden = True
         if self._hidden_at[index] != self._num_released:
-            raise self._lost(index)
-
-    def _lost(self, index: int) -> UserError:
-        return UserError(
-            f"{self.param_names[index]} was written to by a view of it from an earlier step",
-            "at stage 3 whole parameters are in other memory each time, and the view is of what was let go: NaN",
-            "take the view anew (parameter.detach()) where it is written to, write to the parameter itself, or set "
-            "strategy.zero_stage to 2 or less",
-        )
+            raise refused_view(self.param_names[index])
 
     def place(self, full: torch.Tensor) -> None:
         """Have the parameters in `full`, which holds their numbers."""
@@ -321,7 +313,7 @@ class UnitParameters(Shards):
             written_hidden, self._written_hidden = self._written_hidden, False
             if torch.equal(now, before):
                 if written_hidden and self._left:
-                    raise self._lost(0)
+                    raise refused_view(self.name)
                 return
         elif self.has_master:
             before = self.read_master().to(self.dtype)
