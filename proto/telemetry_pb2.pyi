@@ -195,7 +195,7 @@ class Step(_message.Message):
     def __init__(self, step: _Optional[int] = ..., step_s: _Optional[float] = ..., data_wait_s: _Optional[float] = ..., forward_s: _Optional[float] = ..., backward_s: _Optional[float] = ..., exposed_comm_s: _Optional[float] = ..., optimizer_s: _Optional[float] = ..., tokens: _Optional[int] = ..., samples: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., loss_scale: _Optional[float] = ..., flops: _Optional[float] = ..., micro_batches: _Optional[int] = ..., skipped: _Optional[bool] = ..., total_steps: _Optional[int] = ...) -> None: ...
 
 class Memory(_message.Message):
-    __slots__ = ("by_category_bytes", "allocated_bytes", "reserved_bytes", "peak_allocated_bytes", "rss_bytes", "peak_rss_bytes", "device_total_bytes")
+    __slots__ = ("by_category_bytes", "allocated_bytes", "reserved_bytes", "peak_allocated_bytes", "rss_bytes", "peak_rss_bytes", "device_total_bytes", "file_bytes")
     class ByCategoryBytesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,7 @@ class Memory(_message.Message):
     RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     PEAK_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
     by_category_bytes: _containers.ScalarMap[str, int]
     allocated_bytes: int
     reserved_bytes: int
@@ -217,7 +218,8 @@ class Memory(_message.Message):
     rss_bytes: int
     peak_rss_bytes: int
     device_total_bytes: int
-    def __init__(self, by_category_bytes: _Optional[_Mapping[str, int]] = ..., allocated_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., peak_allocated_bytes: _Optional[int] = ..., rss_bytes: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., device_total_bytes: _Optional[int] = ...) -> None: ...
+    file_bytes: int
+    def __init__(self, by_category_bytes: _Optional[_Mapping[str, int]] = ..., allocated_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., peak_allocated_bytes: _Optional[int] = ..., rss_bytes: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., device_total_bytes: _Optional[int] = ..., file_bytes: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("step", "phase", "phase_since_s", "waiting_in", "waiting_since_s", "last_seq", "log_bytes")

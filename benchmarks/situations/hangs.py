@@ -78,6 +78,12 @@ def all_locked(job: Job) -> None:
     lock.acquire()
 
 
+@sick("hang", 0, within_s=16.0, world=1)
+def alone_and_locked(job: Job) -> None:
+    threading.Lock().acquire()
+    queue.Queue[int]().get()
+
+
 @sick("hang", 1)
 def waiting_for_an_event(job: Job) -> None:
     if job.is_culprit:

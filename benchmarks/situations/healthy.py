@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import random
 import subprocess
 import time
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from situations.job import Job, at_work, healthy
 
 PAUSE_S = 6.0
+_PR_SET_PTRACER, _PTRACE_ATTACH = 0x59616D61, 16
 
 
 @healthy(for_s=30.0)
@@ -180,6 +183,32 @@ def memory_that_comes_and_goes(job: Job) -> None:
         time.sleep(0.02)
 
     job.forward = forward
+
+
+@healthy(for_s=60.0)
+def maps_a_dataset(job: Job) -> None:
+    """As a file of tokens is read: each page stays in memory until somebody needs the room."""
+    tokens = np.memmap(job.run.path / f"tokens{job.rank}", np.uint8, "w+", shape=4 << 30)
+
+    def forward() -> None:
+        at = (job.step * 500_000) % len(tokens)
+        tokens[at : at + 500_000].sum()
+        time.sleep(0.02)
+
+    job.forward = forward
+
+
+@healthy(for_s=15.0)
+def held_by_a_debugger(job: Job) -> None:
+    """As gdb holds it: a child attaches to the culprit, and sees it stop."""
+    if job.is_culprit:
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PTRACER, -1)
+        if not os.fork():
+            libc.ptrace(_PTRACE_ATTACH, os.getppid(), 0, 0)
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(1.0)
 
 
 @healthy(for_s=25.0)

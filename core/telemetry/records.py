@@ -79,7 +79,8 @@ class Collector:
         said = self._ring.memory
         by_category, allocated, reserved, peak, total = said if said is not None else ({}, None, None, None, None)
         rss_bytes = self._process.memory_info().rss
-        self._peak_rss_bytes = max(self._peak_rss_bytes, rss_bytes, _peak_rss_bytes())
+        peak_rss_bytes, file_bytes = _kernel_counts()
+        self._peak_rss_bytes = max(self._peak_rss_bytes, rss_bytes, peak_rss_bytes)
         memory = pb.Memory(
             by_category_bytes=by_category,
             allocated_bytes=allocated,
@@ -88,6 +89,7 @@ class Collector:
             rss_bytes=rss_bytes,
             peak_rss_bytes=self._peak_rss_bytes,
             device_total_bytes=total,
+            file_bytes=file_bytes,
         )
         return self._number(pb.Record(time_s=time.time(), memory=memory))
 
@@ -210,11 +212,13 @@ def _cut(text: str) -> str:
     return raw.decode() if len(raw) <= MAX_TEXT_BYTES else raw[:MAX_TEXT_BYTES].decode(errors="ignore") + " ..."
 
 
-def _peak_rss_bytes() -> int:
-    """Return the kernel's own high-water mark of this process; 0 where it keeps none."""
+def _kernel_counts() -> tuple[int, int | None]:
+    """Return the high-water mark of this process's resident memory, and what of it now are pages of files.
+
+    0 and None where the kernel keeps no such count.
+    """
     if not sys.platform.startswith("linux"):
-        return 0
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+        return 0, None
+    lines = (line.split() for line in Path("/proc/self/status").read_text(errors="replace").splitlines())
+    counts = {words[0]: int(words[1]) * 1024 for words in lines if words and words[0] in ("VmHWM:", "RssFile:")}
+    return counts.get("VmHWM:", 0), counts.get("RssFile:")

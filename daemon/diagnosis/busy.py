@@ -36,6 +36,8 @@ def note_all(state: RunState, ranks: list[Observed]) -> None:
 def at_work(state: RunState, rank: Observed, wait: Wait, now_s: float) -> str:
     """Return what a rank does that the others wait for in `wait`; "" where it does nothing that can be seen."""
     waited_s = now_s - wait.since_s
+    if rank.busy:
+        return rank.busy  # a person's debugger holds it
     if rank.phase == "evaluation":
         return "evaluates"
     if rank.phase in _PERSON:

@@ -40,6 +40,10 @@ class Mismatch:
     what: str
 
 
+MAX_BYTES = (1 << 64) - 1
+"""That a message can hold: sources that lie may come to more."""
+
+
 class CollectiveTotals:
     """The collectives of a run, summed up as they come."""
 
@@ -144,7 +148,7 @@ class CollectiveTotals:
                 group=group,
                 op=op,
                 count=totals.count,
-                bytes=totals.bytes,
+                bytes=min(totals.bytes, MAX_BYTES),
                 mean_s=totals.time_s / totals.num_timed if totals.num_timed else 0.0,
                 max_s=totals.max_s,
                 blocked_s=totals.blocked_s,

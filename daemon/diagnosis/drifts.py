@@ -25,7 +25,7 @@ _SHOWN = 8
 def bad_loss(state: RunState, now_s: float) -> list[pb.Diagnosis]:
     """Return whose loss is no number: on which rank and step it began, and which have followed."""
     bad = sorted((record.bad_since_step, rank) for rank, record in state.ranks.items() if record.bad_since_step)
-    if not bad or all(record.last_step is not None and record.last_step.skipped for record in state.ranks.values()):
+    if not bad:
         return []
     first = bad[0][0]
     since_s = min(record.bad_since_s for record in state.ranks.values() if record.bad_since_step == first)

@@ -23,6 +23,7 @@ from distui.daemon.diagnosis.observe import (
     this_node,
 )
 from distui.daemon.diagnosis.where import own_place, text_of, traced_frames
+from distui.daemon.node.processes import traced_by
 from distui.daemon.runs.state import RunState
 from distui.proto import telemetry_pb2 as pb
 
@@ -59,6 +60,10 @@ def hang(state: RunState, ranks: list[Observed], now_s: float) -> list[pb.Diagno
     """Return who holds up the others, if anybody has waited for too long."""
     limit_s = allowance_s(state, ranks)
     stopped = [rank for rank in ranks if rank.process == STOPPED]
+    for rank in stopped:
+        tracer, name = traced_by(rank.pid)
+        rank.busy = f"is held by a debugger ({name}, pid {tracer})" if tracer else ""
+    stopped = [rank for rank in stopped if not rank.busy]
     if all(now_s - rank.last_seen_s <= HANG_S - 1 for rank in stopped):
         stopped = []  # one that is stopped for long names those that were stopped a moment later
     waiting = [

@@ -32,7 +32,10 @@ _log = logging.getLogger("distui.daemon")
 
 
 async def ask(host: str, port: int, patience_s: float = PATIENCE_S) -> str:
-    """Return what RAS says of the job that NCCL runs there. Raises: OSError where nobody answers as RAS does."""
+    """Return what RAS says of the job that NCCL runs there. Raises: OSError where nobody answers as RAS does.
+
+    On a port of loopback any user of the node may listen.
+    """
 
     async def talk() -> str:
         reader, writer = await asyncio.open_connection(host, port)
@@ -54,6 +57,8 @@ async def ask(host: str, port: int, patience_s: float = PATIENCE_S) -> str:
 
     try:
         return await asyncio.wait_for(talk(), patience_s)
+    except (ValueError, OverflowError) as error:  # a line without an end; an address that is none
+        raise ConnectionError(f"{host}:{port} is not NCCL's RAS: {error}") from error
     except asyncio.TimeoutError:
         raise TimeoutError(f"{host}:{port} has not answered within {patience_s:g} s") from None
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket as sockets
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from distui.core.paths import RunFolder
 from distui.core.telemetry.ledger import RECENT, CollectiveEntry, LedgerReader, LedgerState, LedgerUnreadable
 from distui.daemon.node.processes import DEAD, RUNNING, STOPPED, process_state
+from distui.daemon.runs.batches import MAX_DIGITS, MAX_RANKS
 from distui.daemon.runs.state import RankRecord, RunState
 
 FINISHED = "finished"
@@ -39,6 +41,7 @@ class Wait:
         return members is None or rank in members
 
 
+@lru_cache(maxsize=1024)
 def group_members(group: str) -> frozenset[int] | None:
     """Return the ranks in the brackets of a group's name: `tp[0,1]`, `dp[0-6:2]`, `world[0>1]`; None: not said."""
     _, found, text = group.rstrip("]").partition("[")
@@ -48,6 +51,8 @@ def group_members(group: str) -> frozenset[int] | None:
         if "-" in text:
             ends, _, step = text.partition(":")
             first, _, last = ends.partition("-")
+            if int(last) >= MAX_RANKS:
+                return None  # a name that lies, or was cut off, would cost memory by the rank
             return frozenset(range(int(first), int(last) + 1, int(step or 1)))
         return frozenset(int(rank) for rank in text.replace(">", ",").split(","))
     except ValueError:
@@ -203,7 +208,7 @@ def _parse_wait(text: str, since_s: float) -> Wait | None:
     """Read a heartbeat's `all_reduce data_parallel#17`."""
     op, _, place = text.partition(" ")
     group, _, seq = place.rpartition("#")
-    if not seq.isdigit():
+    if not seq.isdecimal() or len(seq) > MAX_DIGITS:
         return Wait("", 0, op, since_s) if op else None
     return Wait(group, int(seq), op, since_s)
 

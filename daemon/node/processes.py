@@ -40,6 +40,22 @@ def process_state(pid: int, began_s: float) -> str:
     return STOPPED if state in "Tt" else RUNNING
 
 
+def traced_by(pid: int) -> tuple[int, str]:
+    """Return the debugger that holds a process still, and its name; (0, "") where none does."""
+    try:
+        status = dict(
+            line.split(":\t", 1)
+            for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
+            if ":\t" in line
+        )
+        tracer = int(status.get("TracerPid", 0))
+        if not tracer or not status.get("State", "").startswith("t"):
+            return 0, ""
+        return tracer, Path(f"/proc/{tracer}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except (OSError, ValueError):
+        return 0, ""  # it has ended, or let go
+
+
 def heirs(run: RunFolder, rank: int, pid: int) -> list[int]:
     """Return the processes of this node that a rank, once of `pid`, has started or forked, and that live."""
     marks = {f"{JOB_ENV}={run.path}".encode(), f"RANK={rank}".encode()}

@@ -12,10 +12,13 @@ LAUNCHER = -1
 DAEMON = -2
 MAX_RANKS = 1 << 16
 """More than any job has: a source that says otherwise is mistaken, and would cost memory by the rank."""
+MAX_DIGITS = 19
+"""Of a number in words, as a message can hold it."""
 MAX_BODY_BYTES = 64 << 20
 """Of a batch that is unpacked: a few KiB of zeros can stand for GiB."""
 
 _STARTS = frozenset({"rank_started", "run_started"})
+_OF_RANKS = frozenset({"rank_started", "rank_finished", "step", "memory", "heartbeat", "collective"})
 
 
 class Malformed(Exception):
@@ -36,6 +39,8 @@ def check(batch: pb.Batch, *, forwarded: bool = False) -> None:
         body = record.WhichOneof("body")
         if body in _STARTS and getattr(record, body).world_size > MAX_RANKS:
             raise Malformed(f"record {last}: a world of more than {MAX_RANKS} ranks")
+        if body in _OF_RANKS and batch.source.rank < 0:
+            raise Malformed(f"record {last}: a {body} of no rank")
 
 
 def unpack(body: bytes) -> pb.Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def prune(folders: Iterable[RunFolder], retention: Retention, now_s: float | Non
     total = 0
     for run in folders:
         try:
-            segments = [_Segment(path, found.st_size, found.st_mtime) for path, found in segment_files(run).items()]
+            segments = [_Segment(path, _on_disk(found), found.st_mtime) for path, found in segment_files(run).items()]
             over = run.outcome.name in list_own(run.path)
         except OSError as error:
             _log.warning("the telemetry of %s is not looked at: %s", run.run_id, error)
@@ -64,6 +65,11 @@ def prune(folders: Iterable[RunFolder], retention: Retention, now_s: float | Non
     if freed:
         _log.info("deleted %.1f MiB of old telemetry", freed / (1 << 20))
     return freed
+
+
+def _on_disk(found: os.stat_result) -> int:
+    """Return what a file takes of the disk: one with holes says that it is larger."""
+    return min(found.st_size, found.st_blocks * 512)
 
 
 def _delete(segment: _Segment) -> int:

@@ -125,7 +125,7 @@ def rank_state(record: RankRecord, rank: Observed, now_s: float) -> pb.RankState
     if rank.process not in (DEAD, FINISHED, STOPPED):
         waits = rank.wait is not None and now_s - rank.wait.since_s > WAITING_S
         found.state = "waiting" if waits else "running"
-        found.busy = rank.busy
+    found.busy = rank.busy
     if record.recent:
         time_s, tokens, samples = (sum(part) for part in zip(*record.recent, strict=True))
         found.step_s = time_s / len(record.recent)

@@ -12,7 +12,7 @@ from distui.core.telemetry.kinds import AGAIN, FOR_A_PERSON, RESTART
 from distui.daemon.diagnosis.collectives import CollectiveTotals
 from distui.daemon.diagnosis.trends import Lasting, LossTrend, MemoryTrend
 from distui.daemon.node.cgroups import Throttling
-from distui.daemon.runs.batches import DAEMON, LAUNCHER
+from distui.daemon.runs.batches import DAEMON, LAUNCHER, MAX_DIGITS, MAX_RANKS
 from distui.daemon.runs.effort import Effort
 from distui.daemon.runs.folders import FINAL_STATES, apply_outcome, read_info, read_outcome
 from distui.daemon.runs.history import History
@@ -72,14 +72,15 @@ class RankRecord:
             self.bad_since_s, self.bad_since_step = 0.0, 0
             rate = step.learning_rate if step.HasField("learning_rate") else None
             self.losses.add(step.step, step.loss, time_s, rate)
-        elif not self.bad_since_step:
+        elif not self.bad_since_step and not step.skipped:  # a loss scale that is too large is no loss that went bad
             self.bad_since_s, self.bad_since_step = time_s, step.step
 
     def note_memory(self, memory: pb.Memory, time_s: float) -> None:
         """Keep what it holds, and from when on it should grow no more how that goes on."""
         self.memory = memory
         if self.last_step is not None and self.last_step.step > WARM_STEPS:
-            self.host_growth.add(time_s, memory.rss_bytes)
+            # A data set that is mapped grows in memory as it is read, and gives way to whoever needs it.
+            self.host_growth.add(time_s, max(0, memory.rss_bytes - memory.file_bytes))
             self.device_growth.add(time_s, memory.allocated_bytes)
 
 
@@ -294,8 +295,8 @@ class RunState:
             elif record.event.kind == AGAIN and source.rank == LAUNCHER:
                 self.effort.ready(_told_s(record))
                 for name in ("world_size", "num_nodes"):  # a job may go on with fewer hosts
-                    if (told := record.event.attributes.get(name, "")).isdecimal():
-                        setattr(self.info, name, int(told))
+                    if (told := record.event.attributes.get(name, "")[:MAX_DIGITS]).isdecimal():
+                        setattr(self.info, name, min(int(told), MAX_RANKS))
         elif body == "metrics":
             self.metrics.append(pb.TimedMetrics(time_s=record.time_s, rank=source.rank, metrics=record.metrics))
         elif body == "hardware":

@@ -196,7 +196,7 @@ def frames(descriptor: int, start: int = 0) -> Iterator[tuple[int, bytes]]:
         file.seek(start)
         while len(head := file.read(_FRAME.size)) == _FRAME.size:
             length, checksum = _FRAME.unpack(head)
-            if length > MAX_FRAME_BYTES:
+            if not 0 < length <= MAX_FRAME_BYTES:  # zeros are what a crash of the machine, or a sparse file, leaves
                 return
             body = file.read(length)
             if len(body) < length or zlib.crc32(body) != checksum:

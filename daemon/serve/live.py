@@ -75,6 +75,8 @@ class LiveRun:
         self._snapshot_s = 0.0
         self._told: dict[Key, _Episode] = {}
         self._told_rise = 0
+        self._spoilt = False
+        """Whether it could not be judged, which is told once."""
         self._clock = Clock()
 
     @property
@@ -171,10 +173,22 @@ class LiveRun:
             self._unsent.take_into(self.state)
             if jumped_s := self._clock.jumped_s():
                 self._clock_jumped(jumped_s)
-            self._snapshot, self._snapshot_s = take_snapshot(self.state, time.time()), now
+            self._snapshot, self._snapshot_s = self._look(), now
             self._tell(self._snapshot)
             self._tell_rise()
         return self._snapshot
+
+    def _look(self) -> pb.Snapshot:
+        """Judge the run."""
+        try:
+            return take_snapshot(self.state, time.time())
+        except Exception as error:  # noqa: BLE001  whatever its records hold, the other runs keep their daemon
+            if not self._spoilt:
+                _log.exception("%s cannot be judged", self.run.run_id)
+            self._spoilt = True
+            found = pb.Snapshot(run=self.state.info, dropped=self.state.dropped)
+            found.run.message = f"the daemon cannot judge this run: {type(error).__name__}: {error}"
+            return found
 
     def _tell_rise(self) -> None:
         """Say that the loss rose with the learning rate, which is nothing wrong."""

@@ -54,7 +54,7 @@ def check(
     target = [script] if script else []
     request = LaunchRequest(target, overrides, config_path, include=include, exclude=exclude)
     found = check_hosts(config, hosts_of(request, config), target)
-    console, table = Console(highlight=False), Table(box=None, pad_edge=False)
+    console, table = Console(highlight=False, markup=False), Table(box=None, pad_edge=False)
     for title in COLUMNS:
         table.add_column(title, justify="right" if title in COLUMNS[3:7] else "left", no_wrap=True)
     for member in found.gang.members:

@@ -203,7 +203,7 @@ def _console() -> Console:
 
     # In a pipe there is no width to fit: wide enough that nothing is cut.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
-    return Console(width=width, highlight=False)
+    return Console(width=width, highlight=False, markup=False)
 
 
 def print_plans(

@@ -41,7 +41,7 @@ def command(names: tuple[str, ...], as_json: bool, token_file: Path | None, ca: 
         return
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for line in summary_lines(snapshot):
         console.print(line, markup=False, soft_wrap=True)
     if snapshot.ranks:

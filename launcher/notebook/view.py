@@ -43,7 +43,7 @@ def table_text(snapshot: pb.Snapshot) -> str:
 
     from distui.launcher.commands.status import rank_table, summary_lines
 
-    console = Console(file=io.StringIO(), width=WIDTH, highlight=False, color_system=None)
+    console = Console(file=io.StringIO(), width=WIDTH, highlight=False, markup=False, color_system=None)
     for line in summary_lines(snapshot):
         console.print(line, markup=False, soft_wrap=True)
     if snapshot.ranks:

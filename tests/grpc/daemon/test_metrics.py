@@ -118,6 +118,13 @@ def test_the_oldest_telemetry_goes_first(tmp_path: Path) -> None:
     assert (old.logs / "rank0.log").exists() and old.outcome.exists()
 
 
+def test_a_file_with_holes_counts_by_what_it_takes_of_the_disk(tmp_path: Path) -> None:
+    """As in a copy of a run that means harm: 20 GiB by its length would delete all of the user's telemetry."""
+    mine, copied = _run(tmp_path, "mine", [100], 5, True, 1.7e9), _run(tmp_path, "copied", [100], 5, True, 1.7e9)
+    os.truncate(copied.telemetry / "00000001.log", 20 << 30)
+    assert prune([mine, copied], Retention(0, 10 << 30), 1.7e9) == 0
+
+
 def test_the_service_manager_hears_that_it_is_ready_and_ending(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     path = runtime_dir() / "notify"
     with sockets.socket(sockets.AF_UNIX, sockets.SOCK_DGRAM) as manager:

@@ -18,8 +18,9 @@ from distui.core.paths import RunFolder
 from distui.proto import telemetry_pb2 as pb
 
 SECRET = "the-secret-of-a-file-of-mine"
-ESCAPE = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b1mbold\u202eback\r"
-"""Sets the title, clears the screen, colours, in 7 and 8 bits, turns the writing round, goes to the line's start."""
+ESCAPE = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b1mbold\u202eback\r[/nope][@click=app.quit]"
+"""Sets the title, clears the screen, colours, in 7 and 8 bits, turns the writing round, goes to the line's start; and
+markup, which closes what is not open."""
 SPARSE_BYTES = 20 << 30
 
 

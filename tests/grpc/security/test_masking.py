@@ -23,6 +23,8 @@ SECRETS = re.findall(
     password --password --db-password DB_PASSWORD passwd PGPASSWORD passphrase --secret pwd --token --hub_token HF_TOKEN
     hfToken --push-to-hub-token auth_token GITHUB_TOKEN --auth --api-key WANDB_API_KEY wandb.api_key +wandb.api_key
     apikey OpenAIApiKey --access-key AWS_SECRET_ACCESS_KEY --private_key signing_key credentials --bearer
+    --openai-key OPENAI_KEY --wandb_key hf-key --hftoken --accesstoken --smtp-pass --pass --cookie --jwt --otp --webhook
+    X-Amz-Signature sig --api-keys
     """,
 )
 NO_SECRETS = re.findall(
@@ -30,6 +32,7 @@ NO_SECRETS = re.findall(
     """
     --tokenizer --max-tokens --num_tokens --token-budget --pad_token eos_token --mask-token key --sort-key --lr --author
     --monkey -- = --password-file token_path --secret-name --keys --authors -p --compass --passes --tokens_per_batch
+    --forward-pass num_pass --bypass --signal --sigma --hub_id --s3-bucket --groupby-key --primary_key --webhook-type
     """,
 )
 
@@ -58,6 +61,22 @@ def test_which_names_are_those_of_secrets() -> None:
         (["t.py", "password: p"], ["t.py", "password: ***"]),
         (["t.py", """{'password': 'two "words"', "b": 1}"""], ["t.py", """{'password': '***', "b": 1}"""]),
         (["t.py", r'{"a": {"token": "p\"q?r"}, "b": "c"}'], ["t.py", '{"a": {"token": "***"}, "b": "c"}']),
+        (["t.py", "-H", "Authorization: Bearer p", "x"], ["t.py", "-H", "Authorization: ***", "x"]),
+        (["t.py", "{h: 'x', Authorization: Basic p, lr: 1}"], ["t.py", "{h: 'x', Authorization: ***, lr: 1}"]),
+        (["t.py", "postgres://u:p@ss@host/db"], ["t.py", "postgres://***@host/db"]),
+        (["t.py", "--api-keys", "p", "q", "--lr", "1"], ["t.py", "--api-keys", "***", "***", "--lr", "1"]),
+        (["t.py", "--password", "-p1", "--lr", "1"], ["t.py", "--password", "***", "--lr", "1"]),
+        (["t.py", "--token", "-v"], None),
+        (["t.py", "--password: p"], ["t.py", "--password: ***"]),
+        (["t.py", '{"password": ["p"], "x": 1}'], ["t.py", '{"password": ***, "x": 1}']),
+        (
+            ["t.py", "https://h/c?sv=1&sig=p%3D&X-Amz-Signature=p"],
+            ["t.py", "https://h/c?sv=1&sig=***&X-Amz-Signature=***"],
+        ),
+        (["t.py", "https://hooks.slack.com/services/T0/B0/p"], ["t.py", "https://hooks.slack.com/***"]),
+        (["t.py", "--x", "hf_" + "p" * 34, "x=ghp_" + "p" * 36], ["t.py", "--x", "***", "x=***"]),
+        (["t.py", "AKIA" + "P" * 16, "sk-proj-" + "p" * 40], ["t.py", "***", "***"]),
+        (["t.py", "eyJhbGciOiJI.eyJzdWIiOiIx.pppp", "hf_small", "sk-learn"], ["t.py", "***", "hf_small", "sk-learn"]),
         (["t.py", "s3://bucket/a@b"], None),
         (["t.py", "--tokenizer", "gpt2", "--note", "user@host: a=b"], None),
         (["t.py", "--password"], None),
@@ -71,7 +90,21 @@ def test_what_is_kept_of_arguments(words: list[str], kept: list[str] | None) -> 
 
 
 def test_a_long_argument_takes_no_longer_than_its_length() -> None:
-    for part in ("x", "a=", "a.", '"', "token: ", "://@", 'token="', "token='x"):
+    for part in (
+        "x",
+        "a=",
+        "a.",
+        '"',
+        "token: ",
+        "://@",
+        'token="',
+        "token='x",
+        "eyJ-",
+        "hf_",
+        "token=[",
+        "a-",
+        "://x",
+    ):
         masked(["t.py", part * 100_000], "secrets")  # quadratic, it would outlast the test's limit
 
 

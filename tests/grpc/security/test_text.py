@@ -30,6 +30,7 @@ from distui.launcher.report.replay import Replay
 from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 from distui.tui.client import MonitorClient
+from distui.tui.monitor.app import DashboardApp
 from distui.tui.monitor.model import RunModel
 from distui.tui.widgets.log import clean
 from tests.grpc.security.hostile import ESCAPE, plant
@@ -136,6 +137,17 @@ def test_what_commands_print(hostile: RunFolder, tmp_path: Path, capsys: pytest.
     for form in ("html", "svg"):
         assert cli.run(["report", hostile.run_id, "-o", str(tmp_path / f"page.{form}")]) == EXIT_OK
         shown.append((tmp_path / f"page.{form}").read_text())
+    for command in (
+        ["runs"],
+        ["runs", "--json"],
+        ["logs", hostile.run_id],
+        ["why", hostile.run_id],
+        ["compare", hostile.run_id],
+    ):
+        assert cli.run([*command, *[hostile.run_id] * (command[0] == "compare")]) in (EXIT_OK, EXIT_USER), command
+        told = capsys.readouterr()
+        assert (told.out or told.err) and "Traceback" not in told.err, command
+        shown += [told.out, told.err]
     assert cli.run(["report", hostile.run_id, "--format", "csv", "-o", str(tmp_path / "csv")]) == EXIT_OK
     tables = list((tmp_path / "csv").iterdir())
     assert {"events.csv", "collectives.csv", "metrics.csv"} <= {path.name for path in tables}
@@ -156,6 +168,19 @@ async def test_what_the_dashboard_gets(hostile: RunFolder, node: Node) -> None:
     assert any("owned" not in text and "mred" in text for text in _texts(live))
     log = read_log(hostile, pb.ReadLogRequest(rank=0)).data.decode()
     assert "\x1b" in log and not ACTS.search(clean(log.rstrip("\n")))
+
+
+async def test_what_the_dashboard_shows(hostile: RunFolder) -> None:
+    """Markup in a name, a verdict or a path is text there like any other: it neither colours, nor acts, nor fails."""
+    app = DashboardApp(hostile.run_id, recording=Replay(hostile))
+    async with app.run_test(size=(160, 50)) as pilot:
+        while app.model.snapshot is None:
+            await pilot.pause(0.01)
+        for key in ("1", "2", "3", "4", "5", "6", "7", "8", "9", "enter", "escape", "question_mark", "escape"):
+            await pilot.press(key)
+            shown = app.export_screenshot()
+            assert not ACTS.search(shown), key
+    assert app.return_code in (None, 0)
 
 
 def test_what_prometheus_gets(hostile: RunFolder, node: Node) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 
@@ -63,7 +64,9 @@ class StandIn:
 
     async def __aexit__(self, *exception: object) -> None:
         self._server.close()
-        await asyncio.gather(*self._served)
+        for served in self._served:
+            with contextlib.suppress(ConnectionResetError):  # who asked has heard enough
+                await served
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._served.append(asyncio.create_task(self._serve(reader, writer)))
@@ -100,6 +103,17 @@ async def test_who_is_not_ras_or_says_nothing_is_an_error() -> None:
         other.greeting = "HTTP/1.1 400"
         with pytest.raises(ConnectionError, match="it is not NCCL's RAS"):
             await nccl_ras.ask("127.0.0.1", other.port)
+
+
+async def test_a_line_without_an_end_and_an_address_that_is_none_are_errors() -> None:
+    """Any user of the node may listen where RAS does."""
+    async with StandIn() as other:
+        other.greeting = "x" * (1 << 20)
+        with pytest.raises(ConnectionError, match="is not NCCL's RAS"):
+            await nccl_ras.ask("127.0.0.1", other.port)
+    for host, port in (("127.0.0.1", 99_999), ("x" * 300, 1)):
+        with pytest.raises(OSError):
+            await nccl_ras.ask(host, port)
 
 
 async def test_a_run_that_stands_still_is_asked_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
