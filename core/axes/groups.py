@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from distui.core.axes.sizes import AXES, FOLDED, GROUPS, AxisSizes
+from distui.core.axes.sizes import AXES, KINDS, AxisSizes
 
 _lists: weakref.WeakKeyDictionary[dist.ProcessGroup, Sequence[list[int]]] = weakref.WeakKeyDictionary()
 """The ranks of all groups that were made together with one."""
 
 
 class Axes:
-    """This rank among the axes: `axes["tp"]` is its group of a kind (see `sizes.GROUPS`), None where it is alone."""
+    """This rank among the axes: `axes["tp"]` is its group of a kind (see `sizes.KINDS`), None where it is alone."""
 
     def __init__(self, sizes: AxisSizes) -> None:
         """Make the groups. Collective: all ranks of the world, with the same sizes."""
@@ -28,7 +28,7 @@ class Axes:
         self._groups: dict[str, dist.ProcessGroup | None] = {}
         self._meshes: dict[str, DeviceMesh] = {}
         made: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None] = {}
-        for kind in (*GROUPS, *FOLDED):
+        for kind in KINDS:
             groups = sizes.groups(kind)
             # Where an axis has one rank, kinds have the same groups. But tokens travel to experts in the midst of a
             # backward, beside sums and gathers that have an order of their own.
@@ -57,6 +57,12 @@ class Axes:
     def peers(self, kind: str) -> list[int]:
         """Return the ranks of this rank's group of `kind`, in order."""
         return self.sizes.of_kind(self.rank, kind)
+
+    @property
+    def shares(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None:
+        """The ranks that share states with this one, and its copies; None where one copy is all there is."""
+        copies = self["replica"]
+        return None if copies is None else (self["shard"], copies)
 
     @functools.cached_property
     def alone(self) -> dist.ProcessGroup:

@@ -1,4 +1,8 @@
-"""How the world is laid out: world = pp x dp x cp x tp, tp innermost; ep is folded into dp x cp. Torch-free."""
+"""How the world is laid out: world = pp x dp x cp x tp, tp innermost; ep is folded into dp x cp. Torch-free.
+
+dp x cp ranks average their gradients. They share states (ZeRO) all together, or in groups of neighbours, each of which
+holds one copy: then ranks at the same place in these are replicas of each other.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "cp": ("cp",),
     "pp": ("pp",),
     "data": ("dp",),
-    "shard": ("dp", "cp"),
+    "average": ("dp", "cp"),
     "model": ("pp", "cp", "tp"),
 }
-"""What each kind of group spans: `data` has different batches, `shard` shares states (ZeRO), `model` one batch."""
-FOLDED = ("ep", "expert_shard")
-"""Kinds that divide a shard group: neighbours have different experts, ranks that are ep apart the same ones."""
+"""What each kind of group spans: `data` has different batches, `average` averages gradients, `model` shares a batch."""
+FOLDED = ("shard", "replica", "ep", "expert_shard")
+"""Kinds that divide an averaging group: `shard` shares states, `replica` are copies of one share. Neighbours in a shard
+group, `ep`, have different experts, and ranks of it that are ep apart, `expert_shard`, the same ones."""
+KINDS = ("tp", "cp", "pp", "data", "shard", "average", "model", "replica", "ep", "expert_shard")
+"""All of them, in the order in which they are made."""
 
 
 class Strategy(Protocol):
@@ -30,17 +37,20 @@ class Strategy(Protocol):
     pipeline_parallel: int
     context_parallel: int
     expert_parallel: int
+    shard_size: int
 
 
 @dataclass(frozen=True, slots=True)
 class AxisSizes:
-    """The sizes of the axes; the product of all but ep is the number of ranks, and ep divides dp x cp."""
+    """The sizes of the axes: pp x dp x cp x tp is the number of ranks; replicas divide dp, and ep a shard group."""
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     tp: int = 1
     ep: int = 1
+    replicas: int = 1
+    """Copies of the states among the ranks that average their gradients."""
 
     @classmethod
     def of(cls, strategy: Strategy, world_size: int) -> AxisSizes:
@@ -54,7 +64,10 @@ class AxisSizes:
         dp, ep = world_size // (pp * cp * tp), strategy.expert_parallel
         if dp * cp % ep:
             raise ValueError(f"ep = {ep} does not divide dp x cp = {dp} x {cp}")
-        return cls(pp, dp, cp, tp, ep)
+        size = strategy.shard_size or dp
+        if dp % size or size * cp % ep:
+            raise ValueError(f"shard_size = {size} does not divide dp = {dp}, or ep = {ep} not {size} x cp = {cp}")
+        return cls(pp, dp, cp, tp, ep, dp // size)
 
     @property
     def world(self) -> int:
@@ -65,6 +78,11 @@ class AxisSizes:
     def has_model_axes(self) -> bool:
         """Whether several ranks share one batch; else every rank is data-parallel."""
         return self.pp * self.cp * self.tp > 1
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that share one copy of the states."""
+        return self.dp * self.cp // self.replicas
 
     def size(self, axes: Iterable[str]) -> int:
         """Return the product of some axes' sizes."""
@@ -94,8 +112,13 @@ class AxisSizes:
         """Return the ranks of the group of `kind` that `rank` is in, in order."""
         if kind not in FOLDED:
             return self.peers(rank, GROUPS[kind])
-        sharing = self.of_kind(rank, "shard")
-        at = sharing.index(rank)
+        of_all = self.of_kind(rank, "average")
+        at, size = of_all.index(rank), self.sharing
+        if kind == "replica":
+            return of_all[at % size :: size]
+        sharing, at = of_all[at - at % size :][:size], at % size
+        if kind == "shard":
+            return sharing
         return sharing[at % self.ep :: self.ep] if kind == "expert_shard" else sharing[at - at % self.ep :][: self.ep]
 
     def groups(self, kind: str) -> list[list[int]]:

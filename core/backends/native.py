@@ -18,9 +18,9 @@ from distui.core.config.check import (
     offload_problems,
     pipeline_problems,
     tensor_problems,
-    unavailable,
 )
 from distui.core.config.schema import Config
+from distui.core.config.shards import shard_problems
 from distui.core.errors import ConfigError, UserError
 from distui.core.ranks.precision import DTYPES, apply_border_casts
 from distui.core.sharding.cuts import refuse_cut
@@ -56,7 +56,7 @@ class NativeBackend(NativeBeside, Backend):
         start, self.start = self.start, None
         if id(model) not in self._models:
             # A script that runs without `distui launch` has not been checked.
-            problems = [*unavailable(self.config), *offload_problems(self.config), *tensor_problems(self.config)]
+            problems = [*shard_problems(self.config), *offload_problems(self.config), *tensor_problems(self.config)]
             problems += [*pipeline_problems(self.config), *expert_problems(self.config)]
             if problems:
                 raise ConfigError(problems)
@@ -88,6 +88,7 @@ class NativeBackend(NativeBeside, Backend):
                 model,
                 stage=strategy.zero_stage,
                 group=self.group,
+                shares=None if self.axes is None else self.axes.shares,
                 compute_dtype=None if precision.dtype == "fp32" else DTYPES[precision.dtype],
                 reduce_in_fp32=precision.reduce_dtype == "fp32",
                 offload=Offload(home.optimizer, home.params, home.nvme_path),

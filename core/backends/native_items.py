@@ -27,6 +27,9 @@ def _held(unit: Unit, index: int, base: int, end: int, part: Part | None) -> tup
         rank, count = part
         base = max(base, unit.layout.padded_numel * rank // count)
         end = min(end, unit.layout.padded_numel * (rank + 1) // count)
+    elif part is not None:  # each of the copies of a shard gives a part of it
+        copy, copies, numel = unit.placement.replica, unit.placement.num_replicas, end - base
+        base, end = base + numel * copy // copies, base + numel * (copy + 1) // copies
     low = min(max(base - span.offset, 0), span.numel)
     return low, min(max(end - span.offset, low), span.numel)
 
@@ -56,7 +59,7 @@ def _range(
 
 def _own_part(placement: Placement, part: Part | None, cuts: Cuts | None) -> Part | None:
     """Return which part of what every rank of the shard group holds this one gives: they are not the whole world."""
-    return part if part is None or cuts is None else (placement.rank, placement.num_ranks)
+    return part if part is None or cuts is None else placement.part
 
 
 def model_items(sharded: ShardedModel, part: Part | None) -> dict[str, torch.Tensor]:
@@ -112,7 +115,8 @@ def _state_item(run: FlatRun, index: int, value: torch.Tensor | CellSlice, part:
         value = value.reshape(-1)
     span = run.unit.layout.spans[index]
     if run.is_owned:
-        return _range(value, 0, 0, span.numel, (run.unit, index), part)
+        is_copy = part is not None and run.unit.placement.replica > 0
+        return _range(value, 0, 0, 0 if is_copy else span.numel, (run.unit, index), part)
     base = run.unit.layout.shard(run.unit.rank)[0] + run.start
     low, high = _held(run.unit, index, base, base + run.end - run.start, part)
     at = span.offset + low - base

@@ -92,6 +92,7 @@ def axes_problems(config: Config) -> Iterator[Problem]:
     if config.strategy.backend != "native":
         axes = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel")
         yield from _without(config, [("strategy", axis, getattr(config.strategy, axis), 1) for axis in axes])
+        yield from _without(config, [("strategy", "shard_size", config.strategy.shard_size, 0)])
 
 
 def _only_native(config: Config) -> Iterator[Problem]:

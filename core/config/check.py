@@ -15,6 +15,7 @@ from distui.core.config.backends import check_backend
 from distui.core.config.batch import solve_batch
 from distui.core.config.elastic import elastic_problems
 from distui.core.config.schema import Config
+from distui.core.config.shards import divisors, group_problems, shard_problems
 from distui.core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
     """
     if world_size is None and isinstance(config.cluster.nproc, int):
         world_size = config.cluster.world_size()
-    problems = [*unavailable(config), *check_backend(config), *_cluster(config), *_folders(config)]
+    problems = [*shard_problems(config), *check_backend(config), *_cluster(config), *_folders(config)]
     problems += [*offload_problems(config), *_states(config), *_compression(config), *_notify(config)]
     problems += [*tensor_problems(config), *pipeline_problems(config), *expert_problems(config)]
     if hardware is not None:
@@ -51,14 +52,6 @@ def _not_available(path: str, value: object, now: str) -> Problem:
         "it is part of the settings so that files stay valid, but no code stands behind it yet",
         f"set {path} to {now}",
     )
-
-
-def unavailable(config: Config) -> Iterator[Problem]:
-    """Yield what the schema knows and this version does not do."""
-    if size := config.strategy.shard_size:
-        yield _not_available(
-            "strategy.shard_size", f"shard_size={size}", "0, which shards over all data-parallel ranks"
-        )
 
 
 def _notify(config: Config) -> Iterator[Problem]:
@@ -321,17 +314,22 @@ def rank_problems(config: Config, world_size: int) -> Iterator[Problem]:
             f"the parallel axes do not divide the {world_size} ranks",
             f"tensor x pipeline x context = {' x '.join(map(str, sizes))} = {model_ranks}; "
             f"{world_size} = {world_size // model_ranks} x {model_ranks} + {world_size % model_ranks}",
-            f"start {ranks} ranks, or choose axes whose product divides {world_size}: {_divisors(world_size)}",
+            f"start {ranks} ranks, or choose axes whose product divides {world_size}: {divisors(world_size)}",
         )
         return
-    experts, sharing = config.strategy.expert_parallel, world_size // model_ranks * config.strategy.context_parallel
+    data, shared = world_size // model_ranks, config.strategy.shard_size
+    if problems := list(group_problems(shared, data)):
+        yield from problems
+        return
+    experts, sharing = config.strategy.expert_parallel, (shared or data) * config.strategy.context_parallel
     if sharing % experts:
         yield Problem(
             "strategy.expert_parallel",
-            f"expert_parallel={experts} does not divide the {sharing} data-parallel ranks",
+            f"expert_parallel={experts} does not divide the {sharing} data-parallel ranks"
+            f"{' of a shard group' if shared else ''}",
             f"they share the experts among them, {experts} at a time; {sharing} = {sharing // experts} x {experts} + "
             f"{sharing % experts}",
-            f"set strategy.expert_parallel to one of {_divisors(sharing)}",
+            f"set strategy.expert_parallel to one of {divisors(sharing)}",
         )
     try:
         accumulation = solve_batch(config.batch, world_size // model_ranks).accumulation or 1
@@ -358,10 +356,6 @@ def rank_problems(config: Config, world_size: int) -> Iterator[Problem]:
             f"set batch.accumulation to {stages} or more; {4 * stages} leave {(stages - 1) / (5 * stages - 1):.0%} of "
             f"the time unused, {stages} {(stages - 1) / (2 * stages - 1):.0%}",
         )
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
 
 
 def _devices(config: Config, hardware: Hardware) -> Iterator[Problem]:

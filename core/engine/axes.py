@@ -43,7 +43,7 @@ def join_axes(process: ProcessState, config: Config) -> Axes | None:
     """
     strategy = config.strategy
     model_ranks = strategy.tensor_parallel * strategy.pipeline_parallel * strategy.context_parallel
-    if model_ranks * strategy.expert_parallel == 1:
+    if model_ranks * strategy.expert_parallel == 1 and strategy.shard_size in (0, process.num_processes):
         return None
     if problems := [*axes_problems(config), *rank_problems(config, process.num_processes)]:
         raise ConfigError(problems)

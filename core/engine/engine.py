@@ -69,7 +69,7 @@ class Engine(States, ProcessState):
         group = torch.distributed.group.WORLD if self.num_processes > 1 else None
         self.telemetry = job_telemetry(self.process_index, self.local_process_index, self.num_processes)
         self.telemetry.total_steps, self._num_epochs = total_steps, num_epochs
-        self.backend: Backend = backend_of(self, group if axes is None else axes["shard"], axes)
+        self.backend: Backend = backend_of(self, group if axes is None else axes["average"], axes)
         flops = FlopMeter(
             self.telemetry,
             dtype=self.config.precision.dtype,

@@ -50,7 +50,7 @@ def _candidates(
     model = request.model
     for words, changed in _changes(strategy, kind):
         yield words, changed, model
-    if strategy.zero_stage > 0:
+    if strategy.zero_stage > 0 and not strategy.shard_size:  # more copies leave each as large
         data_parallel = _least_data_parallel(strategy, fits)
         if data_parallel is not None:
             wider = replace(strategy, data_parallel=data_parallel)
@@ -74,6 +74,8 @@ def _changes(strategy: Strategy, kind: str) -> Iterator[tuple[str, Strategy]]:
             "full",
         ):
             yield f"{mode} activation checkpointing", replace(strategy, activation_checkpointing=mode)
+    if strategy.shard_size:
+        yield f"states shared by all {strategy.data_parallel} data-parallel ranks", replace(strategy, shard_size=0)
     if strategy.num_shards > 1 and strategy.pipeline_parallel == 1:
         if strategy.backend == "ddp":
             return

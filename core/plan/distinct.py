@@ -14,7 +14,8 @@ def complexity(plan: Plan) -> int:
     """Return how many things beyond plain data parallelism a plan asks for."""
     axes = (plan.tensor_parallel, plan.pipeline_parallel, plan.context_parallel, plan.expert_parallel)
     homes = plan.offload_homes.values()
-    return sum(size > 1 for size in axes) + sum(home != "none" for home in homes) + (plan.compression != "none")
+    beside = (plan.compression != "none") + (plan.shard_size > 0)
+    return sum(size > 1 for size in axes) + sum(home != "none" for home in homes) + beside
 
 
 def beats(better: Plan, plan: Plan) -> bool:

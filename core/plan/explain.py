@@ -48,6 +48,7 @@ def explain(
         expert_parallel=plan.expert_parallel,
         compression=plan.compression,
         backend=plan.backend,
+        shard_size=plan.shard_size,
     )
     rates = rates_of(hardware, plan.precision, ranks)
     memory = footprint(model, strategy, rates.device_kind, rates.baseline_bytes)
@@ -184,6 +185,8 @@ def _time(timing: Timing, strategy: Strategy) -> list[Term]:
         2: "reduce-scatter gP(N-1)/N under each backward, all-gather cP(N-1)/N under the next forward",
         3: "all-gather cP(N-1)/N under each forward and backward, reduce-scatter gP(N-1)/N under each backward",
     }[strategy.zero_stage]
+    if strategy.num_replicas > 1:
+        volume += f"; all-reduce of gP/N over {strategy.num_replicas} copies, 2 x gP/N(R-1)/R, under the last backward"
     peak = "FLOPs / (peak x share)"
     rows = [
         ("forward", timing.forward_s, f"(2 P + 4 l h s) tokens, {peak}", "PaLM, arXiv 2204.02311, appendix B"),

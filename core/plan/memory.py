@@ -58,6 +58,8 @@ class Strategy:
     backend: str = "native"
     pipeline_schedule: str = "1f1b"
     pipeline_chunks: int = 2
+    shard_size: int = 0
+    """Data-parallel ranks that hold one copy of the states; 0 is all of them."""
 
     @property
     def world_size(self) -> int:
@@ -66,8 +68,13 @@ class Strategy:
 
     @property
     def num_shards(self) -> int:
-        """Ranks that would hold the same states: they average gradients, and states are sharded over them."""
-        return self.data_parallel * self.context_parallel
+        """Ranks that share one copy of the states: all that average gradients, or a group of them."""
+        return (self.shard_size or self.data_parallel) * self.context_parallel
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies of the states among the ranks that average gradients."""
+        return self.data_parallel // self.shard_size if self.shard_size else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ def is_available(strategy: Strategy) -> bool:
         min(strategy.pipeline_parallel, 2),
         min(strategy.context_parallel, 2),
         min(strategy.expert_parallel, 2),
+        2 * (strategy.shard_size > 0),
     )
 
 
@@ -41,6 +42,7 @@ def _can_launch(
     pipeline: int,
     context: int,
     expert: int,
+    shard_size: int,
 ) -> bool:
     config = Config.model_validate(
         {
@@ -51,6 +53,7 @@ def _can_launch(
                 "pipeline_parallel": pipeline,
                 "context_parallel": context,
                 "expert_parallel": expert,
+                "shard_size": shard_size,
             },
             "precision": {"dtype": dtype},
             "offload": {"optimizer": optimizer_home, "params": params_home},
@@ -103,6 +106,8 @@ def strategy_name(strategy: Strategy) -> str:
     words = [alone if strategy.zero_stage == 0 else f"ZeRO-{strategy.zero_stage}"]
     if strategy.backend != "native":
         words = [f"backend {strategy.backend}"] + (words if strategy.backend != "ddp" else [])
+    if strategy.shard_size:
+        words.append(f"groups of {strategy.num_shards}")
     if strategy.compression != "none":
         words.append(f"{strategy.compression} gradients")
     if strategy.tensor_parallel > 1:
@@ -147,8 +152,21 @@ def why(
         parts.append(
             f"needs {_gib(memory.host * request.ranks_per_node)} GiB host memory a node, whose size is not known"
         )
+    if strategy.shard_size:
+        parts.append(_of_groups(request, strategy))
     if timing is not None and timing.missing:
         parts.append(f"tokens/s n/a: {', '.join(timing.missing)}")
     if not available:
         parts.append("not available in this version of distui")
     return "; ".join(parts)
+
+
+def _of_groups(request: Request, strategy: Strategy) -> str:
+    """Return what it brings that groups of ranks hold a copy of the states each."""
+    ranks, copies = strategy.num_shards, strategy.num_replicas
+    nodes = -(-ranks * strategy.tensor_parallel // request.ranks_per_node)
+    where = "a node" if nodes == 1 else f"{nodes} nodes"
+    return (
+        f"each of {copies} groups of {ranks} ranks in {where} holds a copy of the states: weights are gathered "
+        f"there, and of the gradients only 1/{ranks} goes to the other copies"
+    )

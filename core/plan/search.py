@@ -151,7 +151,7 @@ def strategies(request: Request) -> Iterator[Strategy]:
                 plain = at_home and tensor * pipeline * context * expert == 1
                 if not _goes_together(request, stage, backend, compression, data * context, plain):
                     continue
-                yield Strategy(
+                strategy = Strategy(
                     zero_stage=stage,
                     optimizer_home=optimizer_home,
                     params_home=params_home,
@@ -169,6 +169,22 @@ def strategies(request: Request) -> Iterator[Strategy]:
                     compression=compression,
                     backend=backend,
                 )
+                yield strategy
+                if size := _group_in_a_node(request, strategy):
+                    yield replace(strategy, shard_size=size)
+
+
+def _group_in_a_node(request: Request, strategy: Strategy) -> int:
+    """Return how many data-parallel ranks of a node could share a copy of the states; 0 where there is no such group.
+
+    What the network between nodes then carries is a share of the gradients alone.
+    """
+    data, experts = strategy.data_parallel, strategy.expert_parallel
+    size = request.ranks_per_node // (strategy.tensor_parallel * strategy.context_parallel)
+    shares = strategy.backend == "native" and strategy.zero_stage >= 1 and size * strategy.context_parallel > 1
+    if not shares or not 0 < size < data or data % size or size * strategy.context_parallel % experts:
+        return 0
+    return size
 
 
 def _goes_together(request: Request, stage: int, backend: str, compression: str, num_shards: int, plain: bool) -> bool:
@@ -341,6 +357,7 @@ def make_plan(request: Request, strategy: Strategy, memory: Footprint, timing: T
         context_parallel=strategy.context_parallel,
         expert_parallel=strategy.expert_parallel,
         compression=strategy.compression,
+        shard_size=strategy.shard_size,
         smallest_change=change,
     )
 

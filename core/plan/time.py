@@ -122,6 +122,7 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
             reduce_s = _seconds(rates, N * tensor, "reduce_scatter", share * wire, units, alpha, beta)
             gather_s = _seconds(rates, N * tensor, "all_gather", share * parameter_bytes, units, alpha, beta)
             both_s = _seconds(rates, N * tensor, "all_reduce", share * wire, units, 2 * alpha, beta / 2)
+            copies_s = _between_copies(strategy, rates, wire, units, missing)
             root = R / P
             first_backward_s = backward_s + recompute_s
             # (communication, work beside it, how often, the share that nothing can hide)
@@ -131,6 +132,8 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
                 2: [(reduce_s, first_backward_s, m, root / 2), (gather_s, forward_s, 1, root / 2)],
                 3: [(gather_s, forward_s, m, root / m), (reduce_s + gather_s, first_backward_s, m, root / 4)],
             }[stage]
+            if copies_s:
+                passes.append((copies_s, first_backward_s, 1, root / 2))
             for communication, work, times, open_share in passes:
                 exposed, hidden = _overlap(communication * (1 - open_share), work, rates.device_kind)
                 exposed_s += times * (exposed + communication * open_share)
@@ -213,6 +216,22 @@ def _seconds(rates: Rates, span: int, op: str, volume: float, units: int, alpha:
     pair = rates.measured.collectives.get(op) if rates.measured and span <= rates.ranks_per_node else None
     alpha, beta = pair or (alpha, beta)
     return units * alpha + volume / beta
+
+
+def _between_copies(strategy: Strategy, rates: Rates, wire: float, units: int, missing: list[str]) -> float:
+    """Return seconds of summing each rank's share of the gradients over the copies of the states.
+
+    An all-reduce of 1/N of a gradient over R ranks, N x TP apart. Source: MiCS, arXiv 2205.00119, section 3.4.
+    """
+    copies, span = strategy.num_replicas, strategy.num_shards * strategy.tensor_parallel
+    if copies == 1:
+        return 0.0
+    beta, alpha = link(rates, copies, span)
+    if beta is None:
+        missing.append(missing_link(rates, copies * span > rates.ranks_per_node))
+        return 0.0
+    volume = (copies - 1) / copies * wire / strategy.num_shards
+    return _seconds(rates, copies * span, "all_reduce", volume, units, 2 * alpha, beta / 2)
 
 
 def _context(

@@ -131,6 +131,8 @@ class Plan:
     reduce_dtype: str = "fp32"
     optimizer: str = "adamw"
     compression: str = "none"
+    shard_size: int = 0
+    """Data-parallel ranks that hold one copy of the states; 0 is all of them."""
     terms: tuple[Term, ...] = field(default=())
     """Filled by `explain`, and for the plans that `plan_all` returns on request."""
     smallest_change: str = ""
@@ -167,6 +169,7 @@ class Plan:
                 "pipeline_parallel": self.pipeline_parallel,
                 "context_parallel": self.context_parallel,
                 "expert_parallel": self.expert_parallel,
+                "shard_size": self.shard_size,
             },
             "precision": {"dtype": self.precision, "reduce_dtype": self.reduce_dtype},
             "offload": dict(self.offload_homes),

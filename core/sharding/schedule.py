@@ -174,8 +174,8 @@ class Schedule(ShownGradients):
                     f"a second backward without engine.backward(loss) added to the reduced gradient of "
                     f"{unit.param_names[index]}; call engine.backward(loss) instead of loss.backward()"
                 )
-            if self._waits_by_agreement and unit.grad_full is None:
-                self._make_room()
+            if self._waits_by_agreement:
+                self._make_room(unit)
             complete = unit.accept(index, grad)
             if complete and (self.sync or self.reduces_each_backward):
                 unit.gradients.do("complete")
@@ -190,7 +190,7 @@ class Schedule(ShownGradients):
             unit = self.order[self._next]
             if unit.gradients.state is not GradState.READY:
                 return
-            unit.reduce()
+            unit.reduce(self.sync)
             self._next += 1
             if self._next >= 2 and self.stage >= 1 and not self._waits_by_agreement:
                 # Two gradients in flight: the one that fills and the one that travels.
@@ -206,11 +206,11 @@ class Schedule(ShownGradients):
         """Stage 3: a rank that waited for a sum here might keep others waiting for parameters, who lack its part."""
         return self.residence is not None and self._agreement is not None
 
-    def _make_room(self) -> None:
+    def _make_room(self, unit: Unit) -> None:
         """Stage 3: before a third gradient buffer is taken, free one that travels, if all ranks have begun its sum."""
-        assert self.residence is not None
-        if sum(unit.gradients.state is GradState.REDUCING for unit in self.order) >= 2:
-            self.residence.meet()
+        travelling = [other for other in self.order if other.gradients.state is GradState.REDUCING]
+        if unit in travelling or (unit.grad_full is None and len(travelling) >= 2):
+            self.residence.meet()  # type: ignore[union-attr]
 
     def _which_were_sent(self) -> list[bool]:
         """Stage 3: of each unit, whether this rank has begun its gradients' sum."""
@@ -262,7 +262,7 @@ class Schedule(ShownGradients):
             unit.finish_reduce()
             unit.reopen()
             unit.complete()
-            unit.reduce()
+            unit.reduce(self.sync)
         for unit in self.order:
             if self.reduces_each_backward:
                 unit.finish_reduce()
@@ -310,7 +310,7 @@ class Schedule(ShownGradients):
         if self._keeps_local and self.sync:
             self.reduce_kept()
         for unit in self.order:
-            unit.finish_reduce()
+            unit.finish_gradient()
         if self._owes_zeros:
             self._step_zeros()
         if self._shown:

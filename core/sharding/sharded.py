@@ -24,6 +24,7 @@ from distui.core.sharding.schedule import Schedule
 from distui.core.sharding.start.start import Start
 from distui.core.sharding.transport.agreement import Agreement, Place
 from distui.core.sharding.transport.compression import Compression, make_transport, start_onebit
+from distui.core.sharding.transport.replicas import Replicas
 from distui.core.sharding.transport.transport import Transport
 from distui.core.sharding.units.partition import UnitSpec, partition, split_by_kind
 from distui.core.sharding.units.placement import Placement
@@ -41,6 +42,7 @@ class ShardedModel(WholeStates):
         *,
         stage: int,
         group: dist.ProcessGroup | None,
+        shares: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None,
         compute_dtype: torch.dtype | None = None,
         reduce_in_fp32: bool = True,
         offload: Offload | None = None,
@@ -52,6 +54,7 @@ class ShardedModel(WholeStates):
     ) -> None:
         """Prepare `model` in place, a unit at a time. Collective: all ranks of `group` (None: one rank).
 
+        `shares` are those of `group` that share one copy of the states, and the copies of this rank; None: all share.
         `start` says where its numbers come from, and which device they go to; without it rank 0's own, where they are.
         `optimizer_of` says which of several optimizers steps a parameter, by its identity; `cuts` which parameters are
         pieces of whole ones that ranks outside of `group` have the rest of.
@@ -59,15 +62,16 @@ class ShardedModel(WholeStates):
         Raises: UserError, on all ranks, where a home has no room or cannot be written.
         """
         start = Start(model, group) if start is None else start
-        num_ranks = dist.get_world_size(group) if group is not None else 1
+        sharing, copies = (group, None) if shares is None else shares
+        num_ranks, rank = _place_in(sharing)
+        num_replicas, replica = _place_in(copies)
         refuse_parameters(model, num_ranks, stage)
-        rank = dist.get_rank(group) if group is not None else 0
         self.model, self.cuts = model, cuts
         self.compression = compression
         self.pool = BufferPool(aligned=offload is not None and offload.active)
         self.transport: Transport | None = None
         self.gathers: Transport | None = None
-        self._group = group if num_ranks > 1 else None
+        self._group = group if num_ranks * num_replicas > 1 else None
         self.homes: Homes | None = None
         if offload is not None and offload.active:
             device = start.device_for(model.parameters())
@@ -82,19 +86,27 @@ class ShardedModel(WholeStates):
             reduce_in_fp32,
             moves_gradients=self.homes is not None and self.homes.gradients is not None,
             moves_parameters=self.homes is not None and self.homes.params is not None,
+            replica=replica,
+            num_replicas=num_replicas,
         )
         device = start.device_for(model.parameters())
-        if group is not None and num_ranks > 1:
-            self.transport, self.gathers = self._talk_over(group, "data_parallel", device)
+        if sharing is not None and num_ranks > 1:
+            self.transport, self.gathers = self._talk_over(sharing, "data_parallel", device)
+        self._across = make_transport(copies, "replicas", self.pool, compression) if copies is not None else None
+        self.replicas: Replicas | None = None
+        if self.transport is not None and self._across is not None:
+            self.replicas = Replicas(self._across)
         experts = cuts is not None and cuts.are_experts
-        self._of_experts = self._share_of_experts(device) if experts else (self.placement, self.transport, self.gathers)
+        self._of_experts = self.placement, self.transport, self.gathers
+        if experts:
+            self._of_experts = self._share_of_experts(device, copies)
         """How the states of experts that are cut over the ranks are shared, and over what."""
         self.frozen: list[tuple[str, nn.Parameter]] = []
         """Stages 0 to 2: parameters that are in no unit, because they were frozen when the model was prepared."""
         groups = self._build_units(start, optimizer_of)
         agreement = None
-        if group is not None and num_ranks > 1:
-            agreement = Agreement(group, "data_parallel_agreement", self.pool)
+        if self._group is not None:
+            agreement = Agreement(self._group, "data_parallel_agreement", self.pool)
         # Whole units' momenta travel under onebit, so what has no gradient counts as zero.
         zero_missing = zero_missing or (compression is not None and compression.gradients == "onebit")
         self.schedule = Schedule(model, groups, self.placement.effective_stage, agreement, zero_missing)
@@ -117,12 +129,18 @@ class ShardedModel(WholeStates):
         second = beside(group)
         return transport, make_transport(second, f"{name}_gather", self.pool, self.compression, gradients=False)
 
-    def _share_of_experts(self, device: torch.device) -> tuple[Placement, Transport | None, Transport | None]:
+    def _share_of_experts(
+        self, device: torch.device, copies: dist.ProcessGroup | None
+    ) -> tuple[Placement, Transport | None, Transport | None]:
         assert self.cuts is not None
         group = self.cuts.copies
-        rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        num_ranks, rank = _place_in(group)
         # Their gradients are of all ranks' losses, whoever holds them.
-        placement = replace(self.placement, rank=rank, num_ranks=num_ranks, num_averaged=self.placement.num_ranks)
+        placement = replace(self.placement, rank=rank, num_ranks=num_ranks, num_of_losses=self.placement.num_averaged)
+        if group is None and copies is not None:  # nobody near by has the same: copies alone do, and sum all of it
+            placement = replace(placement, stage=0, rank=placement.replica, num_ranks=placement.num_replicas)
+            placement = replace(placement, replica=0, num_replicas=1)
+            return placement, make_transport(beside(copies), "experts", self.pool, self.compression), None
         return placement, *((None, None) if group is None else self._talk_over(group, "experts", device))
 
     def _is_expert(self, param: torch.Tensor) -> bool:
@@ -173,6 +191,7 @@ class ShardedModel(WholeStates):
         if is_expert := self._is_expert(params[0][1]):
             placement, transport, gathers = self._of_experts
         unit = Unit(name, params, modules, is_root, placement, self.pool, transport, gathers, self.homes, start)
+        unit.replicas = self.replicas if placement.num_replicas > 1 else None
         unit.cuts = self.cuts if is_expert or self.cuts is None or not self.cuts.are_experts else None
         return unit
 
@@ -300,7 +319,7 @@ class ShardedModel(WholeStates):
     @property
     def transports(self) -> list[Transport]:
         """All that this model's collectives go through."""
-        every = (self.transport, self.gathers, *self._of_experts[1:])
+        every = (self.transport, self.gathers, self._across, *self._of_experts[1:])
         found = {id(transport): transport for transport in every if transport is not None}
         return [inner for transport in found.values() for inner in (transport, *transport.hops)]
 
@@ -349,3 +368,8 @@ class ShardedModel(WholeStates):
             report["buffers"] += self.homes.buffer_bytes + sum(stream.frame_bytes for stream in streams)
             self.homes.account(report)
         return report
+
+
+def _place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Return how many ranks `group` has, and which of them this is; None is one alone."""
+    return (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))

@@ -127,7 +127,7 @@ class WholeStates:
 
         fp32 masters stand for the parameters that have them. With `only_rank_0` the others get an empty dict.
         """
-        keep = not only_rank_0 or self.placement.rank == 0
+        keep = not only_rank_0 or self.placement.part[0] == 0
         whole: dict[int, torch.Tensor] = {}
         self.schedule.take_writes()
         for unit in self.units:

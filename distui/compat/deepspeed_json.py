@@ -77,7 +77,6 @@ _AS_ABSENT: dict[str, tuple[Any, ...]] = {
     "fp16.min_loss_scale": (1,),
     "fp16.loss_scale": (0.0,),
     "zero_optimization.zero_hpz_partition_size": (1,),
-    "zero_optimization.mics_shard_size": (-1,),
     "zero_optimization.offload_optimizer.ratio": (1.0,),
     "tensor_parallel.autotp_size": (0, 1),
     "tensor_parallel.tp.tp_size": (1,),

@@ -262,8 +262,9 @@ def test_sizes_of_axes_are_checked_where_they_are_given(monkeypatch: pytest.Monk
         utils.TorchTensorParallelConfig(enable_async_tp=True)
     with pytest.raises(ValueError, match="sp_seq_length"):
         utils.DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=False)
-    with pytest.raises(NotOffered, match="shards over all data-parallel ranks"):
-        ParallelismConfig(dp_shard_size=2, dp_replicate_size=2).check(4)
+    groups = ParallelismConfig(dp_shard_size=2, dp_replicate_size=2)
+    groups.check(4)
+    assert groups.sections() == {"strategy": {"zero_stage": 3, "shard_size": 2}}
     with pytest.raises(UserError, match=r"total_size \(2\) does not match num_processes \(1\)"):
         Accelerator(parallelism_config=ParallelismConfig(cp_size=2, cp_handler=handler))
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")

@@ -133,7 +133,6 @@ def test_every_field_of_accelerates_plugins() -> None:
         "gradient_allreduce_op": "sum",
         "managed_gradient_accumulation": False,
         "fp16.loss_scale": 128,
-        "zero_optimization.mics_shard_size": 2,
         "tensorboard.enabled": True,
         "torch_autocast.enabled": True,
         "gradient_cliping": 1.0,

@@ -19,6 +19,7 @@ STRATEGY_KEYS = (
     "strategy.pipeline_parallel",
     "strategy.context_parallel",
     "strategy.expert_parallel",
+    "strategy.shard_size",
     "precision.dtype",
     "offload.optimizer",
     "offload.params",

@@ -135,7 +135,8 @@ def _fsdp(carried: Carried, section: Mapping[str, Any], folder: Path) -> None:
                 continue
             stage = _STAGE_OF_SHARDING[word]
             if word.startswith("HYBRID"):
-                carried.note(f"fsdp_config.{key}", "changed", "states are sharded over all ranks, not within each node")
+                why = "states are sharded over all ranks; strategy.shard_size = ranks of a node keeps a copy in each"
+                carried.note(f"fsdp_config.{key}", "changed", why)
         elif name == "reshard_after_forward" or name == "sharding_strategy":
             stage = 3 if truth(value) else 2
         elif name == "activation_checkpointing":
@@ -239,10 +240,15 @@ def _parallelism(carried: Carried, section: Mapping[str, Any], folder: Path) -> 
             if value not in (None, 1):
                 carried.set(f"strategy.{axes[name]}_parallel", value, f"parallelism_config.{key}")
         elif name == "dp_shard_size":
-            carried.note(f"parallelism_config.{key}", "needless", "ranks that no other axis takes are data-parallel")
+            copies = section.get("parallelism_config_dp_replicate_size", section.get("dp_replicate_size"))
+            if value not in (None, 1) and copies not in (None, 1):
+                carried.set("strategy.shard_size", value, f"parallelism_config.{key}")
+            else:
+                why = "ranks that no other axis takes are data-parallel"
+                carried.note(f"parallelism_config.{key}", "needless", why)
         elif name == "dp_replicate_size":
-            if value not in (None, 1):
-                carried.note(f"parallelism_config.{key}", "changed", "states are sharded over all data-parallel ranks")
+            why = "data-parallel ranks that share no states are copies of each other"
+            carried.note(f"parallelism_config.{key}", "needless", why)
         elif name.startswith(("cp_", "sp_")):
             carried.note(f"parallelism_config.{key}", "needless", "the engine chooses how a sequence is shared")
         else:

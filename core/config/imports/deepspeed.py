@@ -127,6 +127,11 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _group_size(carried: Carried, key: str, value: Any, flat: Mapping[str, Any]) -> None:
+    if isinstance(value, int) and value > 1:
+        carried.set("strategy.shard_size", value, key)
+
+
 def _enabled(dtype: str) -> Rule:
     def rule(carried: Carried, key: str, value: Any, flat: Mapping[str, Any]) -> None:
         flag = truth(value)
@@ -245,6 +250,7 @@ _CARRIED: dict[str, Rule] = {
     "data_types.grad_accum_dtype": _wire_format,
     "zero_optimization": _flag("strategy.zero_stage", 1),
     "zero_optimization.stage": _to("strategy.zero_stage", _whole),
+    "zero_optimization.mics_shard_size": _group_size,
     "zero_optimization.offload_optimizer.device": _home("offload.optimizer"),
     "zero_optimization.offload_optimizer.nvme_path": _nvme_path,
     "zero_optimization.offload_param.device": _home("offload.params"),

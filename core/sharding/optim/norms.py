@@ -90,6 +90,8 @@ def gradient_norm(optimizer: Steps, place: dict[int, set[int]] | None, norm_type
         total = optimizer.onebit.mean_norm(total, norm_type)
     elif shards and optimizer.transport is not None:
         optimizer.transport.all_reduce(total, op=op).wait()
+        if (replicas := next((unit.replicas for unit in units if unit.replicas is not None), None)) is not None:
+            replicas.agree(total)
     if cuts is not None and not cuts.are_experts:
         dist.all_reduce(total, op=op, group=cuts.group)
     if not math.isinf(norm_type):

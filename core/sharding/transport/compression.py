@@ -104,6 +104,11 @@ class Chain(Pending):
     def __init__(self, first: Pending, then: Callable[[], Pending | None]) -> None:
         self._first, self._then = first, then
 
+    @property
+    def is_done(self) -> bool:
+        """False: what follows is begun by a wait."""
+        return False
+
     def wait(self) -> None:
         """Block until the last one's result is in its buffer."""
         self._first.wait()

@@ -20,8 +20,21 @@ class Placement:
     moves_gradients: bool = False
     """Whether reduced gradients have another home than the device: then one rank alone does as several do."""
     moves_parameters: bool = False
-    num_averaged: int = 0
-    """Ranks over whose losses gradients are averaged; 0 are those that hold the same, `num_ranks`."""
+    replica: int = 0
+    """Which of the `num_replicas` groups of `num_ranks` this rank is in; each shares one copy of the states."""
+    num_replicas: int = 1
+    num_of_losses: int = 0
+    """Ranks over whose losses gradients are averaged; 0 are all that hold them, copies too."""
+
+    @property
+    def num_averaged(self) -> int:
+        """Ranks over whose losses gradients are averaged."""
+        return self.num_of_losses or self.num_ranks * self.num_replicas
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which of how many ranks that hold the states, in shards and copies, this is."""
+        return self.replica * self.num_ranks + self.rank, self.num_ranks * self.num_replicas
 
     @property
     def shards_optimizer(self) -> bool:

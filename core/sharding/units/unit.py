@@ -28,6 +28,7 @@ from distui.core.sharding.homes.home import Cell, Transfer, Waitable
 from distui.core.sharding.homes.homes import Homes
 from distui.core.sharding.start.start import Start
 from distui.core.sharding.transport.transport import Pending, Transport
+from distui.core.sharding.units.copies import Copies
 from distui.core.sharding.units.guarded import GRAD
 from distui.core.sharding.units.placement import Placement
 from distui.core.sharding.units.pool import BufferPool
@@ -41,7 +42,7 @@ _COLLECTED_NUMEL = 1 << 17
 """Parameters up to this size need no hook: their gradients wait until the unit is complete, 512 KiB each at most."""
 
 
-class Unit(SeenGradients, UnitParameters):
+class Unit(SeenGradients, UnitParameters, Copies):
     """One flat group of parameters of one dtype, all trainable or all frozen when it was made.
 
     What a script freezes later has no gradient from then on; what it unfreezes makes its unit trainable (`train`).
@@ -65,7 +66,7 @@ class Unit(SeenGradients, UnitParameters):
         low_precision = self.dtype.itemsize < 4
         self.grad_dtype = torch.float32 if low_precision and placement.reduce_in_fp32 else self.dtype
         self._gaps = self.layout.gaps
-        self.share = self.inverse_ranks = 1.0 / (placement.num_averaged or placement.num_ranks)
+        self.share = self.inverse_ranks = 1.0 / placement.num_averaged
         """`share` is what an arriving gradient is multiplied by, so that the ranks' sum is what is stepped."""
 
         # Gradients.
@@ -238,6 +239,8 @@ class Unit(SeenGradients, UnitParameters):
             start, end = self.layout.shard(self.rank)
             self.grad_full[:start].zero_()
             self.grad_full[end:].zero_()
+            if self.replicas is not None:
+                self.grad_full[start:end].mul_(1.0 / self.replicas.num)
         else:
             self.grad_full.mul_(1.0 / self.placement.num_ranks)
 
@@ -272,8 +275,11 @@ class Unit(SeenGradients, UnitParameters):
             self.arrived = [False] * len(self.params)
             self.num_arrived = 0
 
-    def reduce(self) -> None:
-        """Start summing the gradient over the ranks. Collective: all ranks, in the schedule's order."""
+    def reduce(self, last: bool = True) -> None:
+        """Start summing the gradient over the ranks, with the `last` backward of a step over copies too.
+
+        Collective: all ranks, in the schedule's order.
+        """
         assert self.grad_full is not None
         self.was_sent = True
         self._forgotten.clear()
@@ -294,7 +300,7 @@ class Unit(SeenGradients, UnitParameters):
             if accumulate:
                 self.grad_cell.fetch(into).wait()
         assert into is not None
-        self.pending = self.transport.reduce_scatter(self.grad_full, into, accumulate=accumulate)
+        self.pending = self._sum_into(into, self.grad_full, accumulate, last)
         self.shard_holds_gradient = self.placement.shards_gradients
 
     def _keep_local(self, gradient: torch.Tensor) -> None:
@@ -377,7 +383,7 @@ class Unit(SeenGradients, UnitParameters):
             GRAD.__set__(self.params[index], None)
         self.present = bytearray(len(self.params))
         self.holds_gradient = False
-        self.shard_holds_gradient = False
+        self.shard_holds_gradient = self.is_summed = False
         self._forgotten.clear()
         self.was_sent = False
         self.gradients.do("discard")

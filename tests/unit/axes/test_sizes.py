@@ -13,8 +13,13 @@ from distui.core.config.schema import StrategySection
 
 SIZES = st.builds(AxisSizes, *(st.integers(1, 3) for _ in AXES))
 FOLDS = SIZES.flatmap(
-    lambda sizes: st.sampled_from([ep for ep in range(1, 10) if sizes.dp * sizes.cp % ep == 0]).map(
-        lambda ep: replace(sizes, ep=ep)
+    lambda sizes: st.sampled_from(
+        [
+            replace(sizes, ep=ep, replicas=copies)
+            for copies in range(1, 4)
+            for ep in range(1, 10)
+            if sizes.dp % copies == 0 and sizes.dp * sizes.cp // copies % ep == 0
+        ]
     )
 )
 
@@ -45,7 +50,8 @@ def test_tensor_parallel_ranks_are_neighbours() -> None:
 
 @given(FOLDS)
 def test_expert_ranks_divide_the_ranks_that_share_states(sizes: AxisSizes) -> None:
-    for kind, num in (("ep", sizes.ep), ("expert_shard", sizes.dp * sizes.cp // sizes.ep)):
+    numbers = {"ep": sizes.ep, "expert_shard": sizes.sharing // sizes.ep, "shard": sizes.sharing}
+    for kind, num in (numbers | {"replica": sizes.replicas}).items():
         groups = sizes.groups(kind)
         assert sorted(rank for ranks in groups for rank in ranks) == list(range(sizes.world))
         assert all(len(ranks) == num for ranks in groups)
@@ -54,6 +60,19 @@ def test_expert_ranks_divide_the_ranks_that_share_states(sizes: AxisSizes) -> No
         assert set(experts) & set(copies) == {rank}
         sharing = {other for expert in experts for other in sizes.of_kind(expert, "expert_shard")}
         assert sharing == set(sizes.of_kind(rank, "shard"))
+        copies = sizes.of_kind(rank, "replica")
+        assert len({sizes.of_kind(other, "shard").index(other) for other in copies}) == 1
+        everybody = {other for copy in copies for other in sizes.of_kind(copy, "shard")}
+        assert everybody == set(sizes.of_kind(rank, "average"))
+        assert {sizes.of_kind(other, "ep").index(other) for other in copies} == {experts.index(rank)}
+
+
+def test_neighbours_share_a_copy_of_the_states() -> None:
+    sizes = AxisSizes.of(StrategySection(zero_stage=2, shard_size=2, tensor_parallel=2), 8)
+    assert sizes.replicas == 2 and sizes.groups("shard") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert sizes.groups("replica") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    with pytest.raises(ValueError, match="shard_size = 3 does not divide dp = 4"):
+        AxisSizes.of(StrategySection(shard_size=3), 4)
 
 
 def test_neighbours_have_different_experts() -> None:

@@ -69,16 +69,29 @@ def test_sizes_that_do_not_fit_come_with_the_nearest_that_do(
     assert check(Config(batch=batch), world_size=ranks) == [problem]
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("strategy.shard_size", "4"),
-    ],
-)
-def test_what_this_version_does_not_do_is_refused(key: str, value: str) -> None:
-    config = load(None, {key: value, "strategy.zero_stage": "3"}, {}).config
-    (problem,) = [problem for problem in check(config, world_size=8) if problem.path == key]
-    assert problem.what.endswith(f"={value} is not available in this version")
+def test_groups_that_share_states_must_divide_the_ranks_and_share_something() -> None:
+    (problem,) = found_in(strategy__shard_size="3", strategy__zero_stage="2", cluster__nproc="4")
+    assert "does not divide the 4 data-parallel ranks" in problem.what and "1, 2, 4" in problem.fix
+    (problem,) = found_in(strategy__shard_size="2", cluster__nproc="4")
+    assert problem.what == "shard_size=2 with zero_stage=0"
+    (problem,) = found_in(strategy__shard_size="1", strategy__zero_stage="3", cluster__nproc="4")
+    assert "a group of one rank holds all states" in problem.why
+    (problem,) = found_in(strategy__shard_size="2", strategy__zero_stage="2", strategy__backend="fsdp2")
+    assert problem.what == "shard_size=2 with backend=fsdp2"
+    experts: dict[str, Any] = {
+        "strategy__shard_size": "2",
+        "strategy__zero_stage": "2",
+        "strategy__expert_parallel": "4",
+    }
+    (problem,) = found_in(**experts, cluster__nproc="8")
+    assert "does not divide the 2 data-parallel ranks of a shard group" in problem.what
+    sizes: dict[str, Any] = {
+        "strategy__shard_size": "1",
+        "strategy__context_parallel": "2",
+        "strategy__zero_stage": "3",
+    }
+    assert not found_in(**sizes, cluster__nproc="4")
+    assert not found_in(strategy__shard_size="2", strategy__zero_stage="1", cluster__nproc="4")
 
 
 def test_an_unknown_backend_is_told_the_nearest() -> None:
@@ -181,8 +194,6 @@ def test_what_does_not_go_with_tensor_parallelism_is_refused() -> None:
     )
     (problem,) = found_in(strategy__tensor_plan="blocks.*.up=colwise")
     assert problem.path == "strategy.tensor_plan" and "tensor_parallel=1" in problem.what
-    (problem,) = found_in(strategy__shard_size="2", cluster__nproc="4")
-    assert problem.what == "shard_size=2 is not available in this version"
     assert not found_in(strategy__tensor_parallel="2", cluster__nproc="4", batch__global_size="6")
 
 

@@ -8,9 +8,7 @@ from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from distui.compat.accelerate.refusals import NotOffered, refuse_argument
-from distui.core.config.check import unavailable
-from distui.core.config.schema import Config, StrategySection
+from distui.compat.accelerate.refusals import refuse_argument
 from distui.core.errors import UserError
 
 _SIZES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
@@ -208,18 +206,7 @@ class ParallelismConfig:
         return self.device_mesh
 
     def check(self, num_processes: int) -> None:
-        """Refuse what the job or the engine cannot be. Raises: NotOffered; UserError for another number of ranks."""
-        strategy = self.sections().get("strategy", {})
-        if problems := list(unavailable(Config(strategy=StrategySection(**strategy)))):
-            sizes = ", ".join(f"{name}_size={self._size(name)}" for name in self._enabled(*_SIZES))
-            raise NotOffered(
-                f"ParallelismConfig({sizes}) is not offered by distui",
-                "its engine shards over all data-parallel ranks, not over groups of them"
-                if any(problem.path == "strategy.shard_size" for problem in problems)
-                else "; ".join(problem.what for problem in problems),
-                f"shard over all of them: dp_shard_size={num_processes // self.non_data_parallel_size}, "
-                "dp_replicate_size=1",
-            )
+        """Refuse what the job cannot be. Raises: UserError for another number of ranks."""
         # With DeepSpeed's sequence parallelism the sizes say nothing of the data: what is left is data-parallel.
         rest = num_processes % self.total_size if self._size("sp") > 1 else num_processes - self.total_size
         if rest and self.total_size != 1:

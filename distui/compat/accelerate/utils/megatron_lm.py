@@ -8,8 +8,6 @@ import torch
 
 from distui.compat.accelerate.refusals import NotOffered, offered
 from distui.compat.accelerate.utils.operations import gather, reduce
-from distui.core.config.check import unavailable
-from distui.core.config.schema import Config, StrategySection
 
 _AXES = {
     "tp_degree": "tensor_parallel",
@@ -97,14 +95,6 @@ class MegatronLMPlugin:
         return {ours: size for theirs, ours in _AXES.items() if (size := getattr(self, theirs)) > 1}
 
     def _check_axes(self) -> None:
-        missing = {problem.path: problem for problem in unavailable(Config(strategy=StrategySection(**self._axes())))}
-        for theirs, ours in _AXES.items():
-            if problem := missing.get(f"strategy.{ours}"):
-                raise NotOffered(
-                    f"MegatronLMPlugin({theirs}={getattr(self, theirs)}) is not offered by distui",
-                    problem.what,
-                    "leave it at 1",
-                )
         if self.num_micro_batches > 1 and self.pp_degree == 1:
             raise NotOffered(
                 f"MegatronLMPlugin(num_micro_batches={self.num_micro_batches}) with pp_degree=1",
