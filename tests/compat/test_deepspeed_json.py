@@ -279,7 +279,8 @@ def test_every_public_name_is_offered_or_refused_with_the_way_around() -> None:
         importlib.import_module(f"distui.compat.deepspeed.{module}")
     paths = "accelerator.real_accelerator:get_accelerator comm.comm:all_reduce ops.adam.cpu_adam:DeepSpeedCPUAdam"
     paths += " ops.adam.fused_adam:FusedAdam ops.lion.fused_lion:FusedLion runtime.zero.stage3:ZeROOptimizer"
-    paths += " runtime.zero.muon.muon_optimizer:MuonWithAuxAdam utils.init_on_device:OnDevice utils.timer:ThroughputTimer"
+    paths += " runtime.zero.muon.muon_optimizer:MuonWithAuxAdam"
+    paths += " utils.init_on_device:OnDevice utils.timer:ThroughputTimer"
     for path in paths.split():
         module, name = path.split(":")
         getattr(importlib.import_module(f"distui.compat.deepspeed.{module}"), name)
