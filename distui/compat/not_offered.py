@@ -73,10 +73,20 @@ class RefusedModules(Loader):
     """The last of the finders: for a module of `library` that its face does not have, one whose names refuse."""
 
     def __init__(
-        self, face: str, library: str, ways: Mapping[str, str], page: str, theirs: Collection[str] = ()
+        self,
+        face: str,
+        library: str,
+        ways: Mapping[str, str],
+        page: str,
+        theirs: Collection[str] = (),
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
-        """`ways` holds the way around by the module's own name; `theirs` are taken from the library."""
+        """`ways` holds the way around by the module's own name; `theirs` are taken from the library.
+
+        `aliases` are other paths of the face's own modules.
+        """
         self.face, self._library, self._ways, self._page, self._theirs = face, library, ways, page, theirs
+        self._aliases = aliases or {}
 
     def _way(self, module: str) -> str | None:
         parts = module.split(".")
@@ -88,7 +98,7 @@ class RefusedModules(Loader):
         if not name.startswith(f"{self.face}."):
             return None
         module = name.removeprefix(f"{self.face}.")
-        if self._way(module) is None:
+        if self._way(module) is None and module not in self._aliases:
             raise ModuleNotFoundError(f"distui does not offer {self._library}.{module}: see {self._page}", name=name)
         return ModuleSpec(name, self, is_package=True)
 
@@ -97,7 +107,9 @@ class RefusedModules(Loader):
         path = module.__name__.removeprefix(f"{self.face}.")
         way = self._way(path)
         real: Any = None
-        if path in self._theirs and find_spec(self._library) is not None:
+        if path in self._aliases:
+            real = import_module(f"{self.face}.{self._aliases[path]}")
+        elif path in self._theirs and find_spec(self._library) is not None:
             real = import_module(f"{self._library}.{path}")
 
         def refuse(name: str) -> Any:
@@ -110,7 +122,14 @@ class RefusedModules(Loader):
         module.__dict__.update(__getattr__=refuse, __doc__=f"Not offered: {way}")
 
 
-def refuse_modules(face: str, library: str, ways: Mapping[str, str], page: str, theirs: Collection[str] = ()) -> None:
+def refuse_modules(
+    face: str,
+    library: str,
+    ways: Mapping[str, str],
+    page: str,
+    theirs: Collection[str] = (),
+    aliases: Mapping[str, str] | None = None,
+) -> None:
     """Make imports of modules that the face does not have say so; `theirs` are the installed library's own."""
     if not any(getattr(finder, "face", None) == face for finder in sys.meta_path):
-        sys.meta_path.append(RefusedModules(face, library, ways, page, theirs))
+        sys.meta_path.append(RefusedModules(face, library, ways, page, theirs, aliases))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import math
 from typing import Any
@@ -207,6 +208,26 @@ def _set_by(schedule_class: Any, kind: str, params: dict[str, Any]) -> Any:
     return rows
 
 
+def test_flags_of_schedules_build_them() -> None:
+    flags = importlib.import_module("distui.compat.deepspeed.runtime.lr_schedules")
+    parser = flags.add_tuning_arguments(argparse.ArgumentParser())
+    given = "--lr_schedule OneCycle --cycle_min_lr 1e-4 --cycle_max_lr 1e-3 --cycle_first_step_size 4"
+    section, problem = flags.get_config_from_args(parser.parse_args([*given.split(), "--cycle_first_stair_count", "5"]))
+    assert problem is None and section["params"]["cycle_momentum"] is False
+    assert "cycle_second_step_size" not in section["params"]  # as the schedule has it
+    schedule = build_schedule(section, torch.optim.AdamW(_params()))
+    assert (schedule.first_step_size, schedule.second_step_size, schedule.step_ratio) == (4, 4, 0.5)
+    assert (schedule.first_stair_count, schedule.second_stair_count) == (5, 5)
+    assert flags.get_lr_from_config(section) == (1e-3, "")
+    section, _ = flags.get_config_from_args(parser.parse_args(["--lr_schedule", "WarmupCosineLR"]))
+    assert set(section["params"]) == {"warmup_num_steps", "warmup_type", "warmup_min_ratio", "cos_min_ratio"}
+    assert flags.get_lr_from_config(section)[0] is None
+    assert flags.get_config_from_args(parser.parse_args(["--lr_schedule", "Step"]))[0] is None
+    uneven = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01, "cycle_first_step_size": 10, "cycle_second_step_size": 21}
+    stairs = _rates("OneCycle", 30, **uneven, cycle_first_stair_count=10, cycle_second_stair_count=21)
+    assert stairs == pytest.approx(_rates("OneCycle", 30, **uneven))
+
+
 TOP = """
 DeepSpeedConfig DeepSpeedConfigError DeepSpeedDataLoader DeepSpeedEngine DeepSpeedHybridEngine DeepSpeedInferenceConfig
 DeepSpeedOptimizer DeepSpeedTransformerConfig DeepSpeedTransformerLayer InferenceEngine OnDevice PipelineEngine
@@ -256,6 +277,13 @@ def test_every_public_name_is_offered_or_refused_with_the_way_around() -> None:
     modules = "accelerator checkpointing comm ops.adam ops.lion runtime.lr_schedules runtime.zero utils.groups"
     for module in [*modules.split(), "runtime.activation_checkpointing.checkpointing", "utils.zero_to_fp32"]:
         importlib.import_module(f"distui.compat.deepspeed.{module}")
+    paths = "accelerator.real_accelerator:get_accelerator comm.comm:all_reduce ops.adam.cpu_adam:DeepSpeedCPUAdam"
+    paths += " ops.adam.fused_adam:FusedAdam ops.lion.fused_lion:FusedLion runtime.zero.stage3:ZeROOptimizer"
+    paths += " runtime.zero.muon.muon_optimizer:MuonWithAuxAdam"
+    paths += " utils.init_on_device:OnDevice utils.timer:ThroughputTimer"
+    for path in paths.split():
+        module, name = path.split(":")
+        getattr(importlib.import_module(f"distui.compat.deepspeed.{module}"), name)
     layer = importlib.import_module("distui.compat.deepspeed.moe.layer")  # scripts import it for one branch of theirs
     with pytest.raises(NotOffered, match=r"strategy\.expert_parallel"):
         layer.MoE(hidden_size=4)

@@ -23,6 +23,7 @@ from distui.compat.accelerate.data.samplers import (
     SeedableRandomSampler,
     SkipBatchSampler,
 )
+from distui.compat.accelerate.refusals import offered
 from distui.compat.accelerate.state import PartialState
 
 __all__ = [
@@ -166,3 +167,7 @@ def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
     plain = prepare_data_loader(dataloader, num_processes=1, process_index=0)
     plain.skip_batches = num_batches
     return plain
+
+
+def __getattr__(name: str) -> Any:
+    return offered("accelerate.data_loader", {}, name)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distui.compat.accelerate.refusals import refuse_argument
+from distui.compat.accelerate.refusals import offered, refuse_argument
 from distui.compat.accelerate.state import AcceleratorState
 from distui.core.errors import RankFailed, UserError
 from distui.core.paths import JOB_ENV, RunFolder, current_run
@@ -193,3 +193,7 @@ def notebook_launcher(
 def debug_launcher(function: Callable[..., Any], args: tuple[Any, ...] = (), num_processes: int = 2) -> None:
     """Run `function(*args)` on ranks on the CPU."""
     _start(function, args, num_processes, {"ACCELERATE_USE_CPU": "yes", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def __getattr__(name: str) -> Any:
+    return offered("accelerate.launchers", {}, name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distui.compat.accelerate.refusals import offered
 from distui.compat.accelerate.state import GradientState
 from distui.core.errors import UserError
 from distui.core.sharding.optim.optim import ShardedOptimizer
@@ -109,3 +110,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
             plain.state = defaultdict(dict, {params[number]: state for number, state in states.items()})
         values = {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
         return {**values, "optimizer": plain, "scaler": None, "after_step": None}
+
+
+def __getattr__(name: str) -> Any:
+    return offered("accelerate.optimizer", {}, name)

@@ -48,6 +48,19 @@ _UTILITIES = (
 DELEGATED: frozenset[str] = frozenset(_UTILITIES.split())
 """What works on a model or machine alone: the installed Accelerate's own is used."""
 
+_HELPERS = (
+    "attach_layerwise_casting_hooks DataLoaderAdapter test_launch move_to_device patch_optimizer_step "
+    "ThreadLocalSharedDict get_module_class_from_name parse_bert_config parse_gpt2_config parse_t5_config "
+    "parse_llama_config parse_glm4_moe_config CPUInformation get_driver_version override_numa_affinity "
+    "check_device_same get_non_persistent_buffers compute_module_total_buffer_size clean_device_map "
+    "get_module_leaves get_module_size_with_ties fallback_allocate get_state_dict_offloaded_model "
+    "get_state_dict_from_offload is_torch_xpu_tensor get_shape gather_tensor_shape ConvertOutputsToFp32 "
+    "is_repeated_blocks has_repeated_blocks get_free_port is_torch_distributed_available is_tqdm_available "
+    "is_numpy_available get_parameters_from_modules AimTracker DVCLiveTracker SwanLabTracker"
+)
+HELPERS: frozenset[str] = frozenset(_HELPERS.split())
+"""What scripts import from one module's own path; the installed Accelerate's too."""
+
 NAMES: dict[str, str] = {
     **dict.fromkeys(DELEGATED, _NEEDS),
     "rich": "import rich itself",
@@ -86,12 +99,12 @@ def offered(module: str, table: dict[str, str], name: str) -> Any:
     """
     if name in table:
         return getattr(import_module(table[name]), name)
-    if name in DELEGATED and find_spec("accelerate") is not None:
-        for place in ("accelerate", "accelerate.utils"):
+    if name in DELEGATED | HELPERS and find_spec("accelerate") is not None:
+        for place in (module, "accelerate", "accelerate.utils"):
             if hasattr(import_module(place), name):
                 return getattr(import_module(place), name)
-    if name in NAMES:
-        return refused(name, NAMES[name])
+    if name in NAMES or name in HELPERS:
+        return refused(name, NAMES.get(name, _NEEDS))
     raise AttributeError(f"distui's {module} has no {name!r}; {PAGE} lists what is offered")
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from distui.compat.accelerate import beside
-from distui.compat.accelerate.refusals import refuse_argument
+from distui.compat.accelerate.refusals import offered, refuse_argument
 from distui.compat.accelerate.utils.dataclasses import GradientAccumulationPlugin
 from distui.compat.accelerate.utils.enums import DistributedType
 from distui.core.ranks.process import ProcessState
@@ -329,3 +329,7 @@ class GradientState:
     def _reset_state() -> None:
         GradientState._shared_state.clear()
         beside.forget("GradientState")
+
+
+def __getattr__(name: str) -> Any:
+    return offered("accelerate.state", {}, name)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distui.compat.accelerate.refusals import NotOffered
+from distui.compat.accelerate.refusals import NotOffered, offered
 from distui.compat.accelerate.state import PartialState
 from distui.compat.accelerate.utils.enums import LoggerType
 from distui.core.trackers.trackers import KINDS, metric_values
@@ -274,11 +274,14 @@ def filter_trackers(log_with: Any, logging_dir: Any = None) -> list[Any]:
             found.append(entry)
             continue
         name = str(entry)
+        if name in _OTHERS and name not in LOGGER_TYPE_TO_CLASS and importlib.util.find_spec("accelerate"):
+            theirs = importlib.import_module("accelerate.tracking")
+            LOGGER_TYPE_TO_CLASS[name], _LIBRARY[name] = theirs.LOGGER_TYPE_TO_CLASS[name], name
         if name in _OTHERS and name not in LOGGER_TYPE_TO_CLASS:
             raise NotOffered(
                 f"log_with={name!r} is not offered by distui",
                 f"it has {', '.join(LOGGER_TYPE_TO_CLASS)}",
-                "pass an object derived from GeneralTracker that calls the library, or use one of them",
+                "pip install accelerate: its own is then used; or pass an object derived from GeneralTracker",
             )
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(f"Unsupported logging capability: {name}. Choose between {list(LOGGER_TYPE_TO_CLASS)}")
@@ -292,3 +295,7 @@ def filter_trackers(log_with: Any, logging_dir: Any = None) -> list[Any]:
         elif name not in found:
             found.append(name)
     return found
+
+
+def __getattr__(name: str) -> Any:
+    return offered("accelerate.tracking", {}, name)

@@ -18,6 +18,7 @@ from distui.compat.deepspeed.lr_schedules import build_schedule
 from distui.compat.deepspeed.optim.optimizers import build_optimizer
 from distui.compat.deepspeed.parameters import tell_of
 from distui.compat.deepspeed.precision import OwnOutputs, scaler_of
+from distui.compat.deepspeed.runtime.base_optimizer import answers_as_zero
 from distui.compat.deepspeed.runtime.pipe.engine import PipelineEngine, loss_of
 from distui.compat.deepspeed.runtime.pipe.module import PipelineModule
 from distui.compat.deepspeed.runtime.pipe.topology import PipelineParallelGrid
@@ -143,6 +144,8 @@ def initialize(
         outputs.restore(prepared_model)
     prepared = engine.prepare_optimizer(optimizer) if optimizer is not None else None
     if prepared is not None:
+        if engine.config.strategy.zero_stage:
+            answers_as_zero(prepared, engine, prepared_model)
         if lr_scheduler is None:
             lr_scheduler = build_schedule(settings.section("scheduler"), prepared)
         elif not hasattr(lr_scheduler, "step"):

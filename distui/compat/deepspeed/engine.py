@@ -25,6 +25,10 @@ ENGINES: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()
 """Every engine that lives, for what is asked by parameter alone (`zero.GatheredParameters`)."""
 
 
+class LossScaleMissing(UserError, RuntimeError):
+    """A `loss.backward()` under fp16 that nobody scaled."""
+
+
 class DeepSpeedEngine(Queries, Saving, nn.Module):
     """A model, its optimizer and its schedule under DeepSpeed's names; `engine` is the `distui.Engine` below."""
 
@@ -147,8 +151,8 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
                     "call backward on each engine with a loss of its own, or use bf16",
                 )
         elif own is not None and not self._scaled:
-            raise UserError(
-                "loss.backward() under fp16 without the loss scale",
+            raise LossScaleMissing(
+                "Loss scaling is required: loss.backward() under fp16 without the loss scale",
                 "small gradients would become 0",
                 "call engine.backward(loss), or engine.scale(loss).backward()",
             )
@@ -169,9 +173,14 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
             self.engine.backend.end_backward()
             self.engine.backend.weigh(self._bare_factor)
 
-    def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return the loss times the loss scale, for a `loss.backward()` of the script's own."""
+    def scale(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
+        """Return the loss times the loss scale, for a `loss.backward()` of the script's own.
+
+        A retained graph needs no word here. Raises: AssertionError for what is not one number.
+        """
         self._need_optimizer("scale")
+        if loss.numel() != 1:
+            raise AssertionError(f"loss must be a scalar tensor, got shape {tuple(loss.shape)}")
         self._scaled = True
         return loss * self.engine.scaler.scale if self.engine.scaler is not None else loss
 

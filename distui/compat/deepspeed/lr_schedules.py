@@ -120,17 +120,17 @@ class OneCycle(Schedule):
         last_batch_iteration: int = -1,
     ) -> None:
         super().__init__(optimizer, last_batch_iteration)
-        self.first, second = float(cycle_first_step_size), cycle_second_step_size
-        self.second = float(second) if second is not None else self.first
-        if self.first <= 0:
-            raise ValueError(f"cycle_first_step_size must be positive, got {self.first}")
-        if self.second < 0:
-            raise ValueError(f"cycle_second_step_size must be non-negative, got {self.second}")
-        self.total = self.first + self.second
-        self.stairs = (
-            cycle_first_stair_count,
-            cycle_first_stair_count if cycle_second_stair_count is None else cycle_second_stair_count,
-        )
+        first, second = float(cycle_first_step_size), cycle_second_step_size
+        self.first_step_size, self.second_step_size = first, first if second is None else float(second)
+        if first <= 0:
+            raise ValueError(f"cycle_first_step_size must be positive, got {first}")
+        if self.second_step_size < 0:
+            raise ValueError(f"cycle_second_step_size must be non-negative, got {self.second_step_size}")
+        self.total_size = first + self.second_step_size
+        self.step_ratio = first / self.total_size
+        count = cycle_second_stair_count
+        self.first_stair_count = cycle_first_stair_count
+        self.second_stair_count = cycle_first_stair_count if count is None else count
         self.min_lrs = _per_group(optimizer, cycle_min_lr, "cycle_min_lr")
         self.max_lrs = _per_group(optimizer, cycle_max_lr, "cycle_max_lr")
         self.decay_step_size, self.decay_lr_rate, self.decay_mom_rate = decay_step_size, decay_lr_rate, decay_mom_rate
@@ -151,21 +151,22 @@ class OneCycle(Schedule):
     def _height(self) -> float:
         """Return how far up the cycle is, from 0 to 1."""
         iteration = self.last_batch_iteration + 1
-        inside = iteration % self.total
-        rising = inside <= self.first
-        stairs = self.stairs[0 if rising else 1]
-        height = inside / self.first if rising else (self.total - inside) / self.second
-        return math.floor(height * stairs) / stairs if stairs > 0 else height
+        inside = iteration % self.total_size
+        if inside <= self.first_step_size:
+            done, size, stairs = inside, self.first_step_size, self.first_stair_count
+        else:
+            done, size, stairs = self.total_size - inside, self.second_step_size, self.second_stair_count
+        return math.floor(done * stairs / size) / stairs if stairs > 0 else done / size
 
     def _decays(self, rate: float) -> float:
         """Return the decay after the cycle, 0 where there is none."""
         if not self.decay_step_size:
             return 0.0
-        return rate * (self.last_batch_iteration - self.total + 1) / self.decay_step_size
+        return rate * (self.last_batch_iteration - self.total_size + 1) / self.decay_step_size
 
     def get_lr(self) -> list[float]:
         """Return the rates of the cycle, or after it of the decay."""
-        if self.last_batch_iteration < self.total:
+        if self.last_batch_iteration < self.total_size:
             height = self._height()
             return [low + (high - low) * height for low, high in zip(self.min_lrs, self.max_lrs, strict=True)]
         return [low / (1 + self._decays(self.decay_lr_rate)) for low in self.min_lrs]
@@ -175,7 +176,7 @@ class OneCycle(Schedule):
         return [(momentum, SECOND_BETA) for momentum in self._momenta()] if self.cycle_momentum else None
 
     def _momenta(self) -> list[float]:
-        if self.last_batch_iteration < self.total:
+        if self.last_batch_iteration < self.total_size:
             height = self._height()
             return [high - (high - low) * height for low, high in zip(self.min_moms, self.max_moms, strict=True)]
         return [high * (1 + self._decays(self.decay_mom_rate)) for high in self.max_moms]

@@ -60,6 +60,44 @@ MODULES: dict[str, str] = {
 }
 """Module of deepspeed, without that name -> the way around."""
 
+_NEEDS = "pip install deepspeed: the real one's names are then used, which need no engine"
+THEIRS = [
+    "constants",
+    "runtime.constants",
+    "runtime.config_utils",
+    "runtime.zero.config",
+    "runtime.zero.offload_config",
+    "runtime.zero.leaf_module_config",
+    "runtime.activation_checkpointing.config",
+    "runtime.precision_config",
+    "monitor.config",
+    "utils.timer",
+    "utils.exceptions",
+    "utils.types",
+    "utils.config",
+    "utils.bwc",
+    "runtime.swap_tensor.constants",
+    "runtime.swap_tensor.aio_config",
+    "runtime.chunked_cross_entropy",
+    "runtime.sparse_tensor",
+    "git_version_info",
+]
+"""Modules of constants, settings and clocks: the installed DeepSpeed's own."""
+MODULES.update(dict.fromkeys(THEIRS, _NEEDS))
+
+ALIASES: dict[str, str] = {
+    "accelerator.real_accelerator": "accelerator",
+    **dict.fromkeys(("comm.comm", "comm.torch", "comm.reduce_op", "comm.utils"), "comm"),
+    **dict.fromkeys(("ops.adam.fused_adam", "ops.adam.cpu_adam"), "ops.adam"),
+    **dict.fromkeys(("ops.lion.fused_lion", "ops.lion.cpu_lion"), "ops.lion"),
+    **dict.fromkeys(("utils.init_on_device", "utils.nvtx"), "utils"),
+    **dict.fromkeys(("runtime.zero.stage3", "runtime.zero.stage_1_and_2"), "runtime.base_optimizer"),
+    **dict.fromkeys(("runtime.bf16_optimizer", "runtime.fp16.fused_optimizer"), "runtime.base_optimizer"),
+    "runtime.fp16.unfused_optimizer": "runtime.base_optimizer",
+    **dict.fromkeys(("runtime.zero.muon", "runtime.zero.muon.muon_optimizer"), "optim.muon"),
+}
+"""Other paths of the face's own modules: DeepSpeed's files."""
+
 
 def offered(table: dict[str, str], name: str) -> Any:
     """Return `deepspeed.NAME`: from the module that `table` names, a submodule, or what refuses.
@@ -79,4 +117,4 @@ def offered(table: dict[str, str], name: str) -> Any:
 
 def install_module_refusals() -> None:
     """Make imports of modules that are not offered say so."""
-    refuse_modules(FACE, "deepspeed", MODULES, PAGE)
+    refuse_modules(FACE, "deepspeed", MODULES, PAGE, THEIRS, ALIASES)

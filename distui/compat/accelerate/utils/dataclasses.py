@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from distui.compat.accelerate.refusals import NAMES, refused
+from distui.compat.accelerate.refusals import offered
 from distui.compat.accelerate.utils.enums import (
     BaseEnum,
     ComputeEnvironment,
@@ -70,9 +70,7 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     if name in _ELSEWHERE:
         return getattr(import_module(f"distui.compat.accelerate.utils.{_ELSEWHERE[name]}"), name)
-    if name in NAMES:
-        return refused(name, NAMES[name])
-    raise AttributeError(f"distui's accelerate.utils.dataclasses has no {name!r}")
+    return offered("accelerate.utils.dataclasses", {}, name)
 
 
 class KwargsHandler:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from distui.compat.accelerate.refusals import offered
+
 _TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
 
 
@@ -100,3 +102,7 @@ def purge_accelerate_environment(func_or_cls: Any) -> Any:
             os.environ.update(before)
 
     return purged
+
+
+def __getattr__(name: str) -> Any:
+    return offered("accelerate.utils.environment", {}, name)

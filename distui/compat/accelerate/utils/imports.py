@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distui.compat.accelerate.refusals import offered
 from distui.compat.not_offered import NotInstalled
 
 _LIBRARIES = {
@@ -131,7 +132,7 @@ def __getattr__(name: str) -> Any:
             return _named(what, lambda: _is_installed(_LIBRARIES[what]))
     if name == "is_habana_gaudi1":
         return _named("habana_gaudi1", lambda: False)
-    raise AttributeError(f"distui's accelerate.utils.imports has no {name!r}")
+    return offered("accelerate.utils.imports", {}, name)
 
 
 NAMES = sorted(

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from distui.compat.accelerate.refusals import NAMES, offered, refuse_argument
+
 
 def is_peft_model(model: nn.Module) -> bool:
     """Return whether PEFT wrapped this model."""
@@ -84,8 +86,6 @@ def set_module_tensor_to_device(
 ) -> None:
     """Put one parameter or buffer on a device, with `value` where it is given."""
     if kwargs:
-        from distui.compat.accelerate.refusals import refuse_argument
-
         name = next(iter(kwargs))
         raise refuse_argument("set_module_tensor_to_device", name, kwargs[name], "leave it out")
     parent, _, leaf = tensor_name.rpartition(".")
@@ -130,8 +130,6 @@ def load_checkpoint_in_model(
     With a device map the installed Accelerate does it. Raises: NotOffered where there is none.
     """
     if device_map is not None or kwargs.get("offload_folder") is not None:
-        from distui.compat.accelerate.refusals import NAMES, refuse_argument
-
         if find_spec("accelerate") is None:
             way = NAMES["load_checkpoint_and_dispatch"]
             raise refuse_argument("load_checkpoint_in_model", "device_map", "...", way)
@@ -178,3 +176,7 @@ def get_mixed_precision_context_manager(native_amp: bool = False, autocast_kwarg
     if dtype := {"fp16": torch.float16, "bf16": torch.bfloat16}.get(state.mixed_precision):
         options["dtype"] = dtype
     return torch.autocast(state.device.type, **options)
+
+
+def __getattr__(name: str) -> Any:
+    return offered("accelerate.utils.modeling", {}, name)

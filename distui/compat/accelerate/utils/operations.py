@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from distui.compat.accelerate import beside
+from distui.compat.accelerate.refusals import offered
 from distui.compat.accelerate.utils.dataclasses import TensorInformation
 from distui.core.errors import UserError
 from distui.core.ranks import ops
@@ -218,3 +219,7 @@ def find_device(data: Any) -> torch.device | None:
     if isinstance(data, (tuple, list)):
         return next((device for value in data if (device := find_device(value)) is not None), None)
     return data.device if isinstance(data, torch.Tensor) else None
+
+
+def __getattr__(name: str) -> Any:
+    return offered("accelerate.utils.operations", {}, name)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distui.compat.accelerate.refusals import offered
 from distui.compat.accelerate.state import PartialState
 
 
@@ -195,3 +196,7 @@ def write_basic_config(mixed_precision: str = "no", save_location: Any = None) -
 
 def check_os_kernel() -> None:
     """Do nothing: `distui doctor` tells what is wrong with a machine."""
+
+
+def __getattr__(name: str) -> Any:
+    return offered("accelerate.utils.other", {}, name)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from distui.compat.deepspeed.loading import RepeatingLoader
 from distui.compat.deepspeed.utils.logging import log_dist, logger, see_memory_usage
@@ -23,6 +21,15 @@ from distui.compat.deepspeed.utils.tensor_fragment import (
     safe_set_local_fp32_param,
     safe_set_local_grad,
     safe_set_local_optimizer_state,
+)
+from distui.compat.deepspeed.utils.z3_leaf_module import (
+    get_z3_leaf_modules,
+    set_z3_leaf_module,
+    set_z3_leaf_modules,
+    set_z3_leaf_modules_by_name,
+    set_z3_leaf_modules_by_suffix,
+    unset_z3_leaf_modules,
+    z3_leaf_module,
 )
 
 
@@ -48,15 +55,6 @@ class OnDevice:
             torch.set_default_dtype(self._before)
 
 
-def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Sequence[Any]) -> list[nn.Module]:
-    """Return the modules of these classes; nothing is set, since no trace of modules is kept."""
-    names = {kind if isinstance(kind, str) else kind.__name__ for kind in leaf_module_classes}
-    return [module for module in model.modules() if type(module).__name__ in names]
-
-
-unset_z3_leaf_modules = set_z3_leaf_modules
-
-
 def instrument_w_nvtx(function: Any) -> Any:
     """Return the function: `distui control RUN profile` shows ranges without it."""
     return function
@@ -65,6 +63,7 @@ def instrument_w_nvtx(function: Any) -> Any:
 __all__ = [
     "OnDevice",
     "RepeatingLoader",
+    "get_z3_leaf_modules",
     "instrument_w_nvtx",
     "log_dist",
     "logger",
@@ -81,6 +80,10 @@ __all__ = [
     "safe_set_local_grad",
     "safe_set_local_optimizer_state",
     "see_memory_usage",
+    "set_z3_leaf_module",
     "set_z3_leaf_modules",
+    "set_z3_leaf_modules_by_name",
+    "set_z3_leaf_modules_by_suffix",
     "unset_z3_leaf_modules",
+    "z3_leaf_module",
 ]
