@@ -37,7 +37,7 @@ format: setup
 	$(BIN)/ruff format .
 
 proto: setup
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. distui/proto/telemetry.proto distui/proto/cluster.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. distui/proto/telemetry.proto distui/proto/cluster.proto distui/proto/rollup.proto
 
 try-wheel: setup
 	sh scripts/try_wheel.sh $(VENV)

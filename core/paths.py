@@ -109,6 +109,8 @@ class RunFolder:
     """The files of one run. Every writer and reader takes the names from here."""
 
     path: Path
+    node: str = ""
+    """Whose log of telemetry, where each node keeps its own; the head's has no name."""
 
     @property
     def run_id(self) -> str:
@@ -168,7 +170,7 @@ class RunFolder:
     @property
     def telemetry(self) -> Path:
         """telemetry/: the segmented log that the daemon appends to."""
-        return self.path / "telemetry"
+        return self.path / "telemetry" / self.node
 
     @property
     def ledger(self) -> Path:
@@ -199,7 +201,7 @@ class RunFolder:
 
     def unsent(self, rank: int, incarnation: int) -> Path:
         """Return the file of what a rank recorded and no daemon has taken; it is there only where there is any."""
-        return self.telemetry / f"rank{rank}-{incarnation}.unsent"
+        return self.path / "telemetry" / f"rank{rank}-{incarnation}.unsent"
 
     def create(self) -> None:
         """Make the folder (0700) and its subfolders."""

@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--forward", metavar="HOST:PORT", help="send this node's runs on to that head daemon")
     add("--forward-token", type=Path, metavar="FILE", help="the head's token")
     add("--forward-ca", type=Path, metavar="FILE", help="the head's certificate, or what signed it")
+    add("--roll-up", metavar="ADDR", help="HOST:PORT or unix:SOCKET of the daemon above this one, of many nodes")
+    add("--node-name", default="", metavar="NAME", help="what the job calls this node, for --roll-up")
+    add("--hold-fd", type=int, metavar="FD", help="end once the other end of this pipe is closed")
     add("--metrics", metavar="HOST:PORT", help="serve /metrics for Prometheus; beyond loopback with TLS and the token")
     add("--metrics-token", action="store_true", help="ask for the token on loopback too")
     add("--keep-days", type=float, default=TelemetrySection().keep_days, help="delete older telemetry; 0: never")
@@ -97,7 +100,7 @@ def _options(options: argparse.Namespace) -> DaemonOptions:
     from distui.daemon.serve.server import DaemonOptions
 
     retention = Retention(options.keep_days * DAY_S, int(options.keep_gib * GIB))
-    tcp = metrics = head = None
+    tcp = metrics = head = parent = None
     if options.listen is None:
         for name in ("allow_control", "accept_runs"):
             if getattr(options, name):
@@ -136,7 +139,15 @@ def _options(options: argparse.Namespace) -> DaemonOptions:
             options.forward_ca,
             plaintext=options.plaintext and is_loopback(split_address(options.forward)[0]),
         )
-    return DaemonOptions(options.idle_s, retention, tcp, metrics, head)
+    if options.roll_up is not None and options.roll_up.startswith("unix:"):
+        from distui.core.telemetry.endpoint import Endpoint
+
+        parent = Endpoint.unix(Path(options.roll_up.removeprefix("unix:")))
+    elif options.roll_up is not None:
+        from distui.core.telemetry.endpoint import Endpoint
+
+        parent = Endpoint.tcp(options.roll_up, options.forward_token, options.forward_ca)
+    return DaemonOptions(options.idle_s, retention, tcp, metrics, head, parent, options.node_name, options.hold_fd)
 
 
 if __name__ == "__main__":

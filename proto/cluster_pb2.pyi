@@ -13,7 +13,7 @@ class Piece(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class AgentSays(_message.Message):
-    __slots__ = ("hello", "beat", "store", "ended", "done", "file", "dialled")
+    __slots__ = ("hello", "beat", "store", "ended", "done", "file", "dialled", "daemon")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class AgentSays(_message.Message):
     DONE_FIELD_NUMBER: _ClassVar[int]
     FILE_FIELD_NUMBER: _ClassVar[int]
     DIALLED_FIELD_NUMBER: _ClassVar[int]
+    DAEMON_FIELD_NUMBER: _ClassVar[int]
     hello: str
     beat: Beat
     store: StoreAt
@@ -28,16 +29,18 @@ class AgentSays(_message.Message):
     done: Done
     file: FilePiece
     dialled: Dialled
-    def __init__(self, hello: _Optional[str] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., store: _Optional[_Union[StoreAt, _Mapping]] = ..., ended: _Optional[_Union[RankEnded, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., file: _Optional[_Union[FilePiece, _Mapping]] = ..., dialled: _Optional[_Union[Dialled, _Mapping]] = ...) -> None: ...
+    daemon: DaemonAt
+    def __init__(self, hello: _Optional[str] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., store: _Optional[_Union[StoreAt, _Mapping]] = ..., ended: _Optional[_Union[RankEnded, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., file: _Optional[_Union[FilePiece, _Mapping]] = ..., dialled: _Optional[_Union[Dialled, _Mapping]] = ..., daemon: _Optional[_Union[DaemonAt, _Mapping]] = ...) -> None: ...
 
 class SupervisorSays(_message.Message):
-    __slots__ = ("beat", "open_store", "start", "alone", "end", "preempt", "dial")
+    __slots__ = ("beat", "open_store", "start", "alone", "end", "preempt", "open_daemon", "dial")
     BEAT_FIELD_NUMBER: _ClassVar[int]
     OPEN_STORE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     ALONE_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     PREEMPT_FIELD_NUMBER: _ClassVar[int]
+    OPEN_DAEMON_FIELD_NUMBER: _ClassVar[int]
     DIAL_FIELD_NUMBER: _ClassVar[int]
     beat: Beat
     open_store: OpenStore
@@ -45,8 +48,9 @@ class SupervisorSays(_message.Message):
     alone: Alone
     end: End
     preempt: Preempt
+    open_daemon: OpenDaemon
     dial: Dial
-    def __init__(self, beat: _Optional[_Union[Beat, _Mapping]] = ..., open_store: _Optional[_Union[OpenStore, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., alone: _Optional[_Union[Alone, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., preempt: _Optional[_Union[Preempt, _Mapping]] = ..., dial: _Optional[_Union[Dial, _Mapping]] = ...) -> None: ...
+    def __init__(self, beat: _Optional[_Union[Beat, _Mapping]] = ..., open_store: _Optional[_Union[OpenStore, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., alone: _Optional[_Union[Alone, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., preempt: _Optional[_Union[Preempt, _Mapping]] = ..., open_daemon: _Optional[_Union[OpenDaemon, _Mapping]] = ..., dial: _Optional[_Union[Dial, _Mapping]] = ...) -> None: ...
 
 class Beat(_message.Message):
     __slots__ = ("number",)
@@ -61,6 +65,32 @@ class OpenStore(_message.Message):
     attempt: int
     probe: bool
     def __init__(self, attempt: _Optional[int] = ..., probe: _Optional[bool] = ...) -> None: ...
+
+class OpenDaemon(_message.Message):
+    __slots__ = ("parent", "certificate", "token", "serves", "name")
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SERVES_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    parent: str
+    certificate: str
+    token: str
+    serves: bool
+    name: str
+    def __init__(self, parent: _Optional[str] = ..., certificate: _Optional[str] = ..., token: _Optional[str] = ..., serves: _Optional[bool] = ..., name: _Optional[str] = ...) -> None: ...
+
+class DaemonAt(_message.Message):
+    __slots__ = ("address", "certificate", "token", "problem")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    certificate: str
+    token: str
+    problem: str
+    def __init__(self, address: _Optional[str] = ..., certificate: _Optional[str] = ..., token: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class Dial(_message.Message):
     __slots__ = ("addresses",)

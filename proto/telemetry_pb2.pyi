@@ -44,7 +44,7 @@ class Ack(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., flush_s: _Optional[float] = ...) -> None: ...
 
 class Record(_message.Message):
-    __slots__ = ("seq", "time_s", "run_started", "run_finished", "rank_started", "rank_finished", "step", "memory", "heartbeat", "collective", "event", "metrics", "hardware")
+    __slots__ = ("seq", "time_s", "run_started", "run_finished", "rank_started", "rank_finished", "step", "memory", "heartbeat", "collective", "event", "metrics", "hardware", "all_ranks")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     TIME_S_FIELD_NUMBER: _ClassVar[int]
     RUN_STARTED_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class Record(_message.Message):
     EVENT_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     HARDWARE_FIELD_NUMBER: _ClassVar[int]
+    ALL_RANKS_FIELD_NUMBER: _ClassVar[int]
     seq: int
     time_s: float
     run_started: RunStarted
@@ -71,7 +72,8 @@ class Record(_message.Message):
     event: Event
     metrics: Metrics
     hardware: HardwareSample
-    def __init__(self, seq: _Optional[int] = ..., time_s: _Optional[float] = ..., run_started: _Optional[_Union[RunStarted, _Mapping]] = ..., run_finished: _Optional[_Union[RunFinished, _Mapping]] = ..., rank_started: _Optional[_Union[RankStarted, _Mapping]] = ..., rank_finished: _Optional[_Union[RankFinished, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., collective: _Optional[_Union[Collective, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ..., hardware: _Optional[_Union[HardwareSample, _Mapping]] = ...) -> None: ...
+    all_ranks: StepSummary
+    def __init__(self, seq: _Optional[int] = ..., time_s: _Optional[float] = ..., run_started: _Optional[_Union[RunStarted, _Mapping]] = ..., run_finished: _Optional[_Union[RunFinished, _Mapping]] = ..., rank_started: _Optional[_Union[RankStarted, _Mapping]] = ..., rank_finished: _Optional[_Union[RankFinished, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., collective: _Optional[_Union[Collective, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ..., hardware: _Optional[_Union[HardwareSample, _Mapping]] = ..., all_ranks: _Optional[_Union[StepSummary, _Mapping]] = ...) -> None: ...
 
 class RunStarted(_message.Message):
     __slots__ = ("name", "command", "strategy", "config_toml", "world_size", "num_nodes", "planned_memory_bytes")
@@ -422,10 +424,12 @@ class RunInfo(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., run_dir: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[str] = ..., strategy: _Optional[str] = ..., started_s: _Optional[float] = ..., finished_s: _Optional[float] = ..., world_size: _Optional[int] = ..., num_nodes: _Optional[int] = ..., command: _Optional[_Iterable[str]] = ..., exit_status: _Optional[int] = ..., message: _Optional[str] = ..., config_toml: _Optional[str] = ..., planned_memory_bytes: _Optional[_Mapping[str, int]] = ..., restarts: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ...) -> None: ...
 
 class SnapshotRequest(_message.Message):
-    __slots__ = ("run_id",)
+    __slots__ = ("run_id", "node")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
-    def __init__(self, run_id: _Optional[str] = ...) -> None: ...
+    node: str
+    def __init__(self, run_id: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
 
 class RankState(_message.Message):
     __slots__ = ("rank", "node", "pid", "state", "step", "loss", "step_s", "tokens_per_s", "memory_bytes", "last_step", "memory", "heartbeat", "last_seen_s", "device", "device_name", "num_parameters", "error", "busy", "samples_per_s")
@@ -524,7 +528,7 @@ class CollectiveSummary(_message.Message):
     def __init__(self, group: _Optional[str] = ..., op: _Optional[str] = ..., count: _Optional[int] = ..., bytes: _Optional[int] = ..., mean_s: _Optional[float] = ..., max_s: _Optional[float] = ..., blocked_s: _Optional[float] = ..., last_seq: _Optional[_Mapping[int, int]] = ..., lateness_s: _Optional[_Mapping[int, float]] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("run", "ranks", "diagnosis", "dropped", "collectives", "nodes", "step", "total_steps", "left_s", "effort")
+    __slots__ = ("run", "ranks", "diagnosis", "dropped", "collectives", "nodes", "step", "total_steps", "left_s", "effort", "hosts")
     RUN_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     DIAGNOSIS_FIELD_NUMBER: _ClassVar[int]
@@ -535,6 +539,7 @@ class Snapshot(_message.Message):
     TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     LEFT_S_FIELD_NUMBER: _ClassVar[int]
     EFFORT_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
     run: RunInfo
     ranks: _containers.RepeatedCompositeFieldContainer[RankState]
     diagnosis: _containers.RepeatedCompositeFieldContainer[Diagnosis]
@@ -545,7 +550,22 @@ class Snapshot(_message.Message):
     total_steps: int
     left_s: float
     effort: Effort
-    def __init__(self, run: _Optional[_Union[RunInfo, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., diagnosis: _Optional[_Iterable[_Union[Diagnosis, _Mapping]]] = ..., dropped: _Optional[int] = ..., collectives: _Optional[_Iterable[_Union[CollectiveSummary, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[NodeState, _Mapping]]] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., left_s: _Optional[float] = ..., effort: _Optional[_Union[Effort, _Mapping]] = ...) -> None: ...
+    hosts: _containers.RepeatedCompositeFieldContainer[Host]
+    def __init__(self, run: _Optional[_Union[RunInfo, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., diagnosis: _Optional[_Iterable[_Union[Diagnosis, _Mapping]]] = ..., dropped: _Optional[int] = ..., collectives: _Optional[_Iterable[_Union[CollectiveSummary, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[NodeState, _Mapping]]] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., left_s: _Optional[float] = ..., effort: _Optional[_Union[Effort, _Mapping]] = ..., hosts: _Optional[_Iterable[_Union[Host, _Mapping]]] = ...) -> None: ...
+
+class Host(_message.Message):
+    __slots__ = ("node", "row", "num_ranks", "first_rank", "sick")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_RANK_FIELD_NUMBER: _ClassVar[int]
+    SICK_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    row: int
+    num_ranks: int
+    first_rank: int
+    sick: bool
+    def __init__(self, node: _Optional[str] = ..., row: _Optional[int] = ..., num_ranks: _Optional[int] = ..., first_rank: _Optional[int] = ..., sick: _Optional[bool] = ...) -> None: ...
 
 class Effort(_message.Message):
     __slots__ = ("wall_s", "effective", "start_s", "notice_s", "waiting_s", "restart_s", "replay_s")
@@ -614,14 +634,16 @@ class StepSummary(_message.Message):
     def __init__(self, step: _Optional[int] = ..., time_s: _Optional[float] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., step_s: _Optional[float] = ..., data_wait_s: _Optional[float] = ..., forward_s: _Optional[float] = ..., backward_s: _Optional[float] = ..., exposed_comm_s: _Optional[float] = ..., optimizer_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., slowest_rank: _Optional[int] = ..., mfu: _Optional[float] = ..., skipped: _Optional[bool] = ..., rank_step_s: _Optional[_Iterable[float]] = ..., samples_per_s: _Optional[float] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("run_id", "interval_s", "max_points")
+    __slots__ = ("run_id", "interval_s", "max_points", "node")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
     MAX_POINTS_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     interval_s: float
     max_points: int
-    def __init__(self, run_id: _Optional[str] = ..., interval_s: _Optional[float] = ..., max_points: _Optional[int] = ...) -> None: ...
+    node: str
+    def __init__(self, run_id: _Optional[str] = ..., interval_s: _Optional[float] = ..., max_points: _Optional[int] = ..., node: _Optional[str] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("snapshot", "steps", "events", "metrics", "server_time_s")

@@ -73,6 +73,8 @@ class MonitorClient:
         self._clock = clock
         self.away_since_s: float | None = None
         """Unix time since when the daemon has not answered; None while it does."""
+        self.node = ""
+        """The host of which all ranks are wanted, where a job has too many to show."""
         self.problem = ""
         """What the daemon last refused, in its words; "" when all is well."""
 
@@ -87,6 +89,7 @@ class MonitorClient:
         """
         request = pb.WatchRequest(run_id=run_id, interval_s=interval_s, max_points=max_points)
         while True:
+            request.node = self.node
             call = self._monitor.Watch(request, wait_for_ready=self.away_since_s is not None, metadata=self._metadata)
             try:
                 async for update in self._updates(call):
@@ -94,11 +97,17 @@ class MonitorClient:
                     yield update
                     if update.snapshot.run.state in FINAL_STATES:
                         return
-                self._lost("the daemon ended the stream")
+                    if self.node != request.node:
+                        break
+                else:
+                    self._lost("the daemon ended the stream")
             except grpc.aio.AioRpcError as error:
                 self._lost(self._told(error), error.code() is grpc.StatusCode.NOT_FOUND)
             finally:
                 call.cancel()
+            if self.node != request.node:
+                request.max_points = 1  # what came before is known
+                continue
             await asyncio.sleep(_RETRY_S)
 
     async def _updates(self, call: grpc.aio.UnaryStreamCall) -> AsyncIterator[pb.Update]:

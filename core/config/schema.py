@@ -67,6 +67,9 @@ class ClusterSection(Section):
         "TRANSFORMERS_*,WANDB_*,TRITON_*,DISTUI_*",
         "variables of this side's environment that the ranks on hosts get, as names and patterns",
     )
+    roll_up_hosts: NonNegativeInt = _field(
+        33, "from so many hosts on, a daemon on each sums its ranks up once a second; 0 never: all telemetry comes here"
+    )
     meet_s: PositiveFloat = _field(300.0, "time within which all hosts must have come", "s")
     slurm_partition: str = _field("", "partition that --slurm submits to; empty is the cluster's default")
     slurm_time: str = _field("", "time limit that --slurm submits with, as 4:00:00; empty is the partition's")

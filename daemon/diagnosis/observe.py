@@ -96,7 +96,7 @@ def observe(state: RunState, now_s: float) -> list[Observed]:
     missed = len(found) < state.world_size() and any(
         rank.process == DEAD or (rank.wait is not None and now_s - rank.wait.since_s > LATE_S) for rank in found
     )
-    if state.final or not missed:
+    if state.final or not missed or state.run.node:  # of a job that is rolled up, others' ledgers may be seen
         return found
     # Whose first batch has not come is not known: it may be who died, or who is waited for on a full machine.
     silent = [rank for rank in range(state.world_size()) if rank not in state.ranks and _meet(state, rank)]

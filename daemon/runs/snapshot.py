@@ -45,6 +45,9 @@ def read_snapshot(run: RunFolder) -> pb.Snapshot:
 def take_snapshot(state: RunState, now_s: float) -> pb.Snapshot:
     """Return what is known of the run at `now_s` (Unix seconds)."""
     state.check_outcome()
+    if state.many is not None:
+        of_many: pb.Snapshot = state.many.snapshot(state, now_s)
+        return of_many
     ranks = observe(state, now_s)
     diagnosis = diagnose(state, ranks, now_s)
     snapshot = pb.Snapshot(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from distui.core.paths import RunFolder
 from distui.core.telemetry.harmless import harmless, make_harmless
@@ -136,6 +137,8 @@ class RunState:
         self.clock_set_s = 0.0
         """When the clock of this node was last seen to jump: what waits is counted from then. Units: Unix seconds."""
         self.version = 0
+        self.many: Any = None
+        """At the head of a job that is rolled up: `tree.many.Many`, which has its ranks."""
         self.told_final = False  # by the launcher's own RunFinished, which outranks outcome.json
         self._marks: dict[tuple[int, str, int], int] = {}
         self._dropped: dict[tuple[int, str, int], int] = {}
@@ -297,6 +300,9 @@ class RunState:
                 for name in ("world_size", "num_nodes"):  # a job may go on with fewer hosts
                     if (told := record.event.attributes.get(name, "")[:MAX_DIGITS]).isdecimal():
                         setattr(self.info, name, min(int(told), MAX_RANKS))
+        elif body == "all_ranks" and source.rank == DAEMON:
+            self.steps.summed(record.all_ranks)
+            self.effort.step(record.all_ranks.step, record.time_s, record.all_ranks.step_s)
         elif body == "metrics":
             self.metrics.append(pb.TimedMetrics(time_s=record.time_s, rank=source.rank, metrics=record.metrics))
         elif body == "hardware":
@@ -312,6 +318,8 @@ class RunState:
     def _restarted(self) -> None:
         """Forget the ranks that were ended for a restart: that they are gone is no fault of theirs."""
         self.info.restarts += 1
+        if self.many is not None:
+            self.many.restarted()
         for rank, record in self.ranks.items():
             self._replaced[rank] = record.incarnation
             self.steps.restarted(rank)

@@ -53,6 +53,14 @@ class StepSummaries:
                 return
             self._close(first, world_size, peak_flops)
 
+    def summed(self, summary: pb.StepSummary) -> None:
+        """Take in a step that was summed up elsewhere, of ranks that are not seen here."""
+        kept = pb.StepSummary()
+        kept.CopyFrom(summary)
+        self.history.drop_last_while(lambda known: known.step >= kept.step)
+        self._times_s.append(kept.step_s)
+        self.history.append(kept)
+
     def close_all(self, world_size: int, peak_flops: dict[int, float]) -> None:
         """Sum up what there is: the run has ended, no rank sends any more."""
         while self._open:

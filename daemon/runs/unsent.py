@@ -40,10 +40,11 @@ class Unsent:
 def unsent_files(run: RunFolder) -> list[Path]:
     """Return the files of a run, by name."""
     try:
-        names = sorted(list_own(run.telemetry))
+        folder = run.path / "telemetry"
+        names = sorted(list_own(folder))
     except (NotOwn, OSError):
         return []
-    return [run.telemetry / name for name in names if name.endswith(".unsent")]
+    return [folder / name for name in names if name.endswith(".unsent")]
 
 
 def unsent_batches(run: RunFolder) -> list[pb.Batch]:

@@ -27,9 +27,9 @@ MAX_FLUSH_S = 2.5
 class Telemetry(rpc.TelemetryServicer):
     """Serves Publish."""
 
-    def __init__(self, runs: LiveRuns, folder_of: Callable[[pb.Batch], RunFolder] | None = None) -> None:
-        """Keep batches in `runs`, in the folder that `folder_of` gives; without it, in that which they name."""
-        self._runs, self._folder_of, self._forwarded = runs, folder_of or run_folder, folder_of is not None
+    def __init__(self, runs: LiveRuns, folder_of: Callable[[pb.Batch], RunFolder], *, forwarded: bool) -> None:
+        """Keep batches in `runs`, in the folder that `folder_of` gives; `forwarded` are those of other daemons."""
+        self._runs, self._folder_of, self._forwarded = runs, folder_of, forwarded
 
     async def Publish(
         self, batches: AsyncIterator[pb.Batch], context: grpc.aio.ServicerContext

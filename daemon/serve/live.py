@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ RETRY_S = 5.0
 """A log that cannot be written is tried again so often."""
 FRESH_S = 0.2
 """Watchers that ask within this time share one snapshot."""
+MANY_FRESH_S = 0.5
+"""The same of a job that is rolled up, whose nodes tell once a second."""
 
 CALM_S = 10.0
 """Slowness that comes back within this time is one episode."""
@@ -78,6 +81,8 @@ class LiveRun:
         self._spoilt = False
         """Whether it could not be judged, which is told once."""
         self._clock = Clock()
+        self.on_batch: Callable[[pb.Batch], None] | None = None
+        """Hears of each batch that is taken in."""
 
     @property
     def run(self) -> RunFolder:
@@ -95,6 +100,8 @@ class LiveRun:
             return False
         self._write(batch)
         kinds = self.state.apply(batch, time.time())
+        if self.on_batch is not None:
+            self.on_batch(batch)
         if self._resumed and not self.state.final:
             self._resumed = False
             event = pb.Event(level=pb.Event.WARNING, kind="daemon_restarted", message="the daemon was started again")
@@ -169,7 +176,8 @@ class LiveRun:
     def snapshot(self) -> pb.Snapshot:
         """Return the run as it is now. Do not change it: watchers share it."""
         now = time.monotonic()
-        if now - self._snapshot_s >= FRESH_S or not self._snapshot_s:
+        fresh_s = FRESH_S if self.state.many is None else MANY_FRESH_S
+        if now - self._snapshot_s >= fresh_s or not self._snapshot_s:
             self._unsent.take_into(self.state)
             if jumped_s := self._clock.jumped_s():
                 self._clock_jumped(jumped_s)
@@ -285,6 +293,8 @@ class LiveRuns:
         self._parents = _remembered()
         self._index = RunIndex()
         self._opening: dict[Path, asyncio.Lock] = {}
+        self.ask: Callable[[str, str], Awaitable[pb.Snapshot | None]] | None = None
+        """Asks the daemon of a node, below this one, what it knows of a run."""
 
     async def open(self, folder: RunFolder) -> LiveRun:
         """Return the run of a folder, read from disk where it is not in memory."""

@@ -18,7 +18,7 @@ from distui.core.paths import RunFolder, open_own
 from distui.daemon.runs.folders import FINAL_STATES, read_info
 from distui.daemon.runs.snapshot import UNHEARD_S
 from distui.daemon.runs.store import segment_files
-from distui.daemon.serve.live import LiveRuns
+from distui.daemon.serve.live import LiveRun, LiveRuns
 from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
@@ -82,7 +82,16 @@ class Monitor(rpc.MonitorServicer):
     async def GetSnapshot(self, request: pb.SnapshotRequest, context: grpc.aio.ServicerContext) -> pb.Snapshot:
         """Return a run as it is now."""
         self._on_use()
-        return (await found(self._runs.find(request.run_id), context)).snapshot()
+        live = await found(self._runs.find(request.run_id), context)
+        return await self._drilled(live, request.node)
+
+    async def _drilled(self, live: LiveRun, node: str) -> pb.Snapshot:
+        """Return the run as it is now; of a job that is rolled up, with all ranks of `node` as its daemon has them."""
+        whole = live.snapshot()
+        if not node or live.state.many is None or self._runs.ask is None:
+            return whole
+        theirs = await self._runs.ask(live.run.run_id, node)
+        return whole if theirs is None else drilled(whole, theirs)
 
     async def Watch(self, request: pb.WatchRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.Update]:
         """Yield what is kept of the run, then what is new at each interval, until it has ended."""
@@ -92,7 +101,9 @@ class Monitor(rpc.MonitorServicer):
         state = live.state
         live.num_watchers += 1
         try:
-            snapshot = live.snapshot()  # first: it sums up the last steps of a run that has ended
+            snapshot = await self._drilled(
+                live, request.node
+            )  # first: it sums up the last steps of a run that has ended
             update = pb.Update(
                 snapshot=snapshot,
                 steps=state.steps.history.all(request.max_points or MAX_POINTS),
@@ -106,7 +117,7 @@ class Monitor(rpc.MonitorServicer):
                 if snapshot.run.state in FINAL_STATES:
                     return
                 await asyncio.sleep(interval_s)
-                snapshot = live.snapshot()
+                snapshot = await self._drilled(live, request.node)
                 update = pb.Update(
                     snapshot=snapshot,
                     steps=state.steps.history.after(marks[0]),
@@ -143,6 +154,18 @@ class Monitor(rpc.MonitorServicer):
             num_watchers=self._runs.num_watchers(),
             addresses=self._addresses,
         )
+
+
+def drilled(whole: pb.Snapshot, node: pb.Snapshot) -> pb.Snapshot:
+    """Return a snapshot of many hosts in which one of them has all of its ranks, as its own daemon tells of them."""
+    found = pb.Snapshot()
+    found.CopyFrom(whole)
+    theirs = {rank.rank for rank in node.ranks}
+    kept = [rank for rank in found.ranks if rank.rank not in theirs]
+    del found.ranks[:]
+    found.ranks.extend(sorted([*kept, *node.ranks], key=lambda rank: rank.rank))
+    found.collectives.extend(node.collectives)
+    return found
 
 
 def own_version() -> str:

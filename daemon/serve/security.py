@@ -216,6 +216,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self._refused = {
             "/distui.v1.Control/": None if options.control else "control is not allowed: start it with --allow-control",
             "/distui.v1.Telemetry/": None if options.accept else "it takes no runs: start it with --accept-runs",
+            "/distui.v1.Federation/": None if options.accept else "it takes no runs: start it with --accept-runs",
         }
 
     async def intercept_service(

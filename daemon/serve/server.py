@@ -26,12 +26,15 @@ from distui.daemon.node.processes import raise_file_limit
 from distui.daemon.runs.retention import Retention, prune
 from distui.daemon.serve.control import Control, ControlBus
 from distui.daemon.serve.forward import Forwarder
-from distui.daemon.serve.intake import MAX_BATCH_BYTES, Telemetry, folder_of_another_node
+from distui.daemon.serve.intake import MAX_BATCH_BYTES, Telemetry, folder_of_another_node, run_folder
 from distui.daemon.serve.live import LiveRuns
 from distui.daemon.serve.metrics import MetricsServer, RunsCollector
 from distui.daemon.serve.monitor import Monitor
 from distui.daemon.serve.security import MAX_REQUEST_BYTES, Gate, TcpOptions
 from distui.daemon.serve.service_manager import notify, watchdog_s
+from distui.daemon.tree.leaf import own_part
+from distui.daemon.tree.relay import Relay
+from distui.proto import rollup_pb2_grpc
 from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
@@ -39,7 +42,7 @@ TICK_S = 1.0
 PRUNE_EVERY_S = 600.0
 GRACE_S = 0.5
 """What open streams get when the daemon ends; ranks go on with the next daemon."""
-SERVICES = ("distui.v1.Telemetry", "distui.v1.Monitor", "distui.v1.Control")
+SERVICES = ("distui.v1.Telemetry", "distui.v1.Monitor", "distui.v1.Control", "distui.v1.Federation")
 
 CALLER_OPTIONS = [
     ("grpc.server_handshake_timeout_ms", 10_000),  # of TLS, and until the caller's HTTP/2 settings have come
@@ -96,6 +99,12 @@ class DaemonOptions:
     metrics: TcpOptions | None = None
     head: Endpoint | None = None
     """The daemon to which this one's runs are forwarded."""
+    parent: Endpoint | None = None
+    """The daemon to which this one rolls its runs up, in a job on many nodes."""
+    node_name: str = ""
+    """What the job calls this node; else it is the host's own name."""
+    hold_fd: int | None = None
+    """It ends once the other end of this pipe is closed."""
 
 
 class Daemon:
@@ -104,6 +113,8 @@ class Daemon:
     def __init__(self, options: DaemonOptions) -> None:
         self._options = options
         self._runs = LiveRuns()
+        self._relay = Relay(self._runs, options.parent, options.node_name)
+        self._runs.ask = self._relay.ask
         self._addresses: list[str] = []
         self._ended = asyncio.Event()
         self._used_s = time.monotonic()
@@ -119,9 +130,12 @@ class Daemon:
             stale.unlink(missing_ok=True)
         bus = ControlBus(bus_socket)
         server = grpc.aio.server(options=_OPTIONS)
-        rpc.add_TelemetryServicer_to_server(Telemetry(self._runs), server)
+        name = self._options.node_name
+        keep = (lambda batch: own_part(run_folder(batch), name)) if self._options.parent is not None else run_folder
+        rpc.add_TelemetryServicer_to_server(Telemetry(self._runs, keep, forwarded=False), server)
         rpc.add_MonitorServicer_to_server(Monitor(self._runs, self._use, self._addresses), server)
         rpc.add_ControlServicer_to_server(Control(self._runs, bus, self._use), server)
+        rollup_pb2_grpc.add_FederationServicer_to_server(self._relay, server)
         status = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -143,13 +157,15 @@ class Daemon:
             os.chmod(used, 0o600)
         for service in ("", *SERVICES):
             await status.set(service, health_pb2.HealthCheckResponse.SERVING)
-        work = [bus.serve(), self._look_after(), self._ask_nccl()]
+        work = [bus.serve(), self._look_after(), self._ask_nccl(), self._relay.serve()]
         if self._options.head is not None:
             work.append(Forwarder(self._runs, self._options.head).serve())
         tasks = [asyncio.create_task(each) for each in work]
         for task in tasks:
             task.add_done_callback(self._task_ended)
         _log.info("serving on %s", socket)
+        if (hold := self._options.hold_fd) is not None:
+            asyncio.get_running_loop().add_reader(hold, self.end)  # nothing is ever written: it has ended
         on_ready()
         notify("READY=1")
         try:
@@ -180,10 +196,11 @@ class Daemon:
         options = [("grpc.max_receive_message_length", largest), *_OPTIONS[1:], *CALLER_OPTIONS, callers]
         server = grpc.aio.server(options=options, interceptors=[Gate(tcp)])
         rpc.add_TelemetryServicer_to_server(
-            Telemetry(self._runs, lambda batch: folder_of_another_node(batch, self._runs)), server
+            Telemetry(self._runs, lambda batch: folder_of_another_node(batch, self._runs), forwarded=True), server
         )
         rpc.add_MonitorServicer_to_server(Monitor(self._runs, self._use, self._addresses), server)
         rpc.add_ControlServicer_to_server(Control(self._runs, bus, self._use), server)
+        rollup_pb2_grpc.add_FederationServicer_to_server(self._relay, server)
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         credentials = tcp.credentials()
@@ -237,7 +254,8 @@ class Daemon:
             if live:
                 hardware = await asyncio.to_thread(sampler.sample)
                 for run in live:
-                    run.say(pb.Record(hardware=hardware))
+                    if run.state.many is None:  # its nodes tell of theirs
+                        run.say(pb.Record(hardware=hardware))
             self._runs.tick()
             await asyncio.to_thread(self._runs.flush)
             if beat_s is not None and time.monotonic() >= next_beat_s:

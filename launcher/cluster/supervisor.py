@@ -39,6 +39,7 @@ from distui.launcher.cluster.gang import Member
 from distui.launcher.cluster.hello import compare, remarks
 from distui.launcher.cluster.hosts import Host
 from distui.launcher.cluster.starter import load_starter
+from distui.launcher.cluster.tree import Tree
 from distui.launcher.cluster.verdict import first_cause
 from distui.launcher.job.outcome import Outcome, RankOutcome, gave_way, preempted_words
 from distui.launcher.job.processes import AGENT_PID_ENV, GRACE_S, die_with_parent, kill_job, stop_requested
@@ -73,6 +74,7 @@ class Supervisor:
         self._active = list(range(len(self._hosts)))
         """The nodes that the job goes on with, in the order of their ranks."""
         self._crew: Crew
+        self._tree: Tree
         self._is_giving_way = False
         self.stopped_by: signal.Signals | None = None
 
@@ -106,6 +108,7 @@ class Supervisor:
         self._crew = Crew(
             self._run, self._config, self._hosts, self._starter, self._command, self._config_file, self._hear
         )
+        self._tree = Tree(self._crew, self._notice)
         loop = asyncio.get_running_loop()
         for signum in _STOPPING:
             loop.add_signal_handler(signum, self.stop, signum)
@@ -152,6 +155,8 @@ class Supervisor:
         print(f"hosts: {', '.join(words)}; interface {hellos[0].interface}", flush=True)
 
     def _hear(self, node: int, said: pb.AgentSays) -> None:
+        if said.WhichOneof("body") == "daemon":
+            self._tree.heard(node, said.daemon)
         self._attempt.hear(node, said)
 
     # ---- an attempt --------------------------------------------------------------------------------------------------
@@ -169,6 +174,8 @@ class Supervisor:
         gang, crew, loop = self._crew.gang, self._crew, asyncio.get_running_loop()
         places, head = self._places(), self._active[0]
         world_size = sum(count for _, count in places.values())
+        if 0 < self._config.cluster.roll_up_hosts <= len(places) and self._config.telemetry.enabled:
+            await self._tree.open(self._active, self._is_over)
         crew.say(head, open_store=pb.OpenStore(attempt=attempt.number))
         deadline_s = loop.time() + STORE_S
         while not attempt.port and not attempt.problems and not self._is_over():

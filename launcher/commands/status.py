@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +17,18 @@ if TYPE_CHECKING:
     from distui.proto import telemetry_pb2 as pb
 
 
+MAX_ROWS = 40
+"""Of hosts, the sickest first; who wants all has --json."""
+
+
 @click.command("status", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("names", nargs=-1, metavar="[HOST:PORT] [RUN]")
 @click.option("--json", "as_json", is_flag=True, help="For other programs.")
+@click.option("--node", default="", metavar="NAME", help="All ranks of this host, where a job has too many to show.")
 @remote_options
-def command(names: tuple[str, ...], as_json: bool, token_file: Path | None, ca: Path | None, plaintext: bool) -> None:
+def command(
+    names: tuple[str, ...], as_json: bool, node: str, token_file: Path | None, ca: Path | None, plaintext: bool
+) -> None:
     """Print one snapshot of RUN (an id, a unique beginning of one, or ./a/folder); without RUN, of the newest.
 
     HOST:PORT asks the daemon of another node, or a head daemon with all nodes' runs.
@@ -31,9 +39,11 @@ def command(names: tuple[str, ...], as_json: bool, token_file: Path | None, ca: 
 
     endpoint, run = remote_and_run(names, token_file, ca, plaintext)
     if endpoint is not None:
-        snapshot = get_snapshot(endpoint, run or "")
+        snapshot = get_snapshot(endpoint, run or "", node=node)
     else:
-        snapshot = snapshot_of(find_run(run, configured_runs_dir()))
+        snapshot = snapshot_of(find_run(run, configured_runs_dir()), node)
+    if node and snapshot.hosts:
+        only_node(snapshot, node)
     if as_json:
         from distui.daemon.runs.snapshot import snapshot_json
 
@@ -46,6 +56,20 @@ def command(names: tuple[str, ...], as_json: bool, token_file: Path | None, ca: 
         console.print(line, markup=False, soft_wrap=True)
     if snapshot.ranks:
         console.print(rank_table(snapshot))
+
+
+def only_node(snapshot: pb.Snapshot, node: str) -> None:
+    """Leave the ranks of one host in a snapshot. Raises: UserError where there is no such host."""
+    from distui.core.errors import UserError
+
+    if node not in {host.node for host in snapshot.hosts}:
+        near = difflib.get_close_matches(node, [host.node for host in snapshot.hosts], n=3)
+        hint = f"near are {', '.join(near)}" if near else f"the sickest is {snapshot.hosts[0].node}"
+        raise UserError(f"the run has no host {node}", f"it has {len(snapshot.hosts)}; {hint}", "name one of them")
+    kept = [rank for rank in snapshot.ranks if rank.node == node]
+    del snapshot.ranks[:]
+    snapshot.ranks.extend(kept)
+    del snapshot.hosts[:]
 
 
 def summary_lines(snapshot: pb.Snapshot) -> list[str]:
@@ -69,6 +93,12 @@ def summary_lines(snapshot: pb.Snapshot) -> list[str]:
     if snapshot.dropped:
         lines.append(f"{count(snapshot.dropped)} telemetry records were dropped under load")
     lines += [f"{found.kind}: {found.message}" for found in snapshot.diagnosis]
+    if snapshot.hosts and (hidden := sum(host.num_ranks for host in snapshot.hosts) - len(snapshot.ranks)) > 0:
+        sick = sum(host.sick for host in snapshot.hosts)
+        lines.append(
+            f"{len(snapshot.hosts)} hosts, {sick or 'none'} of them sick; of each the sickest rank is shown, and "
+            f"{hidden:,} are not: --node NAME shows all of one host"
+        )
     lines += [f"rank {rank.rank} is busy, and others wait: {rank.busy}" for rank in snapshot.ranks if rank.busy]
     return lines
 
@@ -98,7 +128,9 @@ def rank_table(snapshot: pb.Snapshot) -> Table:
     for title in ("rank", "node", "pid", "state", "step", "loss", "step time", unit, "memory"):
         is_word = title in ("node", "state")
         table.add_column(title, justify="left" if is_word else "right", no_wrap=not is_word)
-    for rank in snapshot.ranks:
+    places = {host.node: place for place, host in enumerate(snapshot.hosts)}
+    ranks = sorted(snapshot.ranks, key=lambda rank: places.get(rank.node, 0))
+    for rank in ranks[:MAX_ROWS] if places else ranks:
 
         def known(name: str, state: pb.RankState = rank) -> float | None:
             return getattr(state, name) if state.HasField(name) else None

@@ -56,9 +56,11 @@ def publish(socket: Path, batch: pb.Batch, timeout_s: float = 2.0) -> int:
         return acked
 
 
-def get_snapshot(daemon: Path | Endpoint, run_id: str, timeout_s: float = CALL_TIMEOUT_S) -> pb.Snapshot:
-    """Return the daemon's view of a run; "" is the newest."""
-    request, metadata = pb.SnapshotRequest(run_id=run_id), _endpoint(daemon).metadata
+def get_snapshot(
+    daemon: Path | Endpoint, run_id: str, timeout_s: float = CALL_TIMEOUT_S, node: str = ""
+) -> pb.Snapshot:
+    """Return the daemon's view of a run, "" being the newest; with all ranks of `node`, where it has too many."""
+    request, metadata = pb.SnapshotRequest(run_id=run_id, node=node), _endpoint(daemon).metadata
     with channel_to(daemon) as channel:
         snapshot: pb.Snapshot = rpc.MonitorStub(channel).GetSnapshot(request, timeout=timeout_s, metadata=metadata)
         make_harmless(snapshot)
@@ -66,7 +68,7 @@ def get_snapshot(daemon: Path | Endpoint, run_id: str, timeout_s: float = CALL_T
         return snapshot
 
 
-def snapshot_of(run: RunFolder) -> pb.Snapshot:
+def snapshot_of(run: RunFolder, node: str = "") -> pb.Snapshot:
     """Return a run's snapshot: the daemon's where one is alive and knows the run, else what is on disk."""
     from distui.core.paths import daemon_socket
     from distui.daemon.node.spawn import daemon_alive
@@ -74,7 +76,7 @@ def snapshot_of(run: RunFolder) -> pb.Snapshot:
 
     if daemon_alive():
         try:
-            snapshot = get_snapshot(daemon_socket(), run.run_id)
+            snapshot = get_snapshot(daemon_socket(), run.run_id, node=node)
             if Path(snapshot.run.run_dir) == run.path.resolve():
                 return snapshot
         except (DaemonUnavailable, UserError):

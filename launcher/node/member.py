@@ -30,6 +30,7 @@ from distui.launcher.node.facts import Hello, addresses, gather, interface_of, s
 from distui.launcher.node.feed import FileFeed
 from distui.launcher.node.link import Link
 from distui.launcher.node.ranks import BACKLOG, STOP_SIGNALS, Place, Ranks
+from distui.launcher.node.roller import Roller
 from distui.proto import cluster_pb2 as pb
 
 FEED_S = 0.3
@@ -54,6 +55,7 @@ class Member:
         self._attempt = 0
         self._is_ending = False
         self._runtime = Path(tempfile.mkdtemp(prefix="distui-", dir=SHORT if os.access(SHORT, os.W_OK) else None))
+        self._roller = Roller(self._runtime / "roll", self._runtime)
         self._hello = self._gather()
         self._feed = FileFeed(self._run, lambda piece: self._link.say(pb.AgentSays(file=piece)))
         self._link = Link(
@@ -131,6 +133,7 @@ class Member:
         self._leave(EXIT_BUG)
 
     def _leave(self, status: int) -> NoReturn:
+        self._roller.close()
         shutil.rmtree(self._runtime, ignore_errors=True)
         os._exit(status)  # threads of gRPC, and of a store, may hold the interpreter back
 
@@ -148,6 +151,8 @@ class Member:
         elif body == "dial":
             addresses = list(said.dial.addresses)
             threading.Thread(target=self._dial, args=(addresses,), name="dial", daemon=True).start()
+        elif body == "open_daemon":
+            threading.Thread(target=self._open_daemon, args=(said.open_daemon,), name="roller", daemon=True).start()
         elif body == "start":
             self._work.put(said.start)
         elif body == "alone" and self._ranks is not None:
@@ -158,6 +163,14 @@ class Member:
             self._work.put(said.end)
         elif body == "preempt":
             request_preemption(self._run)
+
+    def _open_daemon(self, asked: pb.OpenDaemon) -> None:
+        self._serve_sockets()
+        self._link.say(pb.AgentSays(daemon=self._roller.open(asked, self._hello.address)))
+
+    def _serve_sockets(self) -> None:
+        if not (self._runtime / "daemon.sock").exists():
+            self._link.serve_sockets(self._runtime)
 
     def _dial(self, addresses: list[str]) -> None:
         """Say which addresses do not answer."""
@@ -241,9 +254,8 @@ class Member:
         os.environ[JOB_ENV] = str(self._run.path)
         os.environ[AGENT_PID_ENV] = str(os.getpid())
         os.environ["PWD"] = spec["folder"]
-        if not (self._runtime / "daemon.sock").exists():
-            self._link.serve_sockets(self._runtime)
-        os.environ["DISTUI_RUNTIME_DIR"] = str(self._runtime)
+        self._serve_sockets()
+        os.environ["DISTUI_RUNTIME_DIR"] = str(self._roller.sockets)
         threads = spec["threads"] or max(1, self._hello.num_cores // start.num_ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

@@ -188,6 +188,8 @@ class DashboardApp(ActingApp):
         if not force and key == self._drawn and not isinstance(target, RankScreen | LogsView):
             return
         self._drawn = key
+        if isinstance(self.client, MonitorClient):
+            self.client.node = shown.host(target.rank) if shown.hosts and isinstance(target, RankScreen) else ""
         target.show(self._frame(shown, now_s))
 
     def _frame(self, shown: RunModel, now_s: float) -> Frame:

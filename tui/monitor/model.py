@@ -89,6 +89,9 @@ class RunModel:
         self.received_s = 0.0
         self.ranks: list[pb.RankState] = []
         """The ranks heard of so far, by number."""
+        self.hosts: list[pb.Host] = []
+        """Where there are too many ranks to show: the hosts, the sickest first; `ranks` has the sickest of each."""
+        self._rows: dict[str, int] = {}
         self._by_number: dict[int, pb.RankState] = {}
         self._waits = StageWaits()
         self._event_steps: tuple[object, list[tuple[float, str, int]]] = (None, [])
@@ -99,6 +102,11 @@ class RunModel:
         """Take in what the daemon sent; what is already known (it repeats all after a reconnect) changes nothing."""
         self.snapshot = update.snapshot
         self.ranks = sorted(update.snapshot.ranks, key=lambda rank: rank.rank)
+        self.hosts = list(update.snapshot.hosts)
+        self._rows = {host.node: host.row for host in self.hosts}
+        if self.hosts:
+            places = {host.node: place for place, host in enumerate(self.hosts)}
+            self.ranks.sort(key=lambda rank: places.get(rank.node, len(places)))
         self._by_number = {rank.rank: rank for rank in self.ranks}
         if is_run_id(update.snapshot.run.run_id):  # it names files: a daemon may be another user's
             self.run_id = update.snapshot.run.run_id
@@ -175,6 +183,16 @@ class RunModel:
     def now(self, now_s: float) -> float:
         """Return the daemon's time: its last, and what has passed here since. Units: Unix seconds."""
         return self.server_time_s + max(0.0, now_s - self.received_s)
+
+    def row(self, rank: int) -> int:
+        """Return where in a step's times a rank's is: of many ranks, where its host's slowest is."""
+        return self._rows.get(self.host(rank), rank) if self.hosts else rank
+
+    def host(self, rank: int) -> str:
+        """Return the host that has a rank; "" where that is not known."""
+        if (known := self.rank(rank)) is not None:
+            return known.node
+        return next((one.node for one in self.hosts if 0 <= rank - one.first_rank < one.num_ranks), "")
 
     def rank(self, number: int) -> pb.RankState | None:
         """Return one rank's state; None where nothing was heard of it."""

@@ -70,8 +70,9 @@ class RankScreen(Screen[None]):
             log.poll(frame.read_log)
         self.query_one("#rank-log-panel", Panel).tell(f"log of rank {self.rank}", log.told)
         rows = model.history.window_rows(frame.num_steps, frame.end_step)
-        rows = [row for row in rows if self.rank < len(row.step_s)]
-        times = [row.step_s[self.rank] for row in rows]
+        place = model.row(self.rank)
+        rows = [row for row in rows if place < len(row.step_s)]
+        times = [row.step_s[place] for row in rows]
         chart = self.query_one("#rank-chart", LineChart)
         chart.show([Series("step time", [row.step for row in rows], times, 1)], empty="no steps yet")
         if state is None:

@@ -8,7 +8,7 @@ and without `fit` the map scrolls.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -25,6 +25,7 @@ from distui.tui.widgets.scale import grown, widened
 
 _NO_VALUE = -1
 MAX_SAMPLED = 20_000
+MAX_NAME = 14
 
 
 class Heatmap(KeptLines, ScrollView, can_focus=True):
@@ -44,6 +45,8 @@ class Heatmap(KeptLines, ScrollView, can_focus=True):
         self._unit, self._empty = unit, empty
         self._rows: Sequence[Sequence[float]] = ()
         self._steps: Sequence[int] = ()
+        self._order: list[int] = []
+        self._names: list[str] = []
         self.fit = True
         """Whether neighbours are merged so that all ranks are in sight."""
         self._cells: list[list[int]] = []
@@ -54,10 +57,18 @@ class Heatmap(KeptLines, ScrollView, can_focus=True):
         self.num_ranks = 0
         """How many ranks the map knows."""
 
-    def show(self, steps: Sequence[int], rows: Sequence[Sequence[float]]) -> None:
-        """Take one sequence of values by rank a step, oldest first; NaN is not available."""
+    def show(
+        self, steps: Sequence[int], rows: Sequence[Sequence[float]], named: Mapping[int, str] | None = None
+    ) -> None:
+        """Take one sequence of values by rank a step, oldest first; NaN is not available.
+
+        With `named` the values are of what has these names, place -> name, and drawn in its order.
+        """
         self._steps, self._rows = steps, rows
         self.num_ranks = max((len(row) for row in rows), default=0)
+        self._order = [place for place in named or () if place < self.num_ranks]
+        self._names = [name for place, name in (named or {}).items() if place < self.num_ranks]
+        self.num_ranks = len(self._order) or self.num_ranks
         self._stale = True
         if self.is_attached and self.size.width:
             self._prepare()
@@ -82,6 +93,8 @@ class Heatmap(KeptLines, ScrollView, can_focus=True):
         labels = self._label_width()
         columns = max(1, self.size.width - labels - 1 - (self._value_width() if self._single(height) else 0))
         buckets = _columns(self._rows, columns)
+        if self._order:
+            buckets = buckets[:, self._order]
         known = _sample(buckets)
         if not len(known):
             self._cells, self._lasts = [], []
@@ -108,13 +121,16 @@ class Heatmap(KeptLines, ScrollView, can_focus=True):
 
     def _label_width(self) -> int:
         last = max(0, self.num_ranks - 1)
+        if self._names:
+            return min(MAX_NAME, max(map(len, self._names))) + 2
         return len(self._label(last, last + 1)) + 2 if self._group == 1 else len(f"{last}-{last}") + 2
 
     def _value_width(self) -> int:
         return 9
 
-    @staticmethod
-    def _label(first: int, stop: int) -> str:
+    def _label(self, first: int, stop: int) -> str:
+        if self._names:
+            return cut(self._names[first], MAX_NAME)
         return f"rank {first}" if stop - first == 1 else f"{first}-{stop - 1}"
 
     def draw_line(self, y: int) -> Strip:

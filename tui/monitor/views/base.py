@@ -141,10 +141,21 @@ def draw_split(bars: StackedBars, frame: Frame) -> None:
 
 
 def draw_map(heatmap: Heatmap, frame: Frame) -> None:
-    """Draw the ranks' step times over the steps in sight."""
-    if heatmap.is_new(frame.steps_key):
+    """Draw the ranks' step times over the steps in sight; of many ranks the hosts', the sick ones at the top."""
+    hosts = frame.model.hosts
+    order = tuple(host.row for host in hosts if host.sick)
+    if heatmap.is_new((frame.steps_key, order, len(hosts))):
         rows = frame.model.history.window_rows(frame.num_steps, frame.end_step)
-        heatmap.show([row.step for row in rows], [row.step_s for row in rows])
+        named = {host.row: host.node for host in hosts}
+        heatmap.show([row.step for row in rows], [row.step_s for row in rows], named)
+
+
+def map_title(model: RunModel) -> str:
+    """Return what the map's lines are."""
+    sick = sum(host.sick for host in model.hosts)
+    if not model.hosts:
+        return "step time by rank"
+    return f"step time by host, {sick or 'none'} sick{', at the top' if sick else ''}"
 
 
 def memory_bar(label: str, use: MemoryUse, planned: int | None, scale: float | None, parts: Sequence[str]) -> Bar:

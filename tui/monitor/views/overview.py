@@ -19,6 +19,7 @@ from distui.tui.monitor.views.base import (
     draw_map,
     draw_memory,
     draw_split,
+    map_title,
     window_newest,
 )
 from distui.tui.monitor.views.rank_columns import RANK_COLUMNS, RankLine, show_ranks
@@ -113,7 +114,11 @@ class OverviewView(View):
         self.query_one("#overview-table-panel", Panel).tell("ranks", f"{len(model.ranks)} of {model.run.world_size}")
         if self.query_one("#overview-map-panel").display:
             draw_map(self.query_one("#overview-map", Heatmap), frame)
+            self.query_one("#overview-map-panel", Panel).tell(map_title(model))
             nodes = list(model.snapshot.nodes) if model.snapshot is not None else []
+            if model.hosts:
+                places = {host.node: place for place, host in enumerate(model.hosts)}
+                nodes.sort(key=lambda node: places.get(node.node, len(places)))
             self.query_one("#overview-nodes", LineTable).show(nodes)
 
     def main_widget(self) -> Widget:

@@ -10,7 +10,6 @@ from typing import Any
 from distui.core.axes.sizes import AxisSizes
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.format import NA, count, duration, num_bytes, scalar, seconds, si
-from distui.tui.monitor.history import StepHistory
 from distui.tui.monitor.model import RunModel, optional
 from distui.tui.monitor.verdict import STATE_GLYPHS, STATE_TONES
 from distui.tui.widgets.layout import axes_in_use, place_words
@@ -57,7 +56,7 @@ def rank_lines(model: RunModel, now_s: float, first_axis: str = "") -> list[Rank
     """Return the ranks heard of, by number; their coordinates begin with `first_axis`."""
     rate, now_s, sizes = model.rate[0], model.now(now_s), model.axes
     order = sorted(axes_in_use(sizes), key=lambda axis: axis != first_axis) if sizes is not None else []
-    return [_line(rank, place_of(sizes, order, rank.rank), model.history, rate, now_s) for rank in model.ranks]
+    return [_line(rank, place_of(sizes, order, rank.rank), model, rate, now_s) for rank in model.ranks]
 
 
 def place_of(sizes: AxisSizes | None, axes: Sequence[str], rank: int) -> Place | None:
@@ -68,7 +67,7 @@ def place_of(sizes: AxisSizes | None, axes: Sequence[str], rank: int) -> Place |
     return tuple((axis, found[axis]) for axis in axes)
 
 
-def _line(rank: pb.RankState, place: Place | None, history: StepHistory, rate: str, now_s: float) -> RankLine:
+def _line(rank: pb.RankState, place: Place | None, model: RunModel, rate: str, now_s: float) -> RankLine:
     phase, phase_s = phase_of(rank, now_s)
     return RankLine(
         rank=rank.rank,
@@ -84,7 +83,7 @@ def _line(rank: pb.RankState, place: Place | None, history: StepHistory, rate: s
         phase=phase,
         phase_s=phase_s,
         device=rank.device or None,
-        times=partial(history.rank_times, rank.rank),
+        times=partial(model.history.rank_times, model.row(rank.rank)),
     )
 
 

@@ -12,7 +12,7 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from distui.tui.format import seconds
-from distui.tui.monitor.views.base import Frame, Key, Panel, View, draw_map
+from distui.tui.monitor.views.base import Frame, Key, Panel, View, draw_map, map_title
 from distui.tui.monitor.views.rank_columns import PLACE, RANK_COLUMNS, RankLine, show_ranks
 from distui.tui.widgets.heatmap import Heatmap
 from distui.tui.widgets.layout import axes_in_use
@@ -64,14 +64,20 @@ class RanksView(View):
 
     def show(self, frame: Frame) -> None:
         """Draw the frame."""
+        if frame.model.hosts and (self._frame is None or not self._frame.model.hosts):
+            self._table.sort_column = None  # the sickest host first
         self._frame = frame
         show_ranks(self._table, frame.model, frame.now_s, self._axis)
         draw_map(self.query_one("#ranks-map", Heatmap), frame)
+        self.query_one("#ranks-map-panel", Panel).tell(map_title(frame.model))
         self._tell()
 
     def _tell(self) -> None:
         table, pattern = self._table, self._pattern
+        hosts = self._frame.model.hosts if self._frame else []
         number = f"{len(table.rows)} of {self._frame.model.run.world_size if self._frame else 0}"
+        if hosts:
+            number += f", the sickest of each of {len(hosts)} hosts"
         if table.sort_column is not None:
             number += f"  by {table.columns[table.sort_column].title} {'▼' if table.descending else '▲'}"
         self.query_one("#ranks-panel", Panel).tell("ranks", number + (f"  filter /{pattern}/" if pattern else ""))
