@@ -37,6 +37,8 @@ DAEMON_GOAL_S = 6.0
 MIN_STEPS = 30
 POLL_S = 0.1
 LIMIT_S = 40.0
+START_S = 120.0
+"""Until the fault: the first job waits for torch."""
 SUSPENDED_S = 10.0
 
 
@@ -102,11 +104,12 @@ class Bench:
 
         With `kind` and `words`, for the first such: on a machine with much to do, another may come before.
         """
-        until = time.monotonic() + limit_s
+        until = time.monotonic() + limit_s + START_S
         early = ""
         fault_s = 0.0
         while time.monotonic() < until:
-            fault_s = fault_s or self.happened_s(run)
+            if not fault_s and (fault_s := self.happened_s(run)):
+                until = time.monotonic() + limit_s
             found = self.snapshot(run).diagnosis
             if found and not fault_s and not self.happened_s(run):
                 early = f"{found[0].kind}: {found[0].message}"

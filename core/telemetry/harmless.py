@@ -3,6 +3,7 @@
     RunState, read_info    whatever comes from ranks and from disk
     the clients            whatever a daemon sends, which may be another user's on another node
     LogView, the reports   lines of logs
+    distui logs            a log as it is, with its colours and progress bars
 
 Escape sequences go as a whole; so do control characters and what turns the direction of writing or takes no place. A
 rank's own output that the launcher copies to the user's terminal while it runs is not touched.
@@ -10,11 +11,12 @@ rank's own output that the launcher copies to the user's terminal while it runs 
 
 from __future__ import annotations
 
+import codecs
 import re
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor
@@ -51,6 +53,49 @@ def _characters(text: str, lines: bool) -> Iterator[str]:
                 yield " "
             elif kind not in _DROPPED:
                 yield character
+
+
+_COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
+_UNFINISHED = re.compile(
+    r"(?:(?:\x1b\[|\x9b)[0-?]{0,64}[ -/]{0,8}"
+    r"|(?:\x1b[PX\]^_]|[\x90\x98\x9d-\x9f])[^\n\x07\x1b\x90\x98\x9b-\x9f]{0,256}\x1b?"
+    r"|\x1b[ -/]{0,8})\Z"
+)
+_ACTS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+
+
+class HarmlessStream:
+    """Writes a log on to a stream: colours and the return to the line's start stay, whatever else acts goes."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out, self._held = out, ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def write(self, data: bytes) -> int:
+        """Write what of it is text; a sequence that has only begun waits for its end, or for `flush`."""
+        text = self._held + self._decoder.decode(data)
+        begun = _UNFINISHED.search(text)
+        cut = len(text) if begun is None else begun.start()
+        text, self._held = text[:cut], text[cut:]
+        self._write(text)
+        return len(data)
+
+    def flush(self) -> None:
+        """Write what was held back."""
+        text, self._held = self._held, ""
+        self._write(text)
+        self._out.flush()
+
+    def _write(self, text: str) -> None:
+        parts, at = [], 0
+        for colour in _COLOUR.finditer(text):
+            parts += [self._clean(text[at : colour.start()]), colour[0]]
+            at = colour.end()
+        self._out.write("".join([*parts, self._clean(text[at:])]).encode(errors="replace"))
+
+    @staticmethod
+    def _clean(text: str) -> str:
+        return text if text.isprintable() else _ACTS.sub("", _SEQUENCE.sub("", text))
 
 
 def make_harmless(message: Message) -> None:

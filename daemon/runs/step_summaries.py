@@ -13,6 +13,7 @@ MAX_OPEN = 64
 NUM_RECENT = 4096
 NUM_OLDER = 4096
 PERCENTILE_STEPS = 500
+FEW_STEPS = 20
 _PARTS = ("data_wait_s", "forward_s", "backward_s", "exposed_comm_s", "optimizer_s")
 
 
@@ -67,9 +68,13 @@ class StepSummaries:
             self._close(min(self._open), world_size, peak_flops)
 
     def p99_s(self) -> float:
-        """Return the step time that 99 of 100 of the last steps kept below; 0 before the first."""
+        """Return the step time that 99 of 100 of the last steps kept below; 0 before the first.
+
+        Of 20 to 100 steps the longest does not count: mostly the first, which compiles.
+        """
         ordered = sorted(self._times_s)
-        return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))] if ordered else 0.0
+        longer = max(len(ordered) // 100, int(len(ordered) >= FEW_STEPS))
+        return ordered[len(ordered) - 1 - longer] if ordered else 0.0
 
     def _close(self, number: int, world_size: int, peak_flops: dict[int, float]) -> None:
         ranks = self._open.pop(number)

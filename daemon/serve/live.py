@@ -41,6 +41,8 @@ MANY_FRESH_S = 0.5
 
 CALM_S = 10.0
 """Slowness that comes back within this time is one episode."""
+_COME_AND_GO = WARNINGS | {"nan_loss"}
+"""A bad batch now and then is one episode, not one each time."""
 _FINAL_KINDS = frozenset({"dead_rank", "out_of_memory", "left_early", "mismatch"})
 
 _log = logging.getLogger("distui.daemon")
@@ -239,7 +241,7 @@ class LiveRun:
             event = pb.Event(level=_level(found.kind), kind=found.kind, message=found.message, attributes=attributes)
             self.say(pb.Record(event=event))
         for key, episode in list(self._told.items()):
-            if key in present or (now_s - episode.seen_s < CALM_S and key[0] in WARNINGS):
+            if key in present or (now_s - episode.seen_s < CALM_S and key[0] in _COME_AND_GO):
                 continue
             del self._told[key]
             if snapshot.run.state not in FINAL_STATES:

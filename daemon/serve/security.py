@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import logging
 import os
+import resource
 import secrets
 import shutil
 import socket as sockets
@@ -35,7 +36,26 @@ MAX_REQUEST_BYTES = 1 << 20
 """Of one message that comes over TCP: watchers ask for little. A head daemon takes whole batches."""
 OPEN_METHODS = ("/grpc.health.v1.Health/Check",)
 """What needs no token: whether the daemon serves is what load balancers and probes ask. `Watch` would stay open."""
+HANDSHAKE_MS, IDLE_MS = 10_000, 60_000
+MAX_STREAMS = 128
+MAX_CALLERS = 1024
+"""Connections over TCP at most, and never more than `CALLERS_SHARE` of the files that may be open."""
+CALLERS_SHARE = 0.25
 _log = logging.getLogger("distui.daemon")
+
+
+def caller_options(callers: int = MAX_CALLERS, streams: int = MAX_STREAMS) -> list[tuple[str, int]]:
+    """Return a gRPC server's options for TCP, where whoever has no token may connect: what is silent is hung up on.
+
+    At most so many `callers`, and `streams` of each.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return [
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),  # of TLS, and until the caller's HTTP/2 settings have come
+        ("grpc.max_connection_idle_ms", IDLE_MS),
+        ("grpc.max_concurrent_streams", streams),
+        ("grpc.max_allowed_incoming_connections", min(callers, int(files * CALLERS_SHARE))),
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ import asyncio
 import fcntl
 import logging
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from distui.daemon.serve.intake import MAX_BATCH_BYTES, Telemetry, folder_of_ano
 from distui.daemon.serve.live import LiveRuns
 from distui.daemon.serve.metrics import MetricsServer, RunsCollector
 from distui.daemon.serve.monitor import Monitor
-from distui.daemon.serve.security import MAX_REQUEST_BYTES, Gate, TcpOptions
+from distui.daemon.serve.security import MAX_REQUEST_BYTES, Gate, TcpOptions, caller_options
 from distui.daemon.serve.service_manager import notify, watchdog_s
 from distui.daemon.tree.leaf import own_part
 from distui.daemon.tree.relay import Relay
@@ -43,16 +42,6 @@ PRUNE_EVERY_S = 600.0
 GRACE_S = 0.5
 """What open streams get when the daemon ends; ranks go on with the next daemon."""
 SERVICES = ("distui.v1.Telemetry", "distui.v1.Monitor", "distui.v1.Control", "distui.v1.Federation")
-
-CALLER_OPTIONS = [
-    ("grpc.server_handshake_timeout_ms", 10_000),  # of TLS, and until the caller's HTTP/2 settings have come
-    ("grpc.max_connection_idle_ms", 60_000),
-    ("grpc.max_concurrent_streams", 128),
-]
-"""Of TCP, where whoever has no token may connect: what is silent is hung up on."""
-MAX_CALLERS = 1024
-"""Connections over TCP at most, and never more than `CALLERS_SHARE` of the files that may be open."""
-CALLERS_SHARE = 0.25
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_BATCH_BYTES),
@@ -191,9 +180,7 @@ class Daemon:
     def _tcp_server(self, tcp: TcpOptions, bus: ControlBus, status: health_pb2_grpc.HealthServicer) -> grpc.aio.Server:
         """Return the server beyond this node: the same services, behind the token. Raises: UserError."""
         largest = MAX_BATCH_BYTES if tcp.accept else MAX_REQUEST_BYTES
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        callers = ("grpc.max_allowed_incoming_connections", min(MAX_CALLERS, int(files * CALLERS_SHARE)))
-        options = [("grpc.max_receive_message_length", largest), *_OPTIONS[1:], *CALLER_OPTIONS, callers]
+        options = [("grpc.max_receive_message_length", largest), *_OPTIONS[1:], *caller_options()]
         server = grpc.aio.server(options=options, interceptors=[Gate(tcp)])
         rpc.add_TelemetryServicer_to_server(
             Telemetry(self._runs, lambda batch: folder_of_another_node(batch, self._runs), forwarded=True), server

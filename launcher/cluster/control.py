@@ -17,12 +17,16 @@ from typing import Any
 import grpc
 
 from distui.core.errors import UserError
+from distui.daemon.node.processes import raise_file_limit
+from distui.daemon.serve.security import caller_options
 from distui.launcher.node.facts import Hello
 from distui.launcher.node.link import OPTIONS, PIECE_BYTES, SERVER_NAME
 from distui.proto import cluster_pb2 as pb
 from distui.proto import cluster_pb2_grpc as rpc
 
 HELLO_S = 10.0
+MAX_HOSTS, MAX_TUNNELS = 1 << 14, 1 << 12
+"""More than any job has, of whom one port can be called, and of what one of them can ask."""
 MAX_HELLO_BYTES = 1 << 20
 
 
@@ -78,7 +82,10 @@ class ControlPort(rpc.ClusterServicer):
         self._on_hello, self._on_said, self._on_gone, self._sockets = on_hello, on_said, on_gone, sockets
         self._seats: list[Seat] = []
         self.certificate, self._key = new_certificate()
-        self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+        raise_file_limit()
+        self._server = grpc.aio.server(
+            options=[*OPTIONS, ("grpc.so_reuseport", 0), *caller_options(MAX_HOSTS, MAX_TUNNELS)]
+        )
         rpc.add_ClusterServicer_to_server(self, self._server)
 
     async def start(self, addresses: Sequence[str]) -> dict[str, int]:

@@ -26,6 +26,7 @@ LAUNCHER = -1
 def command(run: str | None, follow: bool, rank: int, lines: int | None) -> int:
     """Print the log of one rank of RUN (an id or a unique beginning of one); without RUN, of the newest."""
     from distui.core.paths import list_own
+    from distui.core.telemetry.harmless import HarmlessStream
     from distui.daemon.runs.folders import find_run
     from distui.launcher.job.attached import AttachedJob, agent_of
     from distui.launcher.job.launch import configured_runs_dir
@@ -38,7 +39,9 @@ def command(run: str | None, follow: bool, rank: int, lines: int | None) -> int:
         known = sorted(int(name[4:-4]) for name in list_own(folder.logs) if name[4:-4].isdigit())
         have = f"it has logs of ranks {', '.join(map(str, known))}" if known else "none of its ranks has begun"
         raise UserError(f"{folder.run_id} has no log of rank {rank}", have, "name one of its ranks with --rank")
-    output = LogCopy(path, sys.stdout.buffer, _skip(path, lines), sys.stderr.buffer if rank >= 0 else None)
+    # A log may be that of a copied run: its colours are shown, and nothing else that a terminal would act on.
+    err = HarmlessStream(sys.stderr.buffer) if rank >= 0 else None
+    output = LogCopy(path, HarmlessStream(sys.stdout.buffer), _skip(path, lines), err)
     if agent is not None:
         job = AttachedJob(folder, agent)
         while not job.wait(POLL_S):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from distui.core.config.schema import Config
 from distui.core.errors import DistuiError
 from distui.core.paths import RunFolder, list_own, open_own, read_json, read_own
-from distui.core.telemetry.harmless import harmless
+from distui.core.telemetry.harmless import HarmlessStream, harmless
 from distui.launcher.job.attached import AttachedJob
 from distui.launcher.job.background import Background
 from distui.launcher.job.job import Job
@@ -107,13 +107,13 @@ class LogCopy:
     def __init__(
         self,
         path: Path,
-        out: BinaryIO,
+        out: BinaryIO | HarmlessStream,
         skip: int = 0,
-        err: BinaryIO | None = None,
+        err: BinaryIO | HarmlessStream | None = None,
         before: Callable[[], None] = lambda: None,
     ) -> None:
         self._path, self._at = path, skip
-        self._out: BinaryIO | None = out
+        self._out: BinaryIO | HarmlessStream | None = out
         self._err, self._before = err, before
         self._marks = Marks(path) if err is not None else None
         self._held = False

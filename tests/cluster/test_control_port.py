@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from distui.daemon.serve import security
 from distui.launcher.cluster.control import ControlPort, Seat, new_certificate
 from distui.launcher.node.facts import Hello
 from distui.launcher.node.link import SERVER_NAME
@@ -121,6 +122,23 @@ async def test_strangers_are_refused() -> None:
         call = rpc.ClusterStub(channel).Join(saying(), metadata=bearer(newer.token))
         assert await refused(call) == grpc.StatusCode.UNAVAILABLE, "a supervisor with another certificate"
     assert not heard.hellos
+    await heard.port.stop()
+
+
+async def test_who_connects_and_is_silent_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(security, "HANDSHAKE_MS", 300)
+    heard = Heard()
+    await heard.start()
+    host, _, port = heard.address.partition(":")
+    callers = [await asyncio.open_connection(host, int(port)) for _ in range(20)]
+    for reader, writer in callers:
+        assert await asyncio.wait_for(reader.read(), 30.0) == b""
+        writer.close()
+    seat = heard.port.seat(0)
+    async with heard.channel() as channel:
+        call = rpc.ClusterStub(channel).Join(saying(hello()), metadata=bearer(seat.token))
+        await heard.until_changed()
+        call.cancel()
     await heard.port.stop()
 
 

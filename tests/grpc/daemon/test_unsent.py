@@ -79,7 +79,7 @@ def test_what_a_stopped_daemon_did_not_take_is_seen_once_it_goes_on(node: Node) 
     assert recording.state.ranks[0].last_step is not None and recording.state.ranks[0].last_step.step == 200
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=[pytest.mark.fuzz, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=[pytest.mark.fuzz, pytest.mark.timeout(1800)])])
 def test_a_daemon_that_is_killed_again_and_again_loses_no_step(node: Node, kills: int) -> None:
     moments = random.Random(5)
     run = node.run(world_size=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 import sys
 import time
@@ -19,7 +20,7 @@ from google.protobuf.message import Message
 from distui.core.errors import EXIT_BUG, EXIT_OK, EXIT_USER, DaemonUnavailable, NotOwn, UserError
 from distui.core.paths import RunFolder, daemon_socket, default_runs_dir
 from distui.core.telemetry.endpoint import Endpoint
-from distui.core.telemetry.harmless import harmless, make_harmless
+from distui.core.telemetry.harmless import HarmlessStream, harmless, make_harmless
 from distui.daemon.runs.snapshot import load_state
 from distui.daemon.serve.monitor import read_log
 from distui.launcher import cli
@@ -70,6 +71,19 @@ def test_what_becomes_of_text(text: str, told: str) -> None:
 
 def test_lines_and_tabs_stay_where_there_may_be_several() -> None:
     assert harmless("a\x1b[1m\n\tb\r\n", lines=True) == "a\n\tb\n"
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_log_keeps_its_colours_and_its_progress_bars_in_whatever_pieces_it_comes(size: int) -> None:
+    text = "\x1b[1;31mred\x1b[0m 10%\r20%\n\x1b]0;t\x07a\x1b[2Jb\x9b1mc\x1bPx\x1b\\d\u202ee 日本\x00\x1b[31"
+    log, out = text.encode() + b"\xff\x9b", io.BytesIO()
+    stream = HarmlessStream(out)
+    for at in range(0, len(log), size):
+        stream.write(log[at : at + size])
+    stream.flush()
+    told = out.getvalue().decode()
+    assert told.startswith("\x1b[1;31mred\x1b[0m 10%\r20%\nabcde 日本")
+    assert not ACTS.search(re.sub("\x1b\\[[0-9;]*m|\r", "", told))
 
 
 def test_a_long_text_takes_no_longer_than_its_length() -> None:
@@ -147,7 +161,7 @@ def test_what_commands_print(hostile: RunFolder, tmp_path: Path, capsys: pytest.
         assert cli.run([*command, *[hostile.run_id] * (command[0] == "compare")]) in (EXIT_OK, EXIT_USER), command
         told = capsys.readouterr()
         assert (told.out or told.err) and "Traceback" not in told.err, command
-        shown += [told.out, told.err]
+        shown += [re.sub("\x1b\\[[0-9;]*m|\r", "", text) if command[0] == "logs" else text for text in told]
     assert cli.run(["report", hostile.run_id, "--format", "csv", "-o", str(tmp_path / "csv")]) == EXIT_OK
     tables = list((tmp_path / "csv").iterdir())
     assert {"events.csv", "collectives.csv", "metrics.csv"} <= {path.name for path in tables}

@@ -38,6 +38,12 @@ def test_a_straggler_is_one_event_though_its_collectives_go_on(live: LiveRun, mo
     assert tell(live) == ["straggler", "straggler_over"]
 
 
+def test_a_loss_that_is_bad_now_and_then_is_one_event(live: LiveRun) -> None:
+    for step in range(1, 40, 2):
+        told = tell(live, kind="nan_loss", ranks=[1], message=f"the loss of rank 1 is nan since step {step}")
+        assert told == tell(live) == ["nan_loss"]
+
+
 def test_what_a_rank_died_of_is_told_when_it_is_known(live: LiveRun) -> None:
     tell(live, kind="dead_rank", ranks=[1], message="rank 1 is gone without a word")
     told = tell(live, kind="dead_rank", ranks=[1], message="rank 1 was ended by SIGSEGV")
