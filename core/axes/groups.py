@@ -92,6 +92,16 @@ def make(lists: Sequence[list[int]], name: str, backend: str | None = None) -> d
     return mine
 
 
+def split(group: dist.ProcessGroup, size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Return this rank's neighbours in `group`, `size` at a time, and the ranks at its place among theirs.
+
+    Collective: as `group` was made; of a group of `Axes` all others of its kind are split with it.
+    """
+    lists = _lists.get(group) or [dist.get_process_group_ranks(group)]
+    near = [ranks[first : first + size] for ranks in lists for first in range(0, len(ranks), size)]
+    return make(near, "near"), make([ranks[place::size] for ranks in lists for place in range(size)], "across")
+
+
 def beside(group: dist.ProcessGroup, backend: str | None = None) -> dist.ProcessGroup:
     """Return another group of the same ranks, for traffic with an order of its own. Collective: as `group` was made.
 

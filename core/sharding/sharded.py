@@ -92,7 +92,7 @@ class ShardedModel(WholeStates):
         device = start.device_for(model.parameters())
         if sharing is not None and num_ranks > 1:
             self.transport, self.gathers = self._talk_over(sharing, "data_parallel", device)
-        self._across = make_transport(copies, "replicas", self.pool, compression) if copies is not None else None
+        self._across = self._talk_to_copies(copies, "replicas")
         self.replicas: Replicas | None = None
         if self.transport is not None and self._across is not None:
             self.replicas = Replicas(self._across)
@@ -129,6 +129,11 @@ class ShardedModel(WholeStates):
         second = beside(group)
         return transport, make_transport(second, f"{name}_gather", self.pool, self.compression, gradients=False)
 
+    def _talk_to_copies(self, copies: dist.ProcessGroup | None, name: str) -> Transport | None:
+        """Return what sums over ranks that hold the same, each on a node of its own as a rule. Collective."""
+        form = None if self.compression is None else replace(self.compression, ranks_per_node=None)
+        return None if copies is None else make_transport(copies, name, self.pool, form)
+
     def _share_of_experts(
         self, device: torch.device, copies: dist.ProcessGroup | None
     ) -> tuple[Placement, Transport | None, Transport | None]:
@@ -140,7 +145,7 @@ class ShardedModel(WholeStates):
         if group is None and copies is not None:  # nobody near by has the same: copies alone do, and sum all of it
             placement = replace(placement, stage=0, rank=placement.replica, num_ranks=placement.num_replicas)
             placement = replace(placement, replica=0, num_replicas=1)
-            return placement, make_transport(beside(copies), "experts", self.pool, self.compression), None
+            return placement, self._talk_to_copies(beside(copies), "experts"), None
         return placement, *((None, None) if group is None else self._talk_over(group, "experts", device))
 
     def _is_expert(self, param: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.distributed as dist
 
+from distui.core.axes.groups import split
 from distui.core.config.schema import CompressionSection
 from distui.core.errors import UserError
 from distui.core.sharding.optim.onebit_adam import OneBitAdam
@@ -161,14 +162,7 @@ class CompressedTransport(Transport):
             self.hops = self._split(per_node)
 
     def _split(self, per_node: int) -> tuple[Transport, Transport]:
-        ranks = dist.get_process_group_ranks(self.group)
-        nodes = [ranks[first : first + per_node] for first in range(0, len(ranks), per_node)]
-        across = [[node[place] for node in nodes] for place in range(per_node)]
-        # Every rank makes every group, in one order.
-        inside_groups = [dist.new_group(node) for node in nodes]
-        across_groups = [dist.new_group(column) for column in across]
-        inside, outside = inside_groups[self.rank // per_node], across_groups[self.rank % per_node]
-        assert inside is not None and outside is not None
+        inside, outside = split(self.group, per_node)
         return (
             Transport(inside, f"{self.name}_in_node", self._pool),
             Transport(outside, f"{self.name}_between_nodes", self._pool),

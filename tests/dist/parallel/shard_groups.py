@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ def twice(name: str, stage: int, sections: dict[str, Any]) -> dict[str, Any]:
             loss = loss_of(name, model, part)
             engine.backward(loss)
         found["losses"].append(float(engine.reduce(loss.detach(), "mean")))
-        found["norms"].append(float(engine.clip_grad_norm_(model.parameters(), MAX_NORM)))
+        norm = engine.clip_grad_norm_(model.parameters(), MAX_NORM)
+        assert norm is not None
+        found["norms"].append(float(norm))
         optimizer.step()
         optimizer.zero_grad()
     return found | {"weights": engine.get_state_dict(model)}
@@ -60,11 +63,17 @@ def matrices(name: str, stage: int, sections: dict[str, Any]) -> dict[str, Any]:
 
 def several(cases: list[tuple[str, str, int, dict[str, Any]]]) -> list[dict[str, Any]]:
     ways = {"train": train, "twice": twice, "matrices": matrices}
-    return [ways[way](*case) for way, *case in cases]
+    return [ways[way](name, stage, sections) for way, name, stage, sections in cases]
 
 
 def losses(cases: list[Case]) -> list[dict[str, Any]]:
     return [{key: value for key, value in train(*case).items() if key != "weights"} for case in cases]
+
+
+def on_nodes(ranks_per_node: int, case: Case) -> dict[str, Any]:
+    """Train as if so many ranks were on a node each."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
+    return losses([case])[0]
 
 
 def save(name: str, stage: int, sections: dict[str, Any], folder: str) -> dict[str, Any]:
