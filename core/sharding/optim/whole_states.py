@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distui.core.errors import UserError
+from distui.core.ranks.meeting import meet
 from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.homes.home import CellSlice
 from distui.core.sharding.optim.matrices import WholeMatrices
@@ -53,6 +54,8 @@ def whole_state_dict(optimizer: Steps) -> dict[str, Any]:
     """Return the `state_dict` of the script's own optimizer; tensors that had to be gathered are on the CPU.
 
     Collective where ranks hold parts: all ranks, outside of a backward. Else tensors are views of the states.
+
+    Raises: UserError where a rank does not come.
     """
     _refuse_stages(optimizer)
     held = _held(optimizer)
@@ -60,6 +63,8 @@ def whole_state_dict(optimizer: Steps) -> dict[str, Any]:
     params = [param for group in optimizer.given for param in group]
     groups = {_group_of(optimizer, param): None for param in params}  # in one order on all ranks
     for group in groups:
+        if group is not None:
+            meet(f"{type(optimizer.inner).__name__}.state_dict()", group)
         own = {place: of for place, of in held.items() if _group_of(optimizer, params[place[0]]) is group}
         if group is not None:
             for number, key, value in _gathered(own, group):

@@ -59,8 +59,10 @@ def _casting_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return cast_floating(output, torch.float32)
 
 
-def _rebuild(options: dict[str, Any]) -> Accelerator:
-    return Accelerator(**options)
+def _rebuild(options: dict[str, Any], loaders: list[Any]) -> Accelerator:
+    accelerator = Accelerator(**options)
+    accelerator._dataloaders += loaders
+    return accelerator
 
 
 class Accelerator(Steps, Saving):
@@ -149,7 +151,7 @@ class Accelerator(Steps, Saving):
         self._dataloaders: list[PreparedDataLoader] = []
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self._given,)
+        return _rebuild, (self._given, self._dataloaders)
 
     # ---- prepare ----------------------------------------------------------------------------------------------
 
@@ -198,6 +200,7 @@ class Accelerator(Steps, Saving):
         prepared.register_forward_pre_hook(NoteSync(self))
         if not hasattr(prepared, "no_sync"):
             prepared.__dict__["no_sync"] = ModelNoSync(self)
+        prepared.__dict__["_is_accelerate_prepared"] = True  # some libraries ask
         self._models.append(prepared)
         plugin = self.state.dynamo_plugin
         if str(plugin.backend) != "NO" and not plugin.disable:

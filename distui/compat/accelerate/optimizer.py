@@ -18,6 +18,8 @@ from distui.core.sharding.optim.whole_states import lies_in_parts
 class AcceleratedOptimizer(torch.optim.Optimizer):
     """Steps and clears gradients only when they are synchronised, as the engine's optimizer does by itself."""
 
+    _is_accelerate_prepared = True
+
     def __init__(self, optimizer: Any, device_placement: bool = True, scaler: Any = None) -> None:
         """`optimizer` is what the engine prepared."""
         # Not Optimizer.__init__: groups and states are the engine's.

@@ -86,7 +86,8 @@ class Saving:
         if lacking:
             raise ValueError(
                 "All `objects` must include a `state_dict` and `load_state_dict` function to be stored. "
-                f"The following inputs are invalid: {lacking}"
+                "The following inputs are invalid:"
+                + "".join(f"\n\t- Item at index {place}, `{value}`" for place, value in enumerate(lacking))
             )
         self.engine.register_for_checkpointing(*objects)
         self._custom_objects += objects

@@ -14,6 +14,8 @@ class AcceleratedScheduler:
     their own, and by one with `split_batches`. (`distui.Engine` moves it on by one a step.)
     """
 
+    _is_accelerate_prepared = True
+
     def __init__(
         self, scheduler: Any, optimizers: Any, step_with_optimizer: bool = True, split_batches: bool = False
     ) -> None:

@@ -44,6 +44,28 @@ def do_nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing."""
 
 
+_OF_STATE: tuple[str, ...] = (
+    "_cpu",
+    "backend",
+    "device",
+    "debug",
+    "distributed_type",
+    "fork_launched",
+    "local_process_index",
+    "num_processes",
+    "process_index",
+)
+
+
+def _lacking(kind: str, name: str, known: tuple[str, ...]) -> AttributeError:
+    if name not in known:
+        return AttributeError(f"'{kind}' object has no attribute '{name}'")
+    return AttributeError(
+        f"`{kind}` object has no attribute `{name}`. This happens if `{kind}._reset_state()` was called and an "
+        "`Accelerator` or `PartialState` was not reinitialized."
+    )
+
+
 class PartialState:
     """This process among the ranks; every instance is the same one."""
 
@@ -137,10 +159,7 @@ class PartialState:
             return getattr(self.__dict__["_process"], name)
         if name.startswith("__"):
             raise AttributeError(name)
-        raise AttributeError(
-            f"`PartialState` object has no attribute `{name}`. This happens if `PartialState._reset_state()` was "
-            "called and an `Accelerator` or `PartialState` was not reinitialized."
-        )
+        raise _lacking("PartialState", name, _OF_STATE)
 
 
 class AcceleratorState:
@@ -232,14 +251,14 @@ class AcceleratorState:
         PartialState().destroy_process_group(group)
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith("__") and "_partial" in self.__dict__:
-            return getattr(self.__dict__["_partial"], name)
         if name.startswith("__"):
             raise AttributeError(name)
-        raise AttributeError(
-            f"`AcceleratorState` object has no attribute `{name}`. This happens if `AcceleratorState._reset_state()` "
-            "was called and an `Accelerator` or `PartialState` was not reinitialized."
-        )
+        if "_partial" in self.__dict__:
+            try:
+                return getattr(self.__dict__["_partial"], name)
+            except AttributeError as error:
+                raise AttributeError(str(error).replace("PartialState", "AcceleratorState", 1)) from error
+        raise _lacking("AcceleratorState", name, (*_OF_STATE, "deepspeed_plugin", "dynamo_plugin", "mixed_precision"))
 
 
 class GradientState:

@@ -127,7 +127,7 @@ def _recomputed(stage: int, mode: str) -> None:
 
 
 def _questions(stage: int) -> None:
-    fp16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
+    fp16: dict[str, Any] = {"fp16": {"enabled": True, "initial_scale_power": 8}}
     engine = _start(stage, **fp16)
     assert isinstance(engine.optimizer, ZeROOptimizer) and engine.optimizer.needs_scaler()
     assert engine.optimizer.cur_scale == 256 and not engine.optimizer.overflow

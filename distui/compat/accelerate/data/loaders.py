@@ -46,6 +46,8 @@ def shifted(batch: Any) -> Any:
 class PreparedDataLoader(DataLoader[Any], DataLoaderStateMixin):
     """What both kinds of prepared loader have in common; with `use_stateful_dataloader` it is torchdata's too."""
 
+    _is_accelerate_prepared = True
+
     def __new__(cls, *args: Any, use_stateful_dataloader: bool = False, **options: Any) -> PreparedDataLoader:
         """Make torchdata's where that is asked for. Raises: NotInstalled without it."""
         if use_stateful_dataloader:

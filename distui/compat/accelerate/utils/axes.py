@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed import device_mesh as meshes
+from torch.distributed.device_mesh import DeviceMesh
 
 from distui.compat.accelerate.refusals import refuse_argument
 from distui.core.errors import UserError
@@ -21,7 +22,7 @@ def _told(name: str, without: str) -> str:
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ValueError(f"`{name}` must be one of {' or '.join(known)}, but got {value}")
+        raise ValueError(f"Invalid {name}: {value}. `{name}` must be one of {' or '.join(known)}")
 
 
 @dataclass
@@ -182,15 +183,20 @@ class ParallelismConfig:
         """All dimensions of more than one rank."""
         return self.dp_dim_names + self.non_dp_dim_names
 
+    def _get_mesh(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Return the names and the sizes of the axes of more than one rank."""
+        names = tuple(self._enabled(*_SIZES))
+        return names, tuple(map(self._size, names))
+
     def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
         """Return a mesh of the axes of more than one rank, with dp, dp_shard_cp and dp_cp; None without any.
 
         Collective: all ranks.
         """
-        names = self._enabled(*_SIZES)
+        names, sizes = self._get_mesh()
         if not names:
             return None
-        mesh = init_device_mesh(device_type, tuple(map(self._size, names)), mesh_dim_names=tuple(names))
+        mesh = meshes.init_device_mesh(device_type, sizes, mesh_dim_names=names)
         joint = {"dp": self.dp_dim_names, "dp_shard_cp": self.dp_shard_cp_dim_names, "dp_cp": self.dp_cp_dim_names}
         for name, parts in joint.items():
             if parts:

@@ -281,4 +281,5 @@ class TorchDynamoPlugin(KwargsHandler):
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         del values["use_regional_compilation"]
         values["backend"] = str(self.backend).lower()
-        return {key: value for key, value in values.items() if value is not None}
+        plain = {"fullgraph": False, "disable": False}  # as torch.compile has them
+        return {key: value for key, value in values.items() if value is not None and plain.get(key) is not value}

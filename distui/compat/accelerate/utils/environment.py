@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import torch
 from distui.compat.accelerate.refusals import offered
 
 _TRUE, _FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
+
+logger = logging.getLogger(__name__)
 
 
 def str_to_bool(value: str, to_bool: bool = False) -> int | bool:
@@ -49,8 +52,14 @@ def are_libraries_initialized(*library_names: str) -> list[str]:
 
 
 def convert_dict_to_env_variables(current_env: dict[str, str]) -> list[str]:
-    """Return `key=value` lines."""
-    return [f"{key}={value}\n" for key, value in current_env.items()]
+    """Return `key=value` lines, without those that a shell would read otherwise, of which it warns."""
+    lines = []
+    for key, value in current_env.items():
+        if key and value and not set(";\n<> ") & set(key + value):
+            lines.append(f"{key}={value}\n")
+        else:
+            logger.warning("Skipping %s=%s: it contains forbidden characters or misses a value", key, value)
+    return lines
 
 
 def get_current_device_type() -> tuple[str, str]:
@@ -86,8 +95,10 @@ def patch_environment(**kwargs: Any) -> Iterator[None]:
 
 
 def purge_accelerate_environment(func_or_cls: Any) -> Any:
-    """Decorate a function to leave the ACCELERATE_* variables as they were."""
+    """Decorate a function, or the tests of a class, to leave the ACCELERATE_* variables as they were."""
     if isinstance(func_or_cls, type):
+        _purge_tests(func_or_cls)
+        _purge_subclasses(func_or_cls)
         return func_or_cls
     function: Callable[..., Any] = func_or_cls
 
@@ -102,6 +113,22 @@ def purge_accelerate_environment(func_or_cls: Any) -> Any:
             os.environ.update(before)
 
     return purged
+
+
+def _purge_tests(kind: type) -> None:
+    for name, value in list(vars(kind).items()):
+        if name.startswith("test") and callable(value):
+            setattr(kind, name, purge_accelerate_environment(value))
+
+
+def _purge_subclasses(kind: Any) -> None:
+    before = kind.__init_subclass__
+
+    def purge(cls: type, **kwargs: Any) -> None:
+        before(**kwargs)
+        _purge_tests(cls)
+
+    kind.__init_subclass__ = classmethod(purge)
 
 
 def __getattr__(name: str) -> Any:

@@ -56,7 +56,11 @@ def model_has_dtensor(model: nn.Module) -> bool:
 
 def get_model_tp_size(model: nn.Module) -> int | None:
     """Return the ranks that share each matrix, where the model says so."""
-    return getattr(model, "tp_size", None)
+    if (size := getattr(model, "tp_size", None)) is not None:
+        return int(size)
+    told = getattr(getattr(model, "config", None), "distributed_config", None)  # where transformers 5 keeps it
+    found = told.get("tp_size") if isinstance(told, dict) else getattr(told, "tp_size", None)
+    return int(found) if found else None
 
 
 def extract_model_from_parallel(
