@@ -154,7 +154,9 @@ def _rates(model: ModelSpec, strategy: Strategy, hardware: Hardware, rates: Rate
     source = hardware.gpus_per_node[0].facts_source if hardware.gpus_per_node else measured
     if rates.peak_flops is not None:
         terms.append(Term("peak of a rank", rates.peak_flops, "FLOP/s", f"dense {strategy.dtype}", source))
-        formula = "by hidden size over TP" + (f", x {HOPPER_FACTOR} from Hopper on" if rates.is_hopper_or_later else "")
+        formula = "by hidden size over the root of TP" + (
+            f", x {HOPPER_FACTOR} from Hopper on" if rates.is_hopper_or_later else ""
+        )
         origin = f"{MEGATRON}, table 1; Llama 3, arXiv 2407.21783, table 4"
         if rates.device_kind == "cpu":
             formula, origin = f"{CPU_EFFICIENCY} of the measured matrix rate", "assumption"

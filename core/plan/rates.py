@@ -23,7 +23,7 @@ CPU_EFFICIENCY = 0.5
 """Share of the measured matrix rate that a training step reaches on a CPU; an assumption."""
 
 EFFICIENCY_BY_WIDTH = ((1024, 0.30), (2048, 0.40), (4096, 0.50))
-"""Achieved share of the peak by hidden size (over tensor-parallel ranks), between these points linear in log2.
+"""Achieved share of the peak by hidden size (over the root of the tensor-parallel ranks), between these linear in log2.
 Source: Megatron-LM, arXiv 2104.04473, table 1: 44-52% on A100 from hidden size 2304 up; below that an assumption."""
 
 HOPPER_FACTOR = 0.8
