@@ -10,8 +10,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from distui.core.errors import UserError
 
-WITHIN_S = 120.0
-"""How long one rank waits for the others: a slow one may still be evaluating."""
+WITHIN_S = 600.0
+"""How long one rank waits for the others, as NCCL does by default: a slow one may still be evaluating."""
 _met: Counter[str] = Counter()
 
 
