@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from distui.core.errors import UserError
+from distui.core.telemetry.harmless import harmless
 
 
 @click.group("checkpoint", context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,9 +32,9 @@ def inspect_checkpoint(folder: Path, as_json: bool) -> None:
     files, shapes = manifest["files"], manifest["shapes"]
     assert isinstance(files, dict) and isinstance(shapes, dict)
     total = sum(fact["bytes"] for fact in files.values())
-    click.echo(f"{source}: step {manifest['step']}, whole: {len(files)} files, {num_bytes(total)}, all checksums match")
+    _say(f"{source}: step {manifest['step']}, whole: {len(files)} files, {num_bytes(total)}, all checksums match")
     backend = manifest.get("backend", "native")
-    click.echo(
+    _say(
         f"saved by {manifest['world_size']} rank(s) under {'' if backend == 'native' else f'{backend} '}"
         f"ZeRO-{manifest['zero_stage']}, {manifest['dtype']}; any number of ranks, any stage and backend loads it"
     )
@@ -43,8 +44,8 @@ def inspect_checkpoint(folder: Path, as_json: bool) -> None:
         for length in shape:
             size *= length
         num_parameters += size
-        click.echo(f"  {name}  {' x '.join(map(str, shape)) or 'scalar'}")
-    click.echo(f"{len(shapes)} parameters, {count(num_parameters)} values")
+        _say(f"  {name}  {' x '.join(map(str, shape)) or 'scalar'}")
+    _say(f"{len(shapes)} parameters, {count(num_parameters)} values")
 
 
 @command.command("consolidate")
@@ -67,7 +68,7 @@ def consolidate(folder: Path, output: Path, max_shard_size: str) -> None:
     if deepspeed_files.is_deepspeed(folder):
         saved = deepspeed_files.read(folder, optimizer_states=False)
         models = {"": {name: value for name, value in saved.weights.items() if name not in saved.tied}}
-        click.echo(
+        _say(
             f"{saved.folder}: DeepSpeed {saved.version}, ZeRO-{saved.stage} on {saved.world_size} rank(s), "
             f"step {saved.global_steps}"
         )
@@ -77,7 +78,12 @@ def consolidate(folder: Path, output: Path, max_shard_size: str) -> None:
         place = output if len(models) == 1 else output / model
         place.mkdir(parents=True, exist_ok=True)
         names = write_safetensors(tensors, place, limit)
-        click.echo(f"{place}: {len(tensors)} tensors in {len(names)} file{'s' if len(names) > 1 else ''}")
+        _say(f"{place}: {len(tensors)} tensors in {len(names)} file{'s' if len(names) > 1 else ''}")
+
+
+def _say(text: str) -> None:
+    """Print a line; names in a checkpoint are whatever somebody wrote there."""
+    click.echo(harmless(text))
 
 
 def with_latest(folder: Path) -> Path:

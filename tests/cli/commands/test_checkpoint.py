@@ -40,6 +40,22 @@ def test_inspect_says_what_is_in_it(saved: tuple[Path, dict[str, Any]], capsys: 
     assert json.loads(capsys.readouterr().out)["world_size"] == 1
 
 
+def test_a_name_that_acts_on_a_terminal_is_shown_without_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    import distui
+
+    model = torch.nn.Linear(2, 2)
+    model.register_parameter("w\x1b[2J\x1b]0;t\x07", torch.nn.Parameter(torch.ones(3)))
+    engine = distui.Engine()
+    engine.prepare(model, torch.optim.AdamW(model.parameters()))
+    engine.save_state(str(tmp_path / "step1"))
+    capsys.readouterr()
+    assert cli.run(["checkpoint", "inspect", str(tmp_path / "step1")]) == 0
+    told = capsys.readouterr().out
+    assert "model0.w  3" in told and "\x1b" not in told
+
+
 def test_consolidate_writes_the_weights(
     saved: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
