@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +311,36 @@ def test_a_name_that_is_a_module_too_can_be_called_whoever_imports_first() -> No
     """`import accelerate.utils.tqdm` puts the module where the function is looked for."""
     module: Any = importlib.import_module("distui.compat.accelerate.utils.tqdm")
     assert list(module(range(3), disable=True)) == list(module.tqdm(range(3), disable=True)) == [0, 1, 2]
+
+
+def test_trackers_that_only_accelerate_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking = importlib.import_module("distui.compat.accelerate.tracking")
+    monkeypatch.setattr(tracking, "LOGGER_TYPE_TO_CLASS", dict(tracking.LOGGER_TYPE_TO_CLASS))
+    monkeypatch.setattr(tracking, "_LIBRARY", dict(tracking._LIBRARY))
+    if importlib.util.find_spec("accelerate") is not None:
+        theirs = importlib.import_module("accelerate.tracking").AimTracker
+        monkeypatch.setattr(tracking, "_is_there", lambda name: True)
+        assert tracking.filter_trackers("aim", "logs") == ["aim"]
+        assert tracking.LOGGER_TYPE_TO_CLASS["aim"] is theirs is tracking.AimTracker
+        del tracking.LOGGER_TYPE_TO_CLASS["aim"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NotOffered, match="pip install accelerate"):
+        tracking.filter_trackers("aim", "logs")
+
+
+def test_environments_are_purged_and_written_as_accelerate_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    @accelerate_utils.purge_accelerate_environment
+    class Base:
+        def test_one(self) -> None:
+            os.environ["ACCELERATE_OF_A_TEST"] = "1"
+
+    class Derived(Base):
+        def test_two(self) -> None:
+            os.environ["ACCELERATE_OF_A_TEST"] = "2"
+
+    monkeypatch.delenv("ACCELERATE_OF_A_TEST", raising=False)
+    for test in (Base().test_one, Derived().test_one, Derived().test_two):
+        test()
+        assert "ACCELERATE_OF_A_TEST" not in os.environ
+    lines = accelerate_utils.convert_dict_to_env_variables({"GOOD": "1", "BAD": "a;b", "": "x", "EMPTY": ""})
+    assert lines == ["GOOD=1\n"]

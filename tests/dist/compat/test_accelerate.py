@@ -259,7 +259,6 @@ def _corners() -> dict[str, Any]:
     for arguments in (
         {"mixed_precision": "fp8"},
         {"deepspeed_plugin": DeepSpeedPlugin(zero_stage=2), "kwargs_handlers": [power]},
-        {"log_with": "swanlab"},
     ):
         with pytest.raises(NotOffered, match="instead, "):
             Accelerator(**arguments)
