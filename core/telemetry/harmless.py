@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +53,11 @@ def _characters(text: str, lines: bool) -> Iterator[str]:
                 yield character
 
 
-def make_harmless(message: Message) -> None:
-    """Make every text in a message harmless, in place; keys of maps too."""
+def make_harmless(message: Message, but: Container[str] = ()) -> None:
+    """Make every text in a message harmless, in place; keys of maps too. Fields named in `but` are left as they are."""
     for field, what in _plan(message.DESCRIPTOR):
+        if field in but:
+            continue
         if what == "text":
             value = getattr(message, field)
             if not value.isprintable():
@@ -72,10 +74,10 @@ def make_harmless(message: Message) -> None:
             _clean_keys(getattr(message, field))
         elif what == "message":
             if message.HasField(field):
-                make_harmless(getattr(message, field))
+                make_harmless(getattr(message, field), but)
         else:
             for one in getattr(message, field):
-                make_harmless(one)
+                make_harmless(one, but)
 
 
 def _clean_keys(values: Any) -> None:
