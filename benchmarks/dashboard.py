@@ -1,6 +1,7 @@
 """What the dashboard costs on a real terminal of 160x50: the app on a run of 8 ranks, and each widget's full repaint.
 
     python -m benchmarks.dashboard [--ranks 8 1024] [--hz 1] [--seconds 6] [--repaints 60] [--beside CHECKOUT]
+    chrt -r 10 python -m benchmarks.dashboard ...    where others work too: keys then tell of the app alone
 
 Everything runs under a pseudo-terminal, because a headless app does not encode what it draws. The app watches a daemon
 in a process of its own, which tells `--hz` steps a second, and the state of all ranks twice a second; CPU is the app's

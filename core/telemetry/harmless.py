@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -98,9 +98,11 @@ class HarmlessStream:
         return text if text.isprintable() else _ACTS.sub("", _SEQUENCE.sub("", text))
 
 
-def make_harmless(message: Message) -> None:
-    """Make every text in a message harmless, in place; keys of maps too."""
+def make_harmless(message: Message, but: Container[str] = ()) -> None:
+    """Make every text in a message harmless, in place; keys of maps too. Fields named in `but` are left as they are."""
     for field, what in _plan(message.DESCRIPTOR):
+        if field in but:
+            continue
         if what == "text":
             value = getattr(message, field)
             if not value.isprintable():
@@ -117,10 +119,10 @@ def make_harmless(message: Message) -> None:
             _clean_keys(getattr(message, field))
         elif what == "message":
             if message.HasField(field):
-                make_harmless(getattr(message, field))
+                make_harmless(getattr(message, field), but)
         else:
             for one in getattr(message, field):
-                make_harmless(one)
+                make_harmless(one, but)
 
 
 def _clean_keys(values: Any) -> None:

@@ -194,5 +194,7 @@ def choose_run(name: str, runs: list[RunFolder], where: str) -> RunFolder:
         raise UserError(f"{name!r} is not one run", f"{len(matching)} begin with it: {shown}", "give more of the name")
     near = difflib.get_close_matches(name, ids, n=_LISTED, cutoff=0.4) or ids[:_LISTED]
     raise UserError(
-        f"there is no run {name!r}", f"{len(runs)} are {where}", f"did you mean one of these: {', '.join(near)}"
+        f"there is no run {name!r}",
+        f"{len(runs)} {'is' if len(runs) == 1 else 'are'} {where}",
+        f"did you mean one of these: {', '.join(near)}",
     )

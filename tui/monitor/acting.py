@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from textual import events
-from textual.app import App, SuspendNotSupported, SystemCommand
+from textual.app import SuspendNotSupported, SystemCommand
 from textual.binding import Binding, BindingType
 
 from distui.core.errors import UserError
@@ -24,10 +24,11 @@ from distui.tui.monitor.model import RunModel
 from distui.tui.monitor.player import REPLAY_BINDINGS, PlaceScreen, Player, move, parse_place
 from distui.tui.monitor.rank_screen import RankScreen
 from distui.tui.monitor.views.base import Frame, View
+from distui.tui.terminal import TerminalApp
 from distui.tui.widgets.commands import open_commands
 
 
-class ActingApp(App[str]):
+class ActingApp(TerminalApp[str]):
     """The actions; what is shown is up to who inherits."""
 
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -17,7 +17,7 @@ from textual.app import ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.css.query import NoMatches
 from textual.screen import Screen
-from textual.widgets import ContentSwitcher, Footer, Input
+from textual.widgets import ContentSwitcher, Input
 
 from distui.core.telemetry.endpoint import Endpoint
 from distui.proto import telemetry_pb2 as pb
@@ -38,7 +38,8 @@ from distui.tui.monitor.views.memory import MemoryView
 from distui.tui.monitor.views.overview import OverviewView
 from distui.tui.monitor.views.ranks import RanksView
 from distui.tui.monitor.views.throughput import ThroughputView
-from distui.tui.terminal import ends_with_terminal
+from distui.tui.terminal import on_terminal
+from distui.tui.widgets.keys import KeyLine
 from distui.tui.widgets.table import LineTable
 
 VIEWS: tuple[type[View], ...] = (
@@ -120,7 +121,7 @@ class DashboardApp(ActingApp):
         with ContentSwitcher(initial=_id(VIEWS[0]), id="views"):
             for view in VIEWS:
                 yield view(id=_id(view))
-        yield Footer(compact=True)
+        yield KeyLine()
 
     def on_mount(self) -> None:
         """Begin to watch and to draw."""
@@ -149,6 +150,7 @@ class DashboardApp(ActingApp):
     def tick(self) -> None:
         """Redraw what is in sight, and see whether the job has ended."""
         self._draw()
+        self.search_garbage()
         if self._follow_job is None or self._keep:
             return
         if self._ended_s is None:
@@ -225,6 +227,8 @@ class DashboardApp(ActingApp):
             widget.focus()
         else:
             view.screen.set_focus(None)
+        if view.size:
+            self._draw(True)  # opened before: what is painted first is already new
         # Sizes are known after the layout.
         self.call_after_refresh(self._draw, True)
 
@@ -364,5 +368,5 @@ def run_dashboard(
         refresh_hz=refresh_hz,
         theme=theme,
     )
-    with ends_with_terminal(on_lost):
+    with on_terminal(on_lost):
         return app.run() or "quit"

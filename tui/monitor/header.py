@@ -42,9 +42,9 @@ class RunLine(Widget):
         if run.restarts:
             right.append((restarts_of(model.snapshot, run.restarts), "warn"))
         if run.world_size:
-            right.append((f"{run.world_size} rank{'s' if run.world_size != 1 else ''}", ""))
+            right.append((f"{run.world_size:,} rank{'s' if run.world_size != 1 else ''}", ""))
         if run.num_nodes:
-            right.append((f"{run.num_nodes} node{'s' if run.num_nodes != 1 else ''}", ""))
+            right.append((f"{run.num_nodes:,} node{'s' if run.num_nodes != 1 else ''}", ""))
         if run.command:
             right.append((cut(" ".join(run.command), 48), "muted"))
         if (left, right) != (self._left, self._right):

@@ -8,7 +8,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.screen import Screen
-from textual.widgets import Footer, Static
+from textual.widgets import Static
 
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.format import NA, count, duration, num_bytes, scalar, seconds, si
@@ -19,6 +19,7 @@ from distui.tui.monitor.verdict import STATE_GLYPHS
 from distui.tui.monitor.views.base import Frame, Panel, draw_memory
 from distui.tui.monitor.views.rank_columns import phase_of, place_of
 from distui.tui.widgets.chart import LineChart, Series
+from distui.tui.widgets.keys import KeyLine
 from distui.tui.widgets.layout import axes_in_use, place_words
 from distui.tui.widgets.stack import Bar, StackedBars
 
@@ -47,7 +48,7 @@ class RankScreen(Screen[None]):
             yield LineChart(unit=seconds, from_zero=True, clip=True, id="rank-chart")
         with Panel("log", id="rank-log-panel"):
             yield LogTail(id="rank-log")
-        yield Footer(compact=True)
+        yield KeyLine()
 
     def on_mount(self) -> None:
         """Scroll the log with the keys."""
@@ -80,7 +81,7 @@ class RankScreen(Screen[None]):
             return
         self.query_one("#rank-facts", Static).update(self._facts(state, frame))
         use = memory_of(state)
-        draw_memory(self.query_one("#rank-memory", StackedBars), [(state, use)], model, labels=False)
+        draw_memory(self.query_one("#rank-memory", StackedBars), [state], model, labels=False)
         self.query_one("#rank-memory-panel", Panel).tell("memory", f"peak {num_bytes(use.peak)}")
         self._split(state)
         self.query_one("#rank-chart-panel", Panel).tell("step time", seconds(optional(state, "step_s")))

@@ -68,11 +68,11 @@ def judge(model: RunModel, now_s: float, problem: str = "", *, daemon_away: bool
         words = [f"{ranks(lost)} dead"] * bool(lost) + [f"{ranks(halted)} stopped"] * bool(halted)
         return Verdict(BAD, "▲", state, ", ".join(words))
     if state == "starting" or len(model.ranks) < model.run.world_size:
-        return Verdict(CALM, "◌", "starting", f"{len(model.ranks)} of {model.run.world_size} ranks")
+        return Verdict(CALM, "◌", "starting", f"{len(model.ranks):,} of {model.run.world_size:,} ranks")
     if state == "stalled":
         return Verdict(BAD, glyph, state, "no rank makes progress, and none is found to be the cause")
     number = len(model.ranks)
-    healthy = f"all {number} ranks healthy" if number > 1 else "its one rank is healthy"
+    healthy = f"all {number:,} ranks healthy" if number > 1 else "its one rank is healthy"
     return Verdict(STATE_TONES.get(state, CALM), glyph, state, healthy)
 
 

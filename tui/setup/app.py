@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from rich.text import Text
-from textual.app import App, ComposeResult, SystemCommand
+from textual.app import ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import Screen
@@ -27,7 +27,7 @@ from distui.tui.setup.scripts import find_scripts
 from distui.tui.setup.step import Step
 from distui.tui.setup.strategy_step import StrategyStep
 from distui.tui.setup.widgets import StepBar
-from distui.tui.terminal import ends_with_terminal
+from distui.tui.terminal import TerminalApp, on_terminal
 from distui.tui.widgets.commands import open_commands
 
 WIDE = 110
@@ -68,7 +68,7 @@ class WizardScreen(Screen[None]):
         self._steps[0].enter()
 
 
-class SetupApp(App[SetupResult]):
+class SetupApp(TerminalApp[SetupResult]):
     """Turns the pages; the answers are in the state."""
 
     CSS_PATH = Path(__file__).with_name("setup.tcss")
@@ -101,6 +101,7 @@ class SetupApp(App[SetupResult]):
 
     def on_mount(self) -> None:
         """Show first what an imported file brought."""
+        self.set_interval(5.0, self.search_garbage)
         if self.state.imported is not None:
             self.push_screen(ImportScreen(self.state.imported, self.state.import_name))
 
@@ -212,6 +213,6 @@ class SetupApp(App[SetupResult]):
 
 def run_wizard(state: WizardState) -> SetupResult:
     """Run the wizard on a prepared state in this terminal until it is left, and return what it wrote."""
-    with ends_with_terminal():
+    with on_terminal():
         result = SetupApp(state).run()
     return result if result is not None else SetupResult(None, False)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,27 @@ class Bar:
     mark: float | None = None
 
 
+class MadeBars(Sequence[Bar]):
+    """Bars that are made when they are drawn, for thousands of them; `names` are all their categories."""
+
+    def __init__(self, num: int, make: Callable[[int], Bar], names: Sequence[str]) -> None:
+        self._num, self._make, self.names = num, make, names
+
+    def __len__(self) -> int:
+        return self._num
+
+    @overload
+    def __getitem__(self, index: int) -> Bar: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Bar]: ...
+
+    def __getitem__(self, index: int | slice) -> Bar | list[Bar]:
+        if isinstance(index, slice):
+            return [self._make(number) for number in range(*index.indices(self._num))]
+        return self._make(range(self._num)[index])
+
+
 class StackedBars(KeptLines, ScrollView, can_focus=False):
     """Bars under each other with a legend below; categories keep their pattern over all bars."""
 
@@ -54,7 +76,7 @@ class StackedBars(KeptLines, ScrollView, can_focus=False):
         self._unit, self._shares, self._thickness = unit, shares, thickness
         self._legend, self._legend_first = legend, legend_first
         self._empty = empty
-        self._bars: list[Bar] = []
+        self._bars: Sequence[Bar] = ()
         self._label_width = self._text_width = 0
         self._names: list[str] = []
         self._values: dict[str, float] | None = None
@@ -70,10 +92,16 @@ class StackedBars(KeptLines, ScrollView, can_focus=False):
         self, bars: Sequence[Bar], values: dict[str, float] | None = None, mark_name: str = "", empty: str | None = None
     ) -> None:
         """Take new bars. `values` are the numbers of the legend: by default the first bar's."""
-        self._bars = [bar for bar in bars if bar.parts]
-        self._label_width = max((len(bar.label) for bar in self._bars), default=0)
-        self._text_width = max((len(bar.text) for bar in self._bars), default=0)
-        names = dict.fromkeys(name for bar in self._bars for name, _ in bar.parts)
+        if isinstance(bars, MadeBars):
+            self._bars, names = bars, dict.fromkeys(bars.names)
+        else:
+            self._bars = [bar for bar in bars if bar.parts]
+            names = dict.fromkeys(name for bar in self._bars for name, _ in bar.parts)
+        stride = max(1, len(self._bars) // 64)
+        seen = [*self._bars[::stride], *self._bars[-1:]]
+        self._label_width = max((len(bar.label) for bar in seen), default=0)
+        # Among those that were not looked at one may have a digit more.
+        self._text_width = max((len(bar.text) for bar in seen), default=0) + (stride > 1)
         # Categories keep their pattern while others come and go.
         self._names = [name for name in self._names if name in names]
         self._names += [name for name in names if name not in self._names]

@@ -21,7 +21,8 @@ from distui.tui.widgets.drawn import KeptLines
 from distui.tui.widgets.palette import Ink, line
 
 Row = TypeVar("Row")
-MAX_KNOWN_WIDTHS = 20_000
+SAMPLED_ROWS = 64
+"""How many rows beside those in sight are looked at for how wide a column must be."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class LineTable(KeptLines, ScrollView, Generic[Row], can_focus=True):
         self._filter: re.Pattern[str] | None = None
         self._layout: list[tuple[Column[Row], int]] = []
         self._cursor_styles: dict[Style, Style] = {}
-        self._widths: dict[int, dict[Hashable, int]] = {}
-        """Of each column, how wide the values are when written."""
+        self._widths: dict[int, int] = {}
+        """Of each column, how wide its widest value was so far."""
 
     @property
     def rows(self) -> list[Row]:
@@ -142,6 +143,7 @@ class LineTable(KeptLines, ScrollView, Generic[Row], can_focus=True):
     def filter(self, pattern: re.Pattern[str] | None) -> None:
         """Show only the rows in whose text the pattern is found."""
         self._filter = pattern
+        self._widths.clear()
         self._arrange()
 
     def _arrange(self) -> None:
@@ -172,11 +174,13 @@ class LineTable(KeptLines, ScrollView, Generic[Row], can_focus=True):
         if not self.is_attached or not self.size.width:
             return
         widths = []
+        looked_at = self._looked_at()
         for index, column in enumerate(self.columns):
             title = len(column.title) + (2 if index == self.sort_column else 0)
             content = 0
             if column.draw is None and not column.flex:
-                content = self._content_width(index, column)
+                found = max((len(column.text(column.value(row))) for row in looked_at), default=0)
+                content = self._widths[index] = max(found, self._widths.get(index, 0))
             widths.append(max(title, content, column.width))
         room = self.size.width - 1
         kept = list(range(len(self.columns)))
@@ -195,17 +199,20 @@ class LineTable(KeptLines, ScrollView, Generic[Row], can_focus=True):
         self.virtual_size = Size(self.size.width, len(self._rows) + 1)
         self.changed()
 
-    def _content_width(self, index: int, column: Column[Row]) -> int:
-        """Return the width of the widest cell; of a thousand rows most hold what they, or others, held before."""
-        known = self._widths.setdefault(index, {})
-        if len(known) > MAX_KNOWN_WIDTHS:
-            known.clear()
-        widest = 0
-        for value in map(column.value, self._rows):
-            if (width := known.get(value)) is None:
-                width = known[value] = len(column.text(value))
-            widest = max(widest, width)
-        return widest
+    def _looked_at(self) -> list[Row]:
+        """Return the rows by which columns are laid out: those in sight, and of a thousand others some.
+
+        Columns never become narrower, so that they do not move while numbers change.
+        """
+        rows, top = self._rows, self.scroll_offset.y
+        stride = max(1, len(rows) // SAMPLED_ROWS)
+        return [*rows[top : top + self.size.height], *rows[::stride], *rows[-1:]]
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        """Make room for what comes in sight."""
+        super().watch_scroll_y(old_value, new_value)
+        if round(old_value) != round(new_value):
+            self._lay_out()
 
     def on_resize(self) -> None:
         """Choose the columns anew."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import aiohttp
 import psutil
+import pyte
 import pytest
 
 from distui.core.paths import RunFolder
@@ -26,6 +28,27 @@ from distui.launcher import cli
 from distui.proto import telemetry_pb2 as pb
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+class Terminal:
+    """What a terminal shows after the bytes that a dashboard has written."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.height = height
+        self._screen = pyte.Screen(width, height)
+        self._stream = pyte.ByteStream(self._screen)
+
+    def feed(self, data: bytes) -> None:
+        self._stream.feed(data)
+
+    @property
+    def lines(self) -> list[str]:
+        return list(self._screen.display)
+
+    def row_of_rank_0(self) -> int:
+        """Return the row in which the table of ranks has rank 0, with its node, process, state and step; 0 is none."""
+        found = (number for number, line in enumerate(self.lines) if re.match(r"\s+0 +n +7 +\S+ finished +39 ", line))
+        return next(found, 0)
 
 
 class Served:
@@ -116,17 +139,31 @@ async def test_a_browser_with_the_token_sees_the_dashboard_and_nobody_else_does(
         assert await _websocket_status(session, socket, Host="evil.example") == 403
 
         async with session.ws_connect(f"{socket}?width=120&height=40", origin=served.root) as websocket:
-            drawn = b""
-            while b"train-1" not in drawn or b"Overview" not in drawn:
+            screen = Terminal(120, 40)
+            while not screen.row_of_rank_0():
                 message = await websocket.receive(timeout=180)
                 assert message.type is aiohttp.WSMsgType.BINARY, message
-                drawn += message.data
+                screen.feed(message.data)
+            assert "train-1" in screen.lines[0] and "1 Overview" in "".join(screen.lines)
             assert served.interrupt() == 0  # an open tab does not hold it up
     async with aiohttp.ClientSession() as stranger:
         with pytest.raises(aiohttp.ClientConnectorError):
             await stranger.get(served.url)
     assert served.process.stdout is not None and "Traceback" not in served.process.stdout.read()
 
+
+PAINTED = """new Promise(done => {
+    const look = () => {
+        const layer = document.querySelector("canvas.xterm-text-layer")
+        if (!layer || !layer.width) return requestAnimationFrame(look)
+        const [top, tall] = [Math.floor(layer.height * ROW / ROWS), Math.floor(layer.height / ROWS)]
+        const drawn = layer.getContext("2d").getImageData(0, top, layer.width, tall)
+        const seen = new Set(new Uint32Array(drawn.data.buffer))
+        seen.size > 8 ? done(seen.size) : requestAnimationFrame(look)  // letters have edges of many shades
+    }
+    look()
+})"""
+"""Resolves when the browser has painted letters into a row of the terminal, with how many colours they have."""
 
 DRAWN = """new Promise(done => {
     const look = () => document.body?.classList.contains("-first-byte") && done(document.title)
@@ -150,25 +187,42 @@ async def test_chromium_draws_it(served: Served, tmp_path: Path) -> None:
                 page = next(target for target in await listed.json() if target["type"] == "page")
             async with session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0) as tools:
 
+                async def event() -> dict[str, Any]:
+                    message: dict[str, Any] = await tools.receive_json(timeout=180)
+                    if message.get("method") == "Log.entryAdded":
+                        complaints.append(message["params"]["entry"])
+                    if message.get("method") == "Network.webSocketCreated":
+                        asked = parse_qs(urlsplit(message["params"]["url"]).query)
+                        screens.append(Terminal(int(asked["width"][0]), int(asked["height"][0])))
+                    if message.get("method") == "Network.webSocketFrameReceived":
+                        frame = message["params"]["response"]
+                        if frame["opcode"] == 2:
+                            screens[-1].feed(base64.b64decode(frame["payloadData"]))
+                    return message
+
                 async def call(method: str, **params: object) -> dict[str, Any]:
                     await tools.send_json({"id": 1, "method": method, "params": params})
                     while True:
-                        message = await tools.receive_json(timeout=180)
-                        if message.get("method") == "Log.entryAdded":
-                            complaints.append(message["params"]["entry"])
+                        message = await event()
                         if message.get("id") == 1:
                             found: dict[str, Any] = message["result"]
                             return found
 
                 complaints: list[dict[str, Any]] = []
+                screens: list[Terminal] = []
                 await call("Log.enable")
+                await call("Network.enable")
                 await call("Page.navigate", url=served.url)
                 drawn = await call("Runtime.evaluate", expression=DRAWN, awaitPromise=True)
                 assert drawn["result"].get("value") == "distui train-1", drawn
+                while not (row := screens[-1].row_of_rank_0()):
+                    await event()
+                look = PAINTED.replace("ROWS", str(screens[-1].height)).replace("ROW", str(row))
+                painted = await call("Runtime.evaluate", expression=look, awaitPromise=True)
+                assert painted["result"].get("value", 0) > 8, painted
                 # Nothing that the page wanted was refused to it or lay elsewhere.
                 assert [entry for entry in complaints if entry["level"] == "error"] == []
                 if folder := os.environ.get("DISTUI_TEST_PICTURES"):
-                    time.sleep(3)
                     taken = await call("Page.captureScreenshot")
                     Path(folder, "web.png").write_bytes(base64.b64decode(taken["data"]))
     finally:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from textual.widgets import Static
-from textual.widgets._footer import FooterKey
 
 from distui.core.errors import DaemonUnavailable
 from distui.core.paths import RunFolder
@@ -22,6 +21,7 @@ from distui.daemon.runs.store import RunLog
 from distui.launcher.report.replay import Replay
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.monitor.app import DashboardApp
+from distui.tui.widgets.keys import KeyLine
 
 START_S = 1_767_225_600.0
 NUM_RANKS, NUM_STEPS, STEP_S = 2, 200, 0.1
@@ -143,8 +143,8 @@ async def test_the_footer_of_a_recording_offers_only_what_works(run: RunFolder) 
     async with app.run_test(size=(80, 24)) as pilot:
         shown: set[str] = set()
         while app.model.snapshot is None or not {"Play", "Go to", "Help", "Quit"} <= shown:
-            await pilot.pause(0.01)  # the footer is composed anew where keys change, and is empty for a moment
-            shown = {key.description for key in app.screen.query(FooterKey)}
+            await pilot.pause(0.01)
+            shown = set(app.screen.query_one(KeyLine).shown)
         assert not shown & {"Control", "Pause"}
         commands = {command.title for command in app.get_system_commands(app.screen)}
         assert "Quit" in commands and not any(title.startswith(("Job:", "Pause")) for title in commands)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from textual.app import App, ComposeResult
 from textual.widget import Widget
 
@@ -17,5 +19,5 @@ class Stage(App[None]):
         yield self.shown
 
 
-def lines(app: App[None]) -> list[str]:
+def lines(app: App[Any]) -> list[str]:
     return [strip.text.rstrip() for strip in app.screen._compositor.render_strips()]

@@ -14,10 +14,10 @@ from distui.proto import telemetry_pb2 as pb
 from distui.tui.format import num_bytes
 from distui.tui.monitor.history import PHASE_NAMES
 from distui.tui.monitor.log_tail import ReadLog
-from distui.tui.monitor.model import CATEGORIES, OTHER, MemoryUse, RunModel, category_title
+from distui.tui.monitor.model import CATEGORIES, OTHER, MemoryUse, RunModel, category_title, memory_of
 from distui.tui.widgets.chart import LineChart, Mark, Series
 from distui.tui.widgets.heatmap import Heatmap
-from distui.tui.widgets.stack import Bar, StackedBars
+from distui.tui.widgets.stack import Bar, MadeBars, StackedBars
 
 
 @dataclass(frozen=True)
@@ -163,29 +163,49 @@ def memory_bar(label: str, use: MemoryUse, planned: int | None, scale: float | N
     sizes = use.sizes
     pieces = [(category_title(name), float(sizes.get(name, 0))) for name in parts]
     if not sizes and use.total:
-        pieces = [("in use", float(use.total))]
+        pieces = [(_IN_USE, float(use.total))]
     text = num_bytes(use.total if use.total is not None else sum(sizes.values()) or None)
     if use.limit is not None:
         text += f" of {num_bytes(use.limit)}"
     return Bar(label, pieces if use.total or sizes else [], text, scale, float(planned) if planned else None)
 
 
-def draw_memory(
-    bars: StackedBars, uses: Sequence[tuple[pb.RankState, MemoryUse]], model: RunModel, labels: bool = True
-) -> None:
-    """Draw ranks' memory by category against the limit and the plan, all on one scale."""
-    found = {name for _, use in uses for name, _ in use.parts}
+def draw_memory(bars: StackedBars, ranks: Sequence[pb.RankState], model: RunModel, labels: bool = True) -> None:
+    """Draw ranks' memory by category against the limit and the plan, all on one scale; bars are made in sight only."""
+    found: set[str] = set()
+    told: list[pb.RankState] = []
+    limit = most = 0
+    unnamed = False
+    for rank in ranks:
+        by_category, total = rank.memory.by_category_bytes, rank.memory_bytes
+        if not by_category and not total:
+            continue
+        told.append(rank)
+        named = sum(by_category.values())
+        found.update(by_category)
+        if by_category and total > named:
+            found.add(OTHER)
+        unnamed |= not by_category
+        most, limit = max(most, total, named), max(limit, rank.memory.device_total_bytes)
     order = [name for name in CATEGORIES if name in found]
     order += sorted(found - set(CATEGORIES) - {OTHER}) + [OTHER] * (OTHER in found)
     planned = model.planned_bytes()
-    most = max((max(use.total or 0, sum(use.by_category.values())) for _, use in uses), default=0)
-    limits = [use.limit for _, use in uses if use.limit]
     # Against a limit that is far away nothing could be told apart: then the largest rank is the scale.
-    limit = max(limits) if limits and most > 0.2 * max(limits) else 0
-    scale = float(max(limit, most, planned or 0)) or None
-    drawn = [memory_bar(f"rank {rank.rank}" if labels else "", use, planned, scale, order) for rank, use in uses]
-    fullest = max(uses, key=lambda pair: pair[1].total or 0, default=None)
-    values = {category_title(name): float(size) for name, size in fullest[1].parts} if fullest else None
-    if values == {} and fullest is not None and fullest[1].total:
-        values = {"in use": float(fullest[1].total)}
-    bars.show(drawn, values, "plan" if planned else "", "n/a: no rank has sent its memory yet")
+    scale = float(max(limit if most > 0.2 * limit else 0, most, planned or 0)) or None
+
+    def bar(index: int) -> Bar:
+        rank = told[index]
+        return memory_bar(f"rank {rank.rank}" if labels else "", memory_of(rank), planned, scale, order)
+
+    fullest = max(told, key=lambda rank: rank.memory_bytes, default=None)
+    values = None
+    if fullest is not None:
+        parts = memory_of(fullest).parts
+        values = {category_title(name): float(size) for name, size in parts} or {_IN_USE: float(fullest.memory_bytes)}
+    names = [*map(category_title, order), *[_IN_USE] * unnamed]
+    made = MadeBars(len(told), bar, names)
+    bars.show(made, values, "plan" if planned else "", "n/a: no rank has sent its memory yet")
+
+
+_IN_USE = "in use"
+"""What a rank's memory is called where it does not tell its categories."""

@@ -74,8 +74,8 @@ def group_lines(model: RunModel, group: str, now_s: float) -> list[_RankLine]:
                 late.setdefault(rank, []).append(lateness)
     states = {rank.rank: rank for rank in model.ranks}
     for number, state in states.items():
-        if state.HasField("heartbeat") and group in state.heartbeat.last_seq:
-            last[number] = max(state.heartbeat.last_seq[group], last.get(number, 0))
+        if (called := state.heartbeat.last_seq.get(group)) is not None:
+            last[number] = max(called, last.get(number, 0))
     front = max(last.values(), default=0)
     lines = []
     for number in sorted(set(last) | set(late)):

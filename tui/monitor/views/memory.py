@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from textual.app import ComposeResult
 from textual.widget import Widget
 
+from distui.proto import telemetry_pb2 as pb
 from distui.tui.format import num_bytes
 from distui.tui.monitor.model import CATEGORIES, OTHER, MemoryUse, category_title, memory_of
 from distui.tui.monitor.views.base import Frame, Panel, View, draw_memory
@@ -17,9 +19,17 @@ from distui.tui.widgets.table import Column, LineTable
 
 @dataclass(frozen=True)
 class _Line:
-    name: str
-    use: MemoryUse | None
-    planned: dict[str, int] | None
+    rank: pb.RankState | None
+    planned: dict[str, int] | None = None
+
+    @cached_property
+    def use(self) -> MemoryUse | None:
+        """What the rank uses, read only where it is shown."""
+        return memory_of(self.rank) if self.rank is not None else None
+
+    @property
+    def name(self) -> str:
+        return str(self.rank.rank) if self.rank is not None else "plan"
 
     def of(self, category: str) -> int | None:
         if self.planned is not None:
@@ -67,12 +77,11 @@ class MemoryView(View):
     def show(self, frame: Frame) -> None:
         """Draw the frame."""
         model = frame.model
-        uses = [(rank, memory_of(rank)) for rank in model.ranks]
-        draw_memory(self.query_one("#memory-bars", StackedBars), uses, model)
-        rows = [_Line(f"{rank.rank}", use, None) for rank, use in uses]
+        draw_memory(self.query_one("#memory-bars", StackedBars), model.ranks, model)
+        rows = [_Line(rank) for rank in model.ranks]
         planned = dict(model.run.planned_memory_bytes)
         if planned:
-            rows.insert(0, _Line("plan", None, planned))
+            rows.insert(0, _Line(None, planned))
         self.query_one("#memory-table", LineTable).show(rows)
         fullest = model.fullest_rank()
         most = f"rank {fullest.rank} has the most, {num_bytes(fullest.memory_bytes)}" if fullest is not None else "n/a"

@@ -8,7 +8,7 @@ from textual.widget import Widget
 
 from distui.proto import telemetry_pb2 as pb
 from distui.tui.format import NA, num_bytes, percent, scalar, seconds, si
-from distui.tui.monitor.model import memory_of, optional
+from distui.tui.monitor.model import optional
 from distui.tui.monitor.views.base import (
     Curve,
     Frame,
@@ -103,15 +103,17 @@ class OverviewView(View):
         draw_split(self.query_one("#overview-split", StackedBars), frame)
         self.query_one("#overview-split-panel", Panel).tell("step time", seconds(window_newest(frame, "step_s")))
         fullest = model.fullest_rank()
-        uses = [(fullest, memory_of(fullest))] if fullest is not None else []
-        draw_memory(self.query_one("#overview-memory", StackedBars), uses, model, labels=False)
+        shown = [fullest] if fullest is not None else []
+        draw_memory(self.query_one("#overview-memory", StackedBars), shown, model, labels=False)
         where = "memory"
         if fullest is not None and len(model.ranks) > 1:
             where = f"memory, rank {fullest.rank}" if brief else f"memory of rank {fullest.rank}, the fullest"
         planned = f"planned {num_bytes(model.planned_bytes())}"
         self.query_one("#overview-memory-panel", Panel).tell(f"{where}, {planned}")
         show_ranks(self.query_one("#overview-table", LineTable), model, frame.now_s)
-        self.query_one("#overview-table-panel", Panel).tell("ranks", f"{len(model.ranks)} of {model.run.world_size}")
+        self.query_one("#overview-table-panel", Panel).tell(
+            "ranks", f"{len(model.ranks):,} of {model.run.world_size:,}"
+        )
         if self.query_one("#overview-map-panel").display:
             draw_map(self.query_one("#overview-map", Heatmap), frame)
             self.query_one("#overview-map-panel", Panel).tell(map_title(model))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from distui.core.axes.sizes import AxisSizes
 from distui.proto import telemetry_pb2 as pb
@@ -20,26 +19,92 @@ Place = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
-class RankLine:
-    """One rank as the table shows it; None is not available."""
+class _Run:
+    """What the ranks' lines have in common."""
 
-    rank: int
-    place: Place | None
-    """Its coordinate on each axis in use, first the one by which the ranks are grouped."""
-    node: str
-    pid: int | None
-    state: str
-    step: int | None
-    loss: float | None
-    step_s: float | None
-    rate: float | None
-    """Tokens a second, or samples where the script counts no tokens."""
-    memory_bytes: int | None
-    phase: str | None
-    phase_s: float | None
-    device: str | None
-    times: Callable[[], Sequence[float]]
-    """Its last step times, looked up for the rows in sight only."""
+    model: RunModel
+    rate: str
+    now_s: float
+    sizes: AxisSizes | None
+    axes: Sequence[str]
+
+
+class RankLine:
+    """One rank as the table shows it, read only where it is shown: there may be thousands. None is not available."""
+
+    __slots__ = ("_run", "_told")
+
+    def __init__(self, told: pb.RankState, run: _Run) -> None:
+        self._told, self._run = told, run
+
+    @property
+    def rank(self) -> int:
+        """Its number."""
+        return self._told.rank
+
+    @property
+    def place(self) -> Place | None:
+        """Its coordinate on each axis in use, first the one by which the ranks are grouped."""
+        return place_of(self._run.sizes, self._run.axes, self._told.rank)
+
+    @property
+    def node(self) -> str:
+        """Its host."""
+        return self._told.node
+
+    @property
+    def pid(self) -> int | None:
+        """Its process."""
+        return self._told.pid or None
+
+    @property
+    def state(self) -> str:
+        """Running, waiting and so on."""
+        return self._told.state
+
+    @property
+    def step(self) -> int | None:
+        """Its newest step."""
+        return cast("int | None", optional(self._told, "step"))
+
+    @property
+    def loss(self) -> float | None:
+        """Its newest loss."""
+        return cast("float | None", optional(self._told, "loss"))
+
+    @property
+    def step_s(self) -> float | None:
+        """How long its newest step took."""
+        return cast("float | None", optional(self._told, "step_s"))
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second, or samples where the script counts no tokens."""
+        return cast("float | None", optional(self._told, self._run.rate))
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Its memory in use."""
+        return cast("int | None", optional(self._told, "memory_bytes"))
+
+    @property
+    def phase(self) -> str | None:
+        """What its main thread does."""
+        return phase_of(self._told, self._run.now_s)[0]
+
+    @property
+    def phase_s(self) -> float | None:
+        """Since how many seconds it does that."""
+        return phase_of(self._told, self._run.now_s)[1]
+
+    @property
+    def device(self) -> str | None:
+        """Its device."""
+        return self._told.device or None
+
+    def times(self) -> Sequence[float]:
+        """Return its last step times."""
+        return self._run.model.history.rank_times(self._run.model.row(self._told.rank))
 
 
 def phase_of(rank: pb.RankState, now_s: float) -> tuple[str | None, float | None]:
@@ -56,7 +121,8 @@ def rank_lines(model: RunModel, now_s: float, first_axis: str = "") -> list[Rank
     """Return the ranks heard of, by number; their coordinates begin with `first_axis`."""
     rate, now_s, sizes = model.rate[0], model.now(now_s), model.axes
     order = sorted(axes_in_use(sizes), key=lambda axis: axis != first_axis) if sizes is not None else []
-    return [_line(rank, place_of(sizes, order, rank.rank), model, rate, now_s) for rank in model.ranks]
+    run = _Run(model, rate, now_s, sizes, order)
+    return [RankLine(rank, run) for rank in model.ranks]
 
 
 def place_of(sizes: AxisSizes | None, axes: Sequence[str], rank: int) -> Place | None:
@@ -65,26 +131,6 @@ def place_of(sizes: AxisSizes | None, axes: Sequence[str], rank: int) -> Place |
         return None
     found = sizes.place(rank)
     return tuple((axis, found[axis]) for axis in axes)
-
-
-def _line(rank: pb.RankState, place: Place | None, model: RunModel, rate: str, now_s: float) -> RankLine:
-    phase, phase_s = phase_of(rank, now_s)
-    return RankLine(
-        rank=rank.rank,
-        place=place,
-        node=rank.node,
-        pid=rank.pid or None,
-        state=rank.state,
-        step=optional(rank, "step"),
-        loss=optional(rank, "loss"),
-        step_s=optional(rank, "step_s"),
-        rate=optional(rank, rate),
-        memory_bytes=optional(rank, "memory_bytes"),
-        phase=phase,
-        phase_s=phase_s,
-        device=rank.device or None,
-        times=partial(model.history.rank_times, model.row(rank.rank)),
-    )
 
 
 def _word(value: Any) -> str:

@@ -75,9 +75,9 @@ class RanksView(View):
     def _tell(self) -> None:
         table, pattern = self._table, self._pattern
         hosts = self._frame.model.hosts if self._frame else []
-        number = f"{len(table.rows)} of {self._frame.model.run.world_size if self._frame else 0}"
+        number = f"{len(table.rows):,} of {self._frame.model.run.world_size if self._frame else 0:,}"
         if hosts:
-            number += f", the sickest of each of {len(hosts)} hosts"
+            number += f", the sickest of each of {len(hosts):,} hosts"
         if table.sort_column is not None:
             number += f"  by {table.columns[table.sort_column].title} {'▼' if table.descending else '▲'}"
         self.query_one("#ranks-panel", Panel).tell("ranks", number + (f"  filter /{pattern}/" if pattern else ""))
