@@ -102,6 +102,8 @@ def _only_native(config: Config) -> Iterator[Problem]:
         ("offload", "params", config.offload.params, "none"),
         ("compression", "gradients", config.compression.gradients, "none"),
         ("compression", "weights", config.compression.weights, "none"),
+        ("activation_checkpointing", "mlp_tile", config.activation_checkpointing.mlp_tile, 0),
+        ("activation_checkpointing", "loss_tile", config.activation_checkpointing.loss_tile, 0),
     ]
     yield from _without(config, off)
 

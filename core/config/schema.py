@@ -161,6 +161,14 @@ class ActivationCheckpointingSection(Section):
     mode: Literal["none", "selective", "full"] = _field(
         "none", "full recomputes every block in backward, selective every second one"
     )
+    mlp_tile: NonNegativeInt = _field(
+        0, "tokens of a batch that a feed-forward computes at a time, and again in backward; 0 is all", "tokens"
+    )
+    loss_tile: NonNegativeInt = _field(
+        0,
+        "tokens of a batch of which there are logits at a time, in transformers' causal models given labels; 0 is all",
+        "tokens",
+    )
 
 
 class BatchSection(Section):

@@ -89,6 +89,11 @@ def take_given(
         model.forward = LossOutside(model.forward, loss)
 
 
+def cutting_group(backend: Backend) -> dist.ProcessGroup | None:
+    """Return the ranks over which the backend's models are cut, tensor by tensor."""
+    return None if backend.axes is None else backend.axes["tp"]
+
+
 def share_of_batch(axes: Axes | None) -> tuple[int, int]:
     """Return which of how many ranks that share a batch this is."""
     return (0, 1) if axes is None else (axes.index("model"), axes.size("model"))

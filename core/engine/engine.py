@@ -28,7 +28,7 @@ from torch import nn
 from distui.core.backends.base import Backend
 from distui.core.config.schema import Config
 from distui.core.data.loader import PreparedLoader, prepare_loader, skip_first_batches
-from distui.core.engine.axes import backend_of, batch_sizes, join_axes, share_of_batch, take_given
+from distui.core.engine.axes import backend_of, batch_sizes, cutting_group, join_axes, share_of_batch, take_given
 from distui.core.engine.batches import note_loader
 from distui.core.engine.clipping import route_clipping
 from distui.core.engine.control import StepControl
@@ -40,7 +40,7 @@ from distui.core.engine.states import States
 from distui.core.engine.step_clock import StepClock
 from distui.core.engine.without_sync import step_allowed, without_sync, zeroing_allowed
 from distui.core.errors import UserError
-from distui.core.model.activation_checkpointing import apply_activation_checkpointing, remove_activation_checkpointing
+from distui.core.model.activation_checkpointing import apply_recomputation, remove_activation_checkpointing
 from distui.core.model.flops import FlopMeter
 from distui.core.paths import current_run
 from distui.core.ranks import streams
@@ -158,7 +158,7 @@ class Engine(States, ProcessState):
         seed, group = self.config.run.seed, self.backend.group
         take_given(self.backend, model, plan, loss)
         start = Start(model, group, device=self.device, seed=seed, init=init, weights=weights, strict=strict)
-        apply_activation_checkpointing(model, self.config.activation_checkpointing.mode)
+        apply_recomputation(model, self.config.activation_checkpointing, cutting_group(self.backend))
         self.backend.start = start
         if not self.backend.brings_models:
             start.place_all()
@@ -386,11 +386,11 @@ class Engine(States, ProcessState):
         for handle in self._watching:
             handle.remove()
         self._watching.clear()
-        for model in self._models:
+        self.backend.free()
+        for model in self._models:  # what stood for their forwards first goes last
             remove_activation_checkpointing(model)
         for held in (self._models, self._optimizers, self._schedulers, self._loaders):
             held.clear()
-        self.backend.free()
         self.backend = backend_of(self, self.backend.group, self.backend.axes)
         return [None for _ in objects]
 

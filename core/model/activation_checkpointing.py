@@ -7,13 +7,30 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from distui.core.config.schema import ActivationCheckpointingSection
 from distui.core.errors import UserError
+from distui.core.model.tiles import RECOMPUTES as _MARK
+from distui.core.model.tiles import apply_tiles
+from distui.core.parallel.head_loss import head_loss_of, spread_loss
 from distui.core.sharding.units.partition import find_blocks
 
-_MARK = "_distui_recomputes"
+
+def apply_recomputation(
+    model: nn.Module, section: ActivationCheckpointingSection, group: dist.ProcessGroup | None
+) -> None:
+    """Have feed-forwards and the loss compute in tiles, and blocks again in backward, as `section` says.
+
+    `group` are the ranks over which the model is going to be cut: its loss is then computed by parts of the vocabulary.
+
+    Raises: UserError where the model has nothing of what is asked for.
+    """
+    spread_loss(model, section.loss_tile, group)
+    apply_tiles(model, section.mlp_tile)
+    apply_activation_checkpointing(model, section.mode)
 
 
 def apply_activation_checkpointing(model: nn.Module, mode: str) -> list[str]:
@@ -41,6 +58,9 @@ def apply_activation_checkpointing(model: nn.Module, mode: str) -> list[str]:
 
 def remove_activation_checkpointing(model: nn.Module) -> None:
     """Give every block of `model` its own forward back."""
+    for module in list(model.modules()):
+        if (loss := head_loss_of(module)) is not None:
+            loss.remove()
     for module in [*model.modules(), *(block for _, block in find_blocks(model))]:
         forward = module.__dict__.get("forward")
         if forward is None or not hasattr(forward, _MARK):

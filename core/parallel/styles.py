@@ -18,6 +18,7 @@ from torch import nn
 
 from distui.core.axes.cut import Cut, part_of
 from distui.core.errors import UserError
+from distui.core.parallel.head_loss import Later, head_loss_of
 from distui.core.parallel.regions import Region, gather_last, split_last, sum_of_all
 from distui.core.sharding.hooks import Hook
 
@@ -145,9 +146,11 @@ def colwise_gather_output(cutting: Cutting, module: nn.Module, name: str, rule: 
 
     def act(output: torch.Tensor) -> torch.Tensor:
         cutting.region.end()
-        return gather_last(output, total, cutting.group)
+        return output if type(output) is Later else gather_last(output, total, cutting.group)
 
     _after(module, act)
+    if (loss := head_loss_of(module)) is not None:
+        loss.gather = lambda logits: gather_last(logits, total, cutting.group)
 
 
 def rowwise(cutting: Cutting, module: nn.Module, name: str, rule: Rule) -> None:

@@ -11,6 +11,8 @@ from distui.core.plan.request import Request
 from distui.core.plan.types import GIB, ModelSpec
 
 MAX_RANKS = 1 << 14
+TILE = 2048
+"""Tokens at a time, of which matrices are about as fast as of more."""
 
 
 def smallest_change(request: Request, strategy: Strategy) -> str:
@@ -74,6 +76,9 @@ def _changes(strategy: Strategy, kind: str) -> Iterator[tuple[str, Strategy]]:
             "full",
         ):
             yield f"{mode} activation checkpointing", replace(strategy, activation_checkpointing=mode)
+    if not strategy.loss_tile and kind == "cuda":
+        tiles = replace(strategy, mlp_tile=TILE, loss_tile=TILE, activation_checkpointing="full")
+        yield f"full activation checkpointing, feed-forwards and loss in tiles of {TILE} tokens", tiles
     if strategy.shard_size:
         yield f"states shared by all {strategy.data_parallel} data-parallel ranks", replace(strategy, shard_size=0)
     if strategy.num_shards > 1 and strategy.pipeline_parallel == 1:

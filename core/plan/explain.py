@@ -118,7 +118,7 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
             f"c x s={s} x b={b}{cut} x ({layer} + 3h + backward's own), l={model.num_layers}, E={elements}, h={h}",
             ACTIVATIONS,
         ),
-        Term("logits", memory.logits, "bytes", f"3c x s x b x V={model.vocab_size}", "logits, log-softmax, gradient"),
+        Term("logits", memory.logits, "bytes", _logits(model, strategy), "logits, log-softmax, gradient"),
         Term("framework", memory.framework, "bytes", framework, note),
         Term("memory of a rank", memory.total, "bytes", "sum of the seven", ""),
     ]
@@ -131,6 +131,12 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
 
 def _tokens(model: ModelSpec, strategy: Strategy) -> float:
     return strategy.micro_size * model.sequence_length / strategy.context_parallel
+
+
+def _logits(model: ModelSpec, strategy: Strategy) -> str:
+    over = f" / TP={strategy.tensor_parallel}" if strategy.tensor_parallel > 1 else ""
+    tokens = f"{strategy.loss_tile} tokens at a time" if strategy.loss_tile else "s x b"
+    return f"3c x {tokens} x V={model.vocab_size}{over}"
 
 
 def _rates(model: ModelSpec, strategy: Strategy, hardware: Hardware, rates: Rates, timing: Timing) -> list[Term]:

@@ -60,6 +60,9 @@ class Strategy:
     pipeline_chunks: int = 2
     shard_size: int = 0
     """Data-parallel ranks that hold one copy of the states; 0 is all of them."""
+    mlp_tile: int = 0
+    """Tokens that a feed-forward computes at a time; 0 is all."""
+    loss_tile: int = 0
 
     @property
     def world_size(self) -> int:
@@ -160,9 +163,14 @@ def activation_elements(model: ModelSpec) -> int:
     head = model.head_size or model.hidden_size // model.num_heads
     attention = (2 * model.num_heads + 2 * model.num_kv_heads) * head
     experts = model.experts_per_token
-    mlp = (4 if model.gated_mlp else 2) * (model.intermediate_size * experts + model.shared_intermediate_size)
+    mlp = _inside_feed_forward(model)
     routed = model.hidden_size * experts if model.num_experts > 1 else 0
     return 4 * model.hidden_size + attention + mlp + routed
+
+
+def _inside_feed_forward(model: ModelSpec) -> int:
+    inner = model.intermediate_size * model.experts_per_token + model.shared_intermediate_size
+    return (4 if model.gated_mlp else 2) * inner
 
 
 def footprint(model: ModelSpec, strategy: Strategy, device_kind: str, baseline_bytes: int | None = None) -> Footprint:
@@ -313,14 +321,18 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
 
     With full checkpointing a layer keeps its input (h) and one layer at a time is computed again; selective does so
     for every second layer. Logits: the logits, their log-softmax, and the gradient, 3cV a token (arXiv 2205.05198 has
-    2..6 bytes a token and entry). Over TP ranks what lies inside attention and feed-forward is cut; a layer's input and
-    the ends of both norms (4h), and the logits, which are gathered, are whole on every rank (arXiv 2205.05198, eq. 2).
+    2..6 bytes a token and entry). Over TP ranks what lies inside attention and feed-forward, and the logits, are cut; a
+    layer's input and the ends of both norms (4h) are whole on every rank (arXiv 2205.05198, eq. 2). In tiles (arXiv
+    2506.13996) a feed-forward keeps nothing inside, and has one tile at a time, as the logits have.
     """
     tokens = strategy.micro_size * model.sequence_length / strategy.context_parallel
     tensor, pipeline = strategy.tensor_parallel, strategy.pipeline_parallel
     layers = -(-model.num_layers // pipeline)
     h = model.hidden_size
     elements = activation_elements(model)
+    mlp_tokens, loss_tokens = (min(tokens, tile or tokens) for tile in (strategy.mlp_tile, strategy.loss_tile))
+    if mlp_tokens < tokens and model.num_experts == 1:
+        elements = max(4 * model.hidden_size, elements - _inside_feed_forward(model))
     whole = min(elements, 4 * h)
     layer = c * tokens * (whole + (elements - whole) / tensor)
     kept_input = c * tokens * h
@@ -332,9 +344,9 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
     else:
         stored = layers * layer
     ends = 3 * kept_input  # the embeddings' output, the last norm's input and output
-    logits = 3 * c * tokens * model.vocab_size
+    logits = 3 * c * loss_tokens * model.vocab_size / tensor
     widest = 2 * (model.intermediate_size * model.experts_per_token + model.shared_intermediate_size)
-    working = c * tokens * (widest / tensor + 2 * h)
+    working = c * (mlp_tokens * widest / tensor + tokens * 2 * h)
     if pipeline > 1:
         # One forward, one backward: the first stage keeps the most micro-batches, the last one has the logits.
         first = pipeline_course(strategy).peak * stored + working

@@ -43,6 +43,8 @@ def strategy_of(config: Config, world_size: int) -> tuple[Strategy, bool]:
         backend=axes.backend,
         pipeline_schedule=axes.pipeline_schedule,
         pipeline_chunks=axes.pipeline_chunks,
+        mlp_tile=config.activation_checkpointing.mlp_tile,
+        loss_tile=config.activation_checkpointing.loss_tile,
         shard_size=axes.shard_size if axes.shard_size < data_parallel else 0,
     )
     return strategy, batch.micro_size is not None

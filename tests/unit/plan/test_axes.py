@@ -168,3 +168,35 @@ def test_what_a_launch_plans_for_its_ranks() -> None:
     assert planned["activations"] > 0
     unknown = planned_memory(Config.model_validate({"strategy": {"zero_stage": 2}}), model, EIGHT, 4)
     assert "activations" not in unknown and unknown["parameters"] == planned["parameters"]
+
+
+def test_groups_in_a_node_hold_a_copy_each_and_send_less_between_nodes() -> None:
+    model, nodes = load_model("llama-7b", 4096), parse_hardware("4x8xA100-80GB")
+    plans = {plan.name: plan for plan in plan_all(model, nodes, global_size=256)}
+    whole, groups = plans["ZeRO-3, full checkpointing"], plans["ZeRO-3, groups of 8, full checkpointing"]
+    assert (whole.shard_size, groups.shard_size) == (0, 8) and groups.data_parallel == 32
+    assert groups.memory["optimizer_states"] == pytest.approx(4 * whole.memory["optimizer_states"], rel=1e-6)
+    assert "each of 4 groups of 8 ranks in a node holds a copy of the states" in groups.why
+    assert groups.to_config()["strategy"]["shard_size"] == 8 and groups.available
+    assert not any(plan.shard_size for plan in plan_all(model, EIGHT))
+    rates = rates_of(nodes, "bf16", 8)
+    three = replace(BASE, zero_stage=3, data_parallel=32, accumulation=8)
+    apart, together = (step_time(model, replace(three, shard_size=size), rates) for size in (8, 0))
+    assert apart.exposed_s + apart.hidden_s < 0.7 * (together.exposed_s + together.hidden_s)
+    terms = explain(groups, model, nodes)
+    assert any("over 4 copies" in term.formula for term in terms)
+
+
+def test_tiles_bound_the_logits_and_the_inside_of_feed_forwards() -> None:
+    model = load_model("llama-3-8b", 65_536)
+    full = replace(BASE, activation_checkpointing="full")
+    tiled = replace(full, loss_tile=2048, mlp_tile=2048)
+    (_, whole), (kept, few) = activation_bytes(model, full, 2), activation_bytes(model, tiled, 2)
+    assert few == whole / 32 and kept < activation_bytes(model, full, 2)[0]
+    two = activation_bytes(model, replace(full, tensor_parallel=2), 2)
+    assert two[1] == whole / 2, "each rank has its part of the vocabulary"
+    config = Config.model_validate({"activation_checkpointing": {"loss_tile": 2048}, "batch": {"micro_size": 1}})
+    plain = Config.model_validate({"batch": {"micro_size": 1}})
+    assert (
+        planned_memory(config, model, EIGHT, 8)["activations"] < planned_memory(plain, model, EIGHT, 8)["activations"]
+    )
