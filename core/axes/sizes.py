@@ -17,8 +17,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("dp",),
     "shard": ("dp", "cp"),
     "model": ("pp", "cp", "tp"),
+    "pieces": ("pp", "tp"),
 }
-"""What each kind of group spans: `data` has different batches, `shard` shares states (ZeRO), `model` one batch."""
+"""What each kind of group spans: `data` has different batches, `shard` shares states (ZeRO), `model` one batch, and
+`pieces` divides the parameters."""
 FOLDED = ("ep", "expert_shard")
 """Kinds that divide a shard group: neighbours have different experts, ranks that are ep apart the same ones."""
 
