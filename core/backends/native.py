@@ -79,7 +79,9 @@ class NativeBackend(NativeBeside, Backend):
                 if (group := self.axes["cp"]) is not None:
                     from distui.core.parallel.sequence import SequenceCut
 
-                    SequenceCut(model, group, strategy.context_method)
+                    sequence = SequenceCut(model, group, strategy.context_method, is_staged=pipeline is not None)
+                    if pipeline is not None:
+                        pipeline.own_forward = sequence.forward
                 if pipeline is not None:
                     cuts = pipeline.stage.hold(self.axes, start, cuts)
                 self.cuts = {**self.cuts, **(cuts.of if cuts is not None else {})}
