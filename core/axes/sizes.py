@@ -21,12 +21,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("dp",),
     "average": ("dp", "cp"),
     "model": ("pp", "cp", "tp"),
+    "pieces": ("pp", "tp"),
 }
-"""What each kind of group spans: `data` has different batches, `average` averages gradients, `model` shares a batch."""
+"""What each kind of group spans: `data` has different batches, `average` averages gradients, `model` shares a
+batch, and `pieces` divides the parameters."""
 FOLDED = ("shard", "replica", "ep", "expert_shard")
 """Kinds that divide an averaging group: `shard` shares states, `replica` are copies of one share. Neighbours in a shard
 group, `ep`, have different experts, and ranks of it that are ep apart, `expert_shard`, the same ones."""
-KINDS = ("tp", "cp", "pp", "data", "shard", "average", "model", "replica", "ep", "expert_shard")
+KINDS = ("tp", "cp", "pp", "data", "shard", "average", "model", "pieces", "replica", "ep", "expert_shard")
 """All of them, in the order in which they are made."""
 
 

@@ -35,7 +35,7 @@ from distui.core.sharding.transport.compression import Compression
 
 if TYPE_CHECKING:  # pipelines and cut models are few; their files are read where there is one
     from distui.core.parallel.experts.exchange import Exchange
-    from distui.core.parallel.pipeline import Pipeline
+    from distui.core.parallel.pipelines.pipeline import Pipeline
 
 
 class NativeBackend(NativeBeside, Backend):
@@ -67,7 +67,7 @@ class NativeBackend(NativeBeside, Backend):
 
                 assert start is not None
                 if self.axes.size("pp") > 1:  # stages are chosen by whole sizes
-                    from distui.core.parallel.pipeline import pipelined
+                    from distui.core.parallel.pipelines.pipeline import pipelined
 
                     pipeline = pipelined(model, self.axes, strategy, self.num_micro, self.loss_of, self.loss_factor)
                 cuts = cut_model(model, self.axes, start, strategy.tensor_plan, self.plan)
@@ -79,7 +79,9 @@ class NativeBackend(NativeBeside, Backend):
                 if (group := self.axes["cp"]) is not None:
                     from distui.core.parallel.sequence import SequenceCut
 
-                    SequenceCut(model, group, strategy.context_method)
+                    sequence = SequenceCut(model, group, strategy.context_method, is_staged=pipeline is not None)
+                    if pipeline is not None:
+                        pipeline.own_forward = sequence.forward
                 if pipeline is not None:
                     cuts = pipeline.stage.hold(self.axes, start, cuts)
                 self.cuts = {**self.cuts, **(cuts.of if cuts is not None else {})}

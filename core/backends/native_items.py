@@ -16,6 +16,7 @@ from distui.core.sharding.homes.home import CellSlice
 from distui.core.sharding.optim.optim import ShardedOptimizer
 from distui.core.sharding.optim.runs import FlatRun
 from distui.core.sharding.sharded import ShardedModel
+from distui.core.sharding.units.guarded import DATA
 from distui.core.sharding.units.placement import Placement
 from distui.core.sharding.units.unit import Unit
 
@@ -36,7 +37,7 @@ def _held(unit: Unit, index: int, base: int, end: int, part: Part | None) -> tup
 
 def _replicated(tensor: torch.Tensor, part: Part | None, cuts: Cuts | None) -> FlatShard:
     """Return a tensor that every rank holds; rank 0 writes it, so that what belongs together is of one rank."""
-    flat = tensor.detach().reshape(-1)
+    flat = DATA.__get__(tensor).reshape(-1)
     cut = None if cuts is None else cuts.get(tensor)
     writes = part is None or (part[0] == 0 and (cuts is None or cuts.counts(tensor)))
     return FlatShard(flat if writes else flat[:0], 0, tensor.numel() if cut is None else cut.numel, cut)

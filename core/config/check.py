@@ -265,9 +265,6 @@ def pipeline_problems(config: Config) -> Iterator[Problem]:
             "its backwards are in two parts, and each would reduce or gather all that the stage holds",
             "set strategy.zero_stage to 1, or strategy.pipeline_schedule to interleaved or 1f1b",
         )
-    if (other := strategy.context_parallel) > 1:
-        what = f"context_parallel={other} with pipeline_parallel={size}"
-        yield _not_available("strategy.context_parallel", what, "1")
     keys = (
         *("compression.gradients", "compression.weights"),
         *("offload.optimizer", "offload.params", "optimizer.state_bits"),

@@ -83,8 +83,10 @@ class _Join(torch.autograd.Function):
 class SequenceCut:
     """Cuts the sequences of one model's batches over the ranks of a group."""
 
-    def __init__(self, model: Any, group: dist.ProcessGroup, method: str = "auto") -> None:
+    def __init__(self, model: Any, group: dist.ProcessGroup, method: str = "auto", *, is_staged: bool = False) -> None:
         """Set hooks on `model`, and its attention; `method` is ulysses, ring, or auto: ulysses where heads divide.
+
+        Where it `is_staged`, a pipeline has `forward` cut each micro-batch, in the place of hooks.
 
         Raises: UserError for what is not known to come out right.
         """
@@ -102,8 +104,21 @@ class SequenceCut:
         self._plain_loss = model.loss_function
         model.loss_function = self._loss
         self._register()
-        model.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
-        model.register_forward_hook(Hook(self._after), always_call=True)
+        self._is_staged, self._own_forward = is_staged, model.forward
+        if not is_staged:
+            model.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
+            model.register_forward_hook(Hook(self._after), always_call=True)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own forward on this rank's pieces; it may end before the model does. Collective."""
+        output = None
+        args, kwargs = self._before(self.model, args, kwargs)
+        try:
+            output = self._own_forward(*args, **kwargs)
+        finally:
+            if output is None:
+                self._after(self.model, args, None)
+        return self._after(self.model, args, output)
 
     def _register(self) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -263,6 +278,12 @@ class SequenceCut:
         if self.is_ring:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             padding = None if self._padding is None else ~self._padding
+            if padding is not None and self._is_staged and torch._C._current_graph_task_id() != -1:
+                raise UserError(
+                    "padding in a ring that is computed again in a pipeline",
+                    "micro-batches that are under way have masks of their own, and the ring knows the last one's",
+                    "set activation_checkpointing.mode to none, or strategy.context_method to ulysses",
+                )
             return ring_attention(query, key, value, padding, scale, self.group).transpose(1, 2).contiguous(), None
         if num_shared % self.num_ranks:
             key, value = (x.repeat_interleave(self.num_ranks // num_shared, 1) for x in (key, value))

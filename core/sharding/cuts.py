@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from distui.core.axes.cut import Cut
 from distui.core.axes.tensors import assemble, take
 from distui.core.errors import UserError
+from distui.core.sharding.units.guarded import Refusal, watching
 from distui.core.sharding.units.partition import UnitSpec
 
 MARK = "_distui_cut"
@@ -39,6 +42,15 @@ class Cuts:
         """Whether the ranks are data-parallel: they share the states of what is whole, and each batch is another."""
         self.copies: dist.ProcessGroup | None = None
         """Experts: the ranks that hold the same pieces, and share their states; None where that is this rank alone."""
+        self.refusal: Refusal | None = None
+        """Why nobody but its own module reads what is not whole here: where whoever does would not notice."""
+
+    def watching(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Watch what is elsewhere, and experts, from here on; inside, where units are made, the engine reads them."""
+        if self.refusal is None:
+            return nullcontext()
+        held = [param for param in model.parameters() if self.is_expert(param) or id(param) in self.elsewhere]
+        return watching(held, self.refusal)
 
     def get(self, param: torch.Tensor) -> Cut | None:
         """Return how `param` is cut; None of one that is whole."""
@@ -106,6 +118,18 @@ class Cuts:
                 f"{self.kind}; {why}",
                 fix,
             )
+
+
+def reads_all(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method of what has `cuts` read what nobody else may."""
+
+    @functools.wraps(method)
+    def reading(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refusal = self.cuts.refusal if self.cuts is not None else None
+        with refusal.lifted() if refusal is not None else nullcontext():
+            return method(self, *args, **kwargs)
+
+    return reading
 
 
 def refuse_cut(model: nn.Module) -> None:

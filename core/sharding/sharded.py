@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
@@ -14,7 +14,7 @@ from torch import nn
 
 from distui.core.axes.groups import beside
 from distui.core.errors import UserError
-from distui.core.sharding.cuts import Cuts
+from distui.core.sharding.cuts import Cuts, reads_all
 from distui.core.sharding.homes.homes import Homes, Offload, agreed, open_homes
 from distui.core.sharding.hooks import ClearingGradients, Hook
 from distui.core.sharding.optim.optim import ShardedOptimizer
@@ -26,6 +26,7 @@ from distui.core.sharding.transport.agreement import Agreement, Place
 from distui.core.sharding.transport.compression import Compression, make_transport, start_onebit
 from distui.core.sharding.transport.replicas import Replicas
 from distui.core.sharding.transport.transport import Transport
+from distui.core.sharding.units.guarded import unwatch
 from distui.core.sharding.units.partition import UnitSpec, partition, split_by_kind
 from distui.core.sharding.units.placement import Placement
 from distui.core.sharding.units.pool import BufferPool
@@ -103,7 +104,8 @@ class ShardedModel(WholeStates):
         """How the states of experts that are cut over the ranks are shared, and over what."""
         self.frozen: list[tuple[str, nn.Parameter]] = []
         """Stages 0 to 2: parameters that are in no unit, because they were frozen when the model was prepared."""
-        groups = self._build_units(start, optimizer_of)
+        with cuts.watching(model) if cuts is not None else nullcontext():
+            groups = self._build_units(start, optimizer_of)
         agreement = None
         if self._group is not None:
             agreement = Agreement(self._group, "data_parallel_agreement", self.pool)
@@ -200,6 +202,7 @@ class ShardedModel(WholeStates):
         unit.cuts = self.cuts if is_expert or self.cuts is None or not self.cuts.are_experts else None
         return unit
 
+    @reads_all
     def follow_requires_grad(self, also: Callable[[str, nn.Parameter], bool] = lambda name, param: False) -> None:
         """Make trainable what the script has unfrozen since, and what `also` says of. All ranks, alike."""
         schedule = self.schedule
@@ -265,6 +268,7 @@ class ShardedModel(WholeStates):
 
         return check
 
+    @reads_all
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, state_bits: int = 32) -> ShardedOptimizer:
         """Rebind `optimizer` to this model's flat shards. Collective where parameters were unfrozen since."""
         self.follow_requires_grad()
@@ -296,6 +300,7 @@ class ShardedModel(WholeStates):
             prepared.onebit = start_onebit(prepared, self.units, self.transport, self.pool, self.compression)
         return prepared
 
+    @reads_all
     def remove(self) -> None:
         """Let go of the model: hooks, buffers, process group. Collective: all ranks.
 
@@ -315,6 +320,7 @@ class ShardedModel(WholeStates):
             del self.model.zero_grad
         for unit in self.units:
             unit.let_go()
+        unwatch(self.model.parameters())
         for transport, gathers in dict.fromkeys(((self.transport, self.gathers), self._of_experts[1:])):
             if gathers is not None and gathers is not transport and dist.is_initialized():
                 dist.destroy_process_group(gathers.group)
@@ -333,6 +339,7 @@ class ShardedModel(WholeStates):
         """Bytes that this rank has sent for the model since the start."""
         return sum(transport.sent_bytes for transport in self.transports)
 
+    @reads_all
     def memory_by_category(self) -> dict[str, int]:
         """Return this rank's bytes: parameters, gradients, optimizer_states, buffers (transient and the model's).
 

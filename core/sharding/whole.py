@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distui.core.errors import UserError
-from distui.core.sharding.cuts import Cuts
+from distui.core.sharding.cuts import Cuts, reads_all
 from distui.core.sharding.schedule import Schedule
 from distui.core.sharding.start.weight_files import WeightFiles
 from distui.core.sharding.transport.agreement import Place
@@ -122,6 +122,7 @@ class WholeStates:
             if unit.trainable:
                 unit.refresh_master()
 
+    @reads_all
     def full_state_dict(self, to_cpu: bool = True, only_rank_0: bool = False) -> dict[str, Any]:
         """Return the model's whole state, as plain torch would save it. Collective: all ranks.
 
@@ -169,6 +170,7 @@ class WholeStates:
         finally:
             self._replacing = before
 
+    @reads_all
     def load_full_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:
         """Take a whole state, as `full_state_dict` or plain torch gives it. Collective: all ranks, each with `state`.
 
@@ -193,6 +195,7 @@ class WholeStates:
                         unit.write_master(at, named[id(param)].reshape(-1)[low:high])
         return missing_and_unexpected
 
+    @reads_all
     def load_files(self, files: WeightFiles) -> None:
         """Take what `files` have of the model into shards and masters; each rank reads its own.
 

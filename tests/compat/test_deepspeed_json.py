@@ -284,9 +284,12 @@ def test_every_public_name_is_offered_or_refused_with_the_way_around() -> None:
     for path in paths.split():
         module, name = path.split(":")
         getattr(importlib.import_module(f"distui.compat.deepspeed.{module}"), name)
-    layer = importlib.import_module("distui.compat.deepspeed.moe.layer")  # scripts import it for one branch of theirs
-    with pytest.raises(NotOffered, match=r"strategy\.expert_parallel"):
-        layer.MoE(hidden_size=4)
+    lamb = importlib.import_module("distui.compat.deepspeed.ops.lamb")  # scripts import it for one branch of theirs
+    with pytest.raises(NotOffered, match="use AdamW"):
+        lamb.FusedLamb([])
+    layer = importlib.import_module("distui.compat.deepspeed.moe.layer")
+    with pytest.raises(NotOffered, match="use_tutel"):
+        layer.MoE(4, torch.nn.Linear(4, 4), use_tutel=True)
     with pytest.raises(ModuleNotFoundError, match=r"docs/coming-from-deepspeed\.md"):
         importlib.import_module("distui.compat.deepspeed.no_such_module")
     members = "allreduce_gradients was_step_applied get_mom set_train_batch_size no_sync module_state_dict scale"

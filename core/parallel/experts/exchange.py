@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distui.core.errors import UserError
 from distui.core.ranks import ops
 from distui.core.sharding.transport.transport import Transport
 from distui.core.sharding.units.pool import BufferPool
@@ -20,17 +21,40 @@ class Exchange:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.transport = Transport(group, "experts", BufferPool())
         self.group, self.rank, self.num_ranks = group, dist.get_rank(group), dist.get_world_size(group)
+        self.layers: dict[str, int] = {}
+        """The layers that use it, numbered in their first order, which is that of all ranks."""
         self.before: Callable[[], None] = lambda: None
         """Called before each travel: a rank that waits for tokens serves nobody who waits for parameters (stage 3)."""
 
-    def counts(self, own: torch.Tensor) -> list[list[int]]:
-        """Return the `own` counts [experts] of every rank. Collective; the host waits."""
+    def counts(self, own: torch.Tensor, layer: str, comes_back: bool) -> list[list[int]]:
+        """Return the `own` counts [experts] of every rank, which `layer` sends tokens by. Collective; the host waits.
+
+        Raises: UserError, on all ranks, where they came to different layers, or not all of them come back in a
+        backward.
+        """
         self.before()
-        mine = own.to(ops.device_over(own.device, self.group))
+        place = 2 * self.layers.setdefault(layer, len(self.layers)) + comes_back
+        mine = torch.cat([own, own.new_tensor([place])]).to(ops.device_over(own.device, self.group))
         found = torch.empty(self.num_ranks * mine.numel(), dtype=mine.dtype, device=mine.device)
         self.transport.all_gather(found, mine).wait()
-        counts: list[list[int]] = found.view(self.num_ranks, -1).tolist()
-        return counts
+        rows: list[list[int]] = found.view(self.num_ranks, -1).tolist()
+        if len({row[-1] for row in rows}) > 1:
+            self._refuse_places([row[-1] for row in rows])
+        return [row[:-1] for row in rows]
+
+    def _refuse_places(self, places: list[int]) -> None:
+        names = {number: name for name, number in self.layers.items()}
+        ranks = dist.get_process_group_ranks(self.group)
+        told = [
+            f"rank {rank} at {names.get(place // 2, 'another layer')} {'with' if place % 2 else 'without'} gradients"
+            for rank, place in zip(ranks, places, strict=True)
+        ]
+        raise UserError(
+            "ranks that share experts came to different places of the model",
+            f"{'; '.join(told)}: tokens travel among all of them at each layer, in forward and in backward",
+            "run as many forwards on each rank, in training and in evaluation (prepared loaders give as many batches), "
+            "with no layer left out on some; a rank with nothing to do runs the forward of any batch",
+        )
 
     @torch.compiler.disable
     def send(self, tensors: Sequence[torch.Tensor], sizes_out: list[int], sizes_in: list[int], num_rows: int) -> Any:

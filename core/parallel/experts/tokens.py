@@ -23,6 +23,7 @@ from distui.core.parallel.experts.exchange import Exchange
 from distui.core.parallel.experts.moe import Experts, MoE
 from distui.core.sharding.cuts import MARK, Cuts
 from distui.core.sharding.start.start import Start, refuse_trained
+from distui.core.sharding.units.guarded import Refusal
 
 
 def experts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -67,6 +68,7 @@ def spread_experts(model: nn.Module, axes: Axes, start: Start) -> tuple[Cuts, Ex
         )
     refuse_trained(model)
     exchange = Exchange(group)
+    exchange.layers.update({name: number for number, (name, _) in enumerate(found)})
     for name, module in found:
         _cut(cuts, name, module, num_ranks, index)
     held = {id(param): param for _, module in found for param in module.parameters(recurse=False)}
@@ -74,8 +76,17 @@ def spread_experts(model: nn.Module, axes: Axes, start: Start) -> tuple[Cuts, Ex
     start.cut(list(held.values()), cuts)
     for param in held.values():
         vars(param)[MARK] = True
+    names = {id(param): name for name, param in model.named_parameters() if id(param) in held}
+    cuts.refusal = refusal = Refusal(
+        f"each of {num_ranks} ranks has its share of the experts, so this would be of that share, at another place "
+        "than in the whole, and a loss of it would be averaged over ranks of which each knows its own",
+        "engine.get_state_dict(model) gives whole weights, engine.gradients(model) whole gradients, and "
+        "engine.clip_grad_norm_(model.parameters(), max_norm) their norm; for a penalty use weight decay, or set "
+        "strategy.expert_parallel to 1",
+        names,
+    )
     for name, module in found:
-        module.forward = Spread(module, name, exchange)
+        module.forward = Spread(module, name, exchange, refusal)
         module.num_experts //= num_ranks
     return cuts, exchange
 
@@ -114,9 +125,12 @@ def _refuse_ties(model: nn.Module, held: dict[int, nn.Parameter], modules: set[i
 class Spread:
     """The forward of one layer's experts, of which other ranks have the rest."""
 
-    def __init__(self, module: Any, name: str, exchange: Exchange) -> None:
-        """Take the place of the forward of `module`, which still has all experts by its `num_experts`."""
-        self.module, self.name, self.exchange = module, name, exchange
+    def __init__(self, module: Any, name: str, exchange: Exchange, refusal: Refusal) -> None:
+        """Take the place of the forward of `module`, which still has all experts by its `num_experts`.
+
+        Inside `refusal` is lifted: nobody else reads the parameters.
+        """
+        self.module, self.name, self.exchange, self.refusal = module, name, exchange, refusal
         self.own_forward = module.forward
         self._names = _argument_names(module)
         self.num_experts = module.num_experts
@@ -141,11 +155,13 @@ class Spread:
         """Legend: T tokens, K experts of each, N = T x K pairs of both, D features."""
         exchange, num_local = self.exchange, self.num_local
         tokens_TD = hidden.reshape(-1, hidden.shape[-1])
+        comes_back = torch.is_grad_enabled()
         with torch.no_grad():
             # Models say num_experts for no expert at all; such pairs stay here, behind all others.
             experts_N = index_TK.reshape(-1).clamp(max=self.num_experts)
             order_N = torch.argsort(experts_N, stable=True)
-            counts = exchange.counts(torch.bincount(experts_N, minlength=self.num_experts + 1)[: self.num_experts])
+            numbers = torch.bincount(experts_N, minlength=self.num_experts + 1)[: self.num_experts]
+            counts = exchange.counts(numbers, self.name, comes_back)
             self.load = [sum(of_ranks) for of_ranks in zip(*counts, strict=True)]
             sizes_out = _by_rank(counts[exchange.rank], num_local)
             here = slice(exchange.rank * num_local, (exchange.rank + 1) * num_local)
@@ -161,7 +177,8 @@ class Spread:
             sizes_in,
             num_rows,
         )
-        computed = self._compute(rows, local_experts.unsqueeze(1), weights).to(rows.dtype)
+        with self.refusal.lifted():
+            computed = self._compute(rows, local_experts.unsqueeze(1), weights).to(rows.dtype)
         (back,) = exchange.send((computed,), sizes_in, sizes_out, num_rows)
         pairs_ND = back.new_zeros(len(order_N), back.shape[1]).index_copy(0, sent_N, back)
         return pairs_ND.view(*index_TK.shape, back.shape[1]).sum(1).to(hidden.dtype)

@@ -7,6 +7,9 @@ A prepared parameter stays the same object and an `nn.Parameter`; only its class
               a list kept from before, `F.linear(x, block.weight)`), first brings the unit here. Its memory is NaN.
 
 What describes a tensor (shape, dtype, requires_grad, hooks) never fetches.
+
+Beside both a parameter may be `Watched`: this rank has nothing of it, or but a share, which nobody may take for the
+whole. Its own module reads it, and the engine; all others get an error that says where the rest is.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -189,15 +192,119 @@ class Fetched(Kept):
             return func(*args, **kwargs)
 
 
+class Refusal:
+    """Why nobody reads or writes some parameters of a model but their own modules and the engine."""
+
+    def __init__(self, why: str, fix: str, names: dict[int, str]) -> None:
+        """`names` are those of the parameters, by identity."""
+        self._why, self._fix, self._names = why, fix, names
+        self._num_inside = 0
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Let whoever is inside read them."""
+        self._num_inside += 1
+        try:
+            yield
+        finally:
+            self._num_inside -= 1
+
+    def check(self, param: Any, what: str) -> None:
+        """Raise UserError, unless it is lifted, or autograd runs, which has what it needs from the forward."""
+        if not self._num_inside and torch._C._current_graph_task_id() == -1:
+            raise UserError(f"{what} of {self._names.get(id(param), 'a parameter')}", self._why, self._fix)
+
+
+REFUSAL = "_distui_refusal"
+"""Where a watched parameter has its `Refusal`, in its `__dict__`."""
+_OWN_WAYS = {DATA.__get__, DATA.__set__, GRAD.__get__, GRAD.__set__, getattr(torch.Tensor, "_version").__get__}  # noqa: B009
+
+
+class Watched:
+    """What a parameter is beside `Kept` or `Fetched` whose numbers on this rank are not the whole of it."""
+
+    __slots__ = ()
+
+    @property
+    def data(self) -> torch.Tensor:
+        """Its numbers, for those who may read them."""
+        _check(self, "data")
+        return super().data  # type: ignore[misc]
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        _check(self, "assigning to data")
+        Kept.data.__set__(self, value)  # type: ignore[attr-defined]
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        """Its gradient, for those who may read it; None where there is none to come."""
+        try:
+            found: torch.Tensor | None = Kept.grad.__get__(self)
+        except UserError:
+            _check(self, "grad")
+            raise
+        if found is not None or (self.requires_grad and place_of(self) is None):  # type: ignore[attr-defined, arg-type]
+            _check(self, "grad")
+        return found
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        if value is not None:
+            _check(self, "assigning to grad")
+        Kept.grad.__set__(self, value)  # type: ignore[attr-defined]
+
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:
+        return f"{type(self).__name__}({list(self.shape)}, of which this rank has a share)"  # type: ignore[attr-defined]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in DESCRIBES and func not in _OWN_WAYS:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Watched):
+                    _check(leaf, getattr(getattr(func, "__self__", func), "__name__", func.__name__))
+            if issubclass(cls, Fetched):
+                return Fetched.__torch_function__.__func__(cls, func, types, args, kwargs)  # type: ignore[attr-defined]
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+def _check(param: Any, what: str) -> None:
+    if (refusal := vars(param).get(REFUSAL)) is not None:
+        refusal.check(param, what)
+
+
 @functools.cache
-def _classes(original: type) -> tuple[type, type]:
+def _classes(original: type, watched: bool) -> tuple[type, type]:
     def derived(mixin: type) -> type:
         def fill(body: dict[str, Any]) -> None:
             body.update(__module__=original.__module__, __qualname__=original.__qualname__, distui_original=original)
 
-        return types.new_class(original.__name__, (mixin, original), {}, fill)
+        bases = (Watched, mixin, original) if watched else (mixin, original)
+        return types.new_class(original.__name__, bases, {}, fill)
 
     return derived(Kept), derived(Fetched)
+
+
+@contextlib.contextmanager
+def watching(params: Iterable[nn.Parameter], refusal: Refusal) -> Iterator[None]:
+    """Have nobody read `params` from here on but where `refusal` is lifted, as it is inside, where units are made."""
+    params = list(params)
+    for param in params:
+        vars(param)[REFUSAL] = refusal
+    with refusal.lifted():
+        yield
+    for param in params:
+        if place_of(param) is None:
+            param.__class__ = _classes(original_class(param), True)[0]
+
+
+def unwatch(params: Iterable[nn.Parameter]) -> None:
+    """Let everybody read them again, and give those that no unit holds their own class back."""
+    for param in params:
+        if vars(param).pop(REFUSAL, None) is not None and place_of(param) is None:
+            let_go([param])
 
 
 def original_class(param: torch.Tensor) -> type:
@@ -210,8 +317,10 @@ def guard(params: Iterable[nn.Parameter], unit: Holder) -> list[tuple[type, type
     classes = []
     reference = weakref.ref(unit)
     for index, param in enumerate(params):
+        if isinstance(param, Watched):  # until now in no unit
+            param.__class__ = original_class(param)
         _places[id(param)] = (reference, index)
-        classes.append(_classes(original_class(param)))
+        classes.append(_classes(original_class(param), REFUSAL in vars(param)))
     weakref.finalize(unit, _forget, [id(param) for param in params])
     return classes
 

@@ -41,7 +41,10 @@ _LAZY: dict[str, str] = {
     "OnDevice": "utils:OnDevice",
     "log_dist": "utils:log_dist",
     "logger": "utils:logger",
-    **{name: name for name in ("accelerator", "checkpointing", "comm", "ops", "pipe", "runtime", "utils", "zero")},
+    **{
+        name: name
+        for name in ("accelerator", "checkpointing", "comm", "moe", "ops", "pipe", "runtime", "utils", "zero")
+    },
     "PipelineModule": "runtime.pipe.module:PipelineModule",
     "PipelineEngine": "runtime.pipe.engine:PipelineEngine",
     "dist": "comm",

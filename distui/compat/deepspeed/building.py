@@ -15,6 +15,7 @@ from distui.compat.deepspeed.configuration import DeepSpeedConfig, settle
 from distui.compat.deepspeed.engine import DeepSpeedEngine
 from distui.compat.deepspeed.loading import DeepSpeedDataLoader
 from distui.compat.deepspeed.lr_schedules import build_schedule
+from distui.compat.deepspeed.moe.layer import expert_parallel_of
 from distui.compat.deepspeed.optim.optimizers import build_optimizer
 from distui.compat.deepspeed.parameters import tell_of
 from distui.compat.deepspeed.precision import OwnOutputs, scaler_of
@@ -101,7 +102,7 @@ def initialize(
             'leave it out: say sizes in the JSON ("tensor_parallel": {"autotp_size": N}), or in strategy.*',
         )
     comm.init_distributed(dist_init_required=dist_init_required, distributed_port=distributed_port)
-    axes = axes_of(model)
+    axes = axes_of(model) | expert_parallel_of(model)
     if isinstance(model, PipelineModule):
         axes["pipeline"] = model.num_stages
     if isinstance(mpu, SequenceParallel):

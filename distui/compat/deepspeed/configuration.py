@@ -83,7 +83,7 @@ def load_config(config: Any) -> dict[str, Any]:
 def settle(config: Any, world_size: int, **axes: int) -> DeepSpeedConfig:
     """Check a DeepSpeed configuration and return what it means for this job.
 
-    `axes` are sizes (`tensor`, `pipeline`) that the script says otherwise than by the JSON.
+    `axes` are sizes (`tensor`, `pipeline`, `expert`) that the script says otherwise than by the JSON.
 
     What the job's own settings (`distui launch --zero 3`, distui.toml) set other than their default wins over the JSON.
     What the JSON asks for is obeyed or refused.

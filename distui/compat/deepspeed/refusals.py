@@ -12,7 +12,6 @@ FACE = "distui.compat.deepspeed"
 
 _INFERENCE = "distui trains; serve with vLLM or transformers' generate, from `distui checkpoint consolidate`'s weights"
 _PIPELINE = "use PipelineModule: the engine runs its stages by strategy.pipeline_schedule"
-_MOE = "use distui.MoE, or experts of transformers, with strategy.expert_parallel in distui's settings"
 _KERNELS = "engine.engine.use_kernels(engine.module) puts kernels into the modules that it knows (docs/kernels.md)"
 _TP = "choose strategy.tensor_parallel in distui's settings where it is available"
 _SEQUENCE = "sequence.layer.DistributedAttention; runtime.sequence_parallel.ulysses_sp for transformers' models"
@@ -32,7 +31,6 @@ NAMES: dict[str, str] = {
 MODULES: dict[str, str] = {
     "inference": _INFERENCE,
     "runtime.pipe.dualpipev": _PIPELINE,
-    "moe": _MOE,
     "sequence": _SEQUENCE,
     "runtime.sequence_parallel": _SEQUENCE,
     "module_inject": _TP,

@@ -47,7 +47,12 @@ class DeepEncoder(Encoder):
 DEEP = {"deep": deep_llama, "deep-gpt2": deep_gpt2, "deep-encoder": DeepEncoder}
 
 
+EVEN = "even-"
+"""Begins the name of a model that gets sequences which context-parallel ranks divide, with padding."""
+
+
 def model_of(name: str, seed: int) -> nn.Module:
+    name = name.removeprefix(EVEN)
     if name in DEEP:
         torch.manual_seed(seed)
         return DEEP[name]().train()
@@ -65,6 +70,16 @@ def outside(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of(name: str, model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    if name.startswith(EVEN):
+        ids_BT = ids_BT[:, :8]
+        seen_BT = torch.ones_like(ids_BT)
+        seen_BT[1::2, 6:] = 0
+        labels_BT = ids_BT.masked_fill(seen_BT == 0, -100)
+        count = (labels_BT[:, 1:] != -100).sum()  # micro-batches have as many rows, and not as many tokens
+        found: torch.Tensor = model(
+            input_ids=ids_BT, attention_mask=seen_BT, labels=labels_BT, num_items_in_batch=count
+        ).loss
+        return found
     if name.endswith("encoder"):
         loss: torch.Tensor = model(ids_BT[:, :-1], targets=ids_BT[:, 1:])
         return loss
@@ -163,7 +178,7 @@ def _refusal(kind: str, stages: int, schedule: str) -> str:
             if kind == "scaled":
                 loss = loss * 2.0
             if kind == "penalty":
-                loss = loss + sum(param.square().sum() for param in model.parameters())
+                loss = loss + sum(param.square().sum() for param in model.parameters() if param.numel())
             engine.backward(loss)
             if kind == "gradients":
                 with engine.gradients(model):

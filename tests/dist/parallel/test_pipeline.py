@@ -41,6 +41,27 @@ def test_two_stages_of_two_tensor_parallel_ranks(run_ranks: RunRanks) -> None:
     compare(run_ranks, 4, cases)
 
 
+def test_two_stages_of_two_context_parallel_ranks(run_ranks: RunRanks) -> None:
+    ulysses, ring = ({"strategy": {"context_parallel": 2, "context_method": way}} for way in ("ulysses", "ring"))
+    recomputed = {**ulysses, "activation_checkpointing": {"mode": "full"}}
+    interleaved = {"strategy": {"context_parallel": 2, "pipeline_schedule": "interleaved"}}
+    cases: list[tuple[Any, ...]] = [
+        ("even-llama-tied", 2, 1, ulysses),
+        ("even-gpt2", 2, 3, recomputed),
+        ("even-llama", 2, 2, ring),
+        ("even-deep", 2, 1, interleaved),
+    ]
+    compare(run_ranks, 4, cases)
+
+
+@pytest.mark.matrix
+def test_stages_beside_context_and_tensor_parallel_ranks(run_ranks: RunRanks) -> None:
+    both = {"strategy": {"context_parallel": 2, "tensor_parallel": 2}}
+    zbv = {"strategy": {"context_parallel": 2, "pipeline_schedule": "zbv", "context_method": "ring"}}
+    compare(run_ranks, 8, [("even-llama-tied", 2, stage, both) for stage in (0, 3)])
+    compare(run_ranks, 4, [("even-deep", 2, 1, zbv)])
+
+
 def test_other_schedules_recomputation_and_frozen_blocks(run_ranks: RunRanks) -> None:
     recomputed = {"activation_checkpointing": {"mode": "full"}}
     cases: list[tuple[Any, ...]] = [

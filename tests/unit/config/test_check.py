@@ -210,7 +210,7 @@ def test_what_does_not_go_with_a_pipeline_is_refused() -> None:
     }
     found = found_in(**given)
     paths = {problem.path for problem in found}
-    assert {"strategy.pipeline_schedule", "strategy.context_parallel"} < paths
+    assert "strategy.pipeline_schedule" in paths and "strategy.context_parallel" not in paths
     assert {"compression.gradients", "offload.optimizer", "optimizer.state_bits"} < paths
     for backend in ("ddp", "fsdp2", "deepspeed"):
         stage = "0" if backend == "ddp" else "3"

@@ -25,7 +25,7 @@ from distui.compat.deepspeed.runtime.pipe.topology import (
 )
 from distui.compat.not_offered import NotOffered
 from distui.core.axes.schedules import split
-from distui.core.parallel.stages import OWN_PARTS
+from distui.core.parallel.pipelines.stages import OWN_PARTS
 from distui.core.sharding.units.partition import OWN_BLOCKS
 
 

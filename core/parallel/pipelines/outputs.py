@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from distui.core.errors import UserError
+from distui.core.parallel.pipelines.placeholders import is_absent
 
 
 class Output:
@@ -71,7 +72,7 @@ def refuse_outputs_of_all(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> 
 
 def refuse_nan(loss: torch.Tensor, model: torch.nn.Module) -> None:
     """Refuse a first loss that is NaN: what other stages have is NaN here, or empty. Raises: UserError."""
-    if bool(loss.detach().isnan().any()):
+    if is_absent(loss.detach()):
         raise UserError(
             f"the first loss of {type(model).__name__} in a pipeline is NaN",
             "what lies outside of the last stage's blocks is NaN on its rank: an embedding, an earlier hidden state, a "

@@ -10,7 +10,7 @@ hidden state that is changed between two blocks, placeholders (NaN) that reach a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,21 +21,22 @@ from distui.core.axes.cut import Cut
 from distui.core.axes.groups import Axes
 from distui.core.axes.schedules import num_chunks, split, stage_of
 from distui.core.errors import UserError
-from distui.core.parallel.messages import Parts
-from distui.core.parallel.placeholders import blank, has_nan, stand_in
+from distui.core.parallel.pipelines.holders import ALONE, Places, is_small
+from distui.core.parallel.pipelines.left_behind import LeftBehind, refuse_growth, sizes_of
+from distui.core.parallel.pipelines.messages import Parts
+from distui.core.parallel.pipelines.placeholders import blank, is_absent, stand_in
+from distui.core.parallel.pipelines.shared import ALL, ENDS
 from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.hooks import Hook
 from distui.core.sharding.start.initialise import make_real
 from distui.core.sharding.start.start import Start
-from distui.core.sharding.units.guarded import DATA
+from distui.core.sharding.units.guarded import DATA, Refusal
 from distui.core.sharding.units.partition import find_blocks
 
 LOOKED_AT = 2
 """In so many forwards of the beginning placeholders are looked for in what a stage's first block is given."""
 OWN_PARTS = "_distui_parts"
 """Where a model says which of its blocks each stage has; else their costs tell."""
-ALL, ENDS = "all stages", "the first and the last stage"
-_ALONE = "set strategy.pipeline_parallel to 1"
 
 
 class _Leave(BaseException):
@@ -76,15 +77,14 @@ class Stage:
         self.blocks = find_blocks(model)
         if len(self.blocks) < self.num_stages:
             raise self._too_few_blocks(schedule)
-        self._place_modules()
+        places = Places(model, self.blocks)
+        self.front, self.behind = places.front, places.behind
         costs = [float(sum(param.numel() for param in block.parameters())) for _, block in self.blocks]
-        behind = sum(_cost(module) for module in self.behind.values())
-        front = sum(_cost(module) for module in self.front.values())
         own_parts: list[range] = vars(model).get(OWN_PARTS, [])
         is_told = len(own_parts) == self.num_stages
-        self.parts = own_parts if is_told else split(costs, self.num_stages, front, behind)
+        self.parts = own_parts if is_told else split(costs, self.num_stages, *places.costs())
         self.at(0)
-        self.holders = self._find_holders()
+        self.holders = places.holders(self.parts, self.rank_of, self.num_ranks)
         """The ranks of the line that hold a parameter, by its identity."""
         self.shared = {
             number: ENDS if len(ranks) < self.num_ranks else ALL
@@ -102,6 +102,9 @@ class Stage:
         self._looked = dict.fromkeys(self.own, 0)
         self._handles: list[Any] = []
         self._replaced: list[nn.Module] = []
+        self.left = LeftBehind(model, self.blocks)
+        self._grows: list[tuple[Any, int]] = []
+        """What the block that runs was given that can grow."""
 
     def _too_few_blocks(self, schedule: str) -> UserError:
         num, most = len(self.blocks), len(self.blocks) // self.num_chunks
@@ -131,58 +134,12 @@ class Stage:
 
     # ---- who holds what --------------------------------------------------------------------------------------------
 
-    def _place_modules(self) -> None:
-        """Sort the modules outside of the blocks that hold parameters: registered in front of them, or behind."""
-        names = [name for name, _ in self.blocks]
-        inside = {id(inner) for _, block in self.blocks for inner in block.modules()}
-        self.front: dict[str, nn.Module] = {}
-        self.behind: dict[str, nn.Module] = {}
-        self.around: dict[str, nn.Module] = {}
-        """Those that the blocks are in: their own parameters are read by whatever stage comes to it."""
-        reached = False
-        for name, module in self.model.named_modules():
-            if id(module) in inside:
-                reached = True
-            elif any(param is not None for param in module._parameters.values()):
-                is_around = not name or any(block.startswith(f"{name}.") for block in names)
-                place = self.around if is_around else self.behind if reached else self.front
-                place[name] = module
-
-    def _find_holders(self) -> dict[int, tuple[int, ...]]:
-        first, last, found = self.rank_of(0), self.rank_of(self.num_stages - 1), dict[int, set[int]]()
-
-        def hold(module: nn.Module, ranks: Iterable[int]) -> None:
-            for param in module._parameters.values():
-                if param is not None:
-                    # A number cannot be left out of a shape; all hold it.
-                    found.setdefault(id(param), set()).update(ranks if param.dim() else range(self.num_ranks))
-
-        for stage, blocks in enumerate(self.parts):
-            for index in blocks:
-                for module in self.blocks[index][1].modules():
-                    hold(module, (self.rank_of(stage),))
-        for module in self.around.values():
-            hold(module, range(self.num_ranks))
-        for place, rank in ((self.front, first), (self.behind, last)):
-            for module in place.values():
-                # A norm may be registered on the other side of the blocks than it is called: both ends hold it.
-                hold(module, (first, last) if _is_small(module) else (rank,))
-        for name, param in self.model.named_parameters():
-            ranks = found[id(param)]
-            if 2 < len(ranks) < self.num_ranks or (len(ranks) == 2 < self.num_ranks and ranks != {first, last}):
-                raise UserError(
-                    f"{name} is used by {', '.join(map(str, sorted(ranks)))} of {self.num_ranks} ranks of a pipeline",
-                    "a parameter can be shared by the first and the last stage, as a tied embedding is, or by all",
-                    f"{_ALONE}, or to a size at which the blocks that share it are on one rank",
-                )
-        return {number: tuple(sorted(ranks)) for number, ranks in found.items()}
-
     def hold(self, axes: Axes, start: Start, tensor: Cuts | None) -> Cuts:
         """Leave of the parameters what this stage holds, with the first stage's numbers. Collective: all ranks.
 
         `tensor` says what of them tensor-parallel ranks have cut.
         """
-        line, group = axes["pp"], axes["pp"] if tensor is None else axes["model"]
+        line, group = axes["pp"], axes["pp"] if tensor is None else axes["pieces"]
         assert line is not None and group is not None
         cuts = Cuts(group, "ranks of a pipeline", ("pipeline_parallel", self.num_ranks))
         cuts.tensor = tensor
@@ -202,6 +159,15 @@ class Stage:
             nothing = torch.empty(own.local_shape, dtype=param.dtype, device=start.device_for([param]))
             make_real(param, nothing) if param.is_meta else DATA.__set__(param, nothing)
             cuts.elsewhere.add(id(param))
+        names = {id(param): name for name, param in self.model.named_parameters()}
+        cuts.refusal = Refusal(
+            f"it is on another stage than this rank's, {self.words(self.rank)}: here it is empty, and what is computed "
+            "of all parameters would be this stage's share of it",
+            "engine.clip_grad_norm_(model.parameters(), max_norm) returns the norm of all gradients and "
+            "engine.get_state_dict(model) all weights; compute a penalty inside of the blocks, or use weight decay; "
+            f"or {ALONE}",
+            {number: names[number] for number in cuts.elsewhere},
+        )
         for stage, blocks in enumerate(self.parts):
             for index in blocks:
                 for buffer in self.blocks[index][1].buffers():
@@ -227,10 +193,10 @@ class Stage:
                 module.enable_nested_tensor = module.use_nested_tensor = False  # what lies between blocks is a tensor
         has_first, has_last = 0 in self.own, self.num_stages - 1 in self.own
         for name, module in self.front.items():
-            if not has_first and not (has_last and _is_small(module)):
+            if not has_first and not (has_last and is_small(module)):
                 self._replace(module, functools.partial(self._stand_in, name, module, module.forward))
         for name, module in self.behind.items():
-            if not has_last and not (has_first and _is_small(module)):
+            if not has_last and not (has_first and is_small(module)):
                 self._replace(module, functools.partial(self._refuse_module, name, "behind", "in front of"))
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -249,6 +215,14 @@ class Stage:
                 module.forward = own
         self._handles.clear()
         self._replaced.clear()
+        self.left.remove()
+
+    def begin_notes(self) -> None:
+        """Note what attributes there are before this stage runs."""
+        others = [name for index, (name, _) in enumerate(self.blocks) if not self.low <= index < self.high]
+        front = [] if self.rank == self.rank_of(0) else [*self.front]
+        behind = [] if self.rank == self.rank_of(self.num_stages - 1) else [*self.behind]
+        self.left.begin([*others, *front, *behind])
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any, received: tuple[Parts, bool] | None) -> Any:
         """Run the model's `forward` as far as this stage goes; the last one gives its output, others `Left`."""
@@ -272,7 +246,7 @@ class Stage:
             raise UserError(
                 f"the forward of {type(self.model).__name__} called {self._expected} of {len(self.blocks)} blocks",
                 "a pipeline's stages are called in turn, each of them once",
-                _ALONE,
+                ALONE,
             )
         return output
 
@@ -297,7 +271,7 @@ class Stage:
         raise UserError(
             f"the block {self.blocks[self.high - 1][0]} gives a {type(output).__name__}",
             "to the next stage travel a tensor, or a tuple of tensors and None",
-            f"return one of these from the block, or {_ALONE}",
+            f"return one of these from the block, or {ALONE}",
         )
 
     def _take_turn(self, index: int) -> None:
@@ -305,13 +279,13 @@ class Stage:
             raise UserError(
                 f"a part of {type(self.model).__name__} was called, and not the model",
                 "each stage runs the model's own forward, as far as it goes",
-                f"call model(...), with engine.prepare(..., loss=fn) where the loss is outside, or {_ALONE}",
+                f"call model(...), with engine.prepare(..., loss=fn) where the loss is outside, or {ALONE}",
             )
         if index != self._expected:
             raise UserError(
                 f"the block {self.blocks[index][0]} is called where {self._name(self._expected)} is expected",
                 "a pipeline's stages are called in turn, each of them once",
-                _ALONE,
+                ALONE,
             )
         self._expected += 1
 
@@ -330,25 +304,31 @@ class Stage:
     def _enter(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._take_turn(index)
         given = [*args, *kwargs.values()]
+        self._grows = sizes_of(given)
         if self._hidden is not None and not any(_first(value) is self._hidden for value in given):
             raise UserError(
                 f"the model changes what {self.blocks[index - 1][0]} gives before {self.blocks[index][0]} takes it",
                 "between two stages lies nothing but one block's output, which is the next one's input",
-                f"move it into the block, or {_ALONE}",
+                f"move it into the block, or {ALONE}",
             )
         if index == self.low and index and self._looked[self.index] < LOOKED_AT:
             self._looked[self.index] += 1
-            if any(has_nan(value) for value in given if _first(value) is not self._hidden):
+            if any(is_absent(value) for value in given if _first(value) is not self._hidden):
                 raise UserError(
                     f"the block {self.blocks[index][0]} is given more than its hidden state by {', '.join(self.front)}",
                     f"these are on the first stage, this block is on stage {self.index}",
-                    f"hand it on inside the block's output, or {_ALONE}",
+                    f"hand it on inside the block's output, or {ALONE}",
                 )
 
     def _exit(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         self._hidden = _first(output)
-        if index == self.high - 1 and not self.is_last:
+        refuse_growth(self._grows, self.blocks[index][0], ALONE)
+        if index < self.high - 1:
+            return
+        if not self.is_last:
             raise _Leave(self, output)
+        own = {number for stage in self.own for number in self.parts[stage]}
+        self.left.guess([name for number, (name, _) in enumerate(self.blocks) if number not in own], "another stage")
 
     def _stand_in(
         self,
@@ -367,21 +347,10 @@ class Stage:
         raise UserError(
             f"{name} is registered {registered} the blocks and called {called} them",
             f"stage {self.index} of {self.num_stages} does not hold it",
-            f"assign it to the model {called} the blocks, or {_ALONE}",
+            f"assign it to the model {called} the blocks, or {ALONE}",
         )
 
 
 def _first(value: Any) -> Any:
     """Return the hidden state in what a block gives, or is given."""
     return value[0] if isinstance(value, tuple) and value else value
-
-
-def _cost(module: nn.Module) -> float:
-    """Return what a module costs beside the blocks, in parameters that are multiplied: a lookup costs nothing."""
-    if isinstance(module, nn.Embedding):
-        return 0.0
-    return float(sum(param.numel() for param in module._parameters.values() if param is not None))
-
-
-def _is_small(module: nn.Module) -> bool:
-    return all(param is None or param.dim() <= 1 for param in module._parameters.values())

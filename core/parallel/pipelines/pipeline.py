@@ -19,20 +19,21 @@ import torch.distributed as dist
 from torch import nn
 
 from distui.core.axes.cut import part_of
-from distui.core.axes.groups import Axes, make
+from distui.core.axes.groups import Axes
 from distui.core.axes.schedules import tables
 from distui.core.config.schema import StrategySection
 from distui.core.errors import DistuiError, UserError
 from distui.core.parallel.batches import LOOKED_AT, CutBatch, compare_batch
-from distui.core.parallel.messages import BACKWARD, FORWARD, Messages, Parts, PeerFailed
-from distui.core.parallel.outputs import Output, Told, loss_in, refuse_nan, refuse_outputs_of_all
 from distui.core.parallel.outside import named_by
-from distui.core.parallel.stages import ENDS, Left, Stage
-from distui.core.parallel.weights_later import Pair, WeightsLater, finish
+from distui.core.parallel.pipelines.messages import BACKWARD, FORWARD, Messages, Parts, PeerFailed
+from distui.core.parallel.pipelines.outputs import Output, Told, loss_in, refuse_nan, refuse_outputs_of_all
+from distui.core.parallel.pipelines.placeholders import Absent
+from distui.core.parallel.pipelines.shared import SharedGradients
+from distui.core.parallel.pipelines.stages import Left, Stage
+from distui.core.parallel.pipelines.weights_later import Pair, WeightsLater, finish
 from distui.core.ranks import ops
 from distui.core.ranks.precision import cast_floating
 from distui.core.sharding.sharded import ShardedModel
-from distui.core.sharding.units.unit import Unit
 
 LossOf = Callable[..., torch.Tensor]
 _NO_LOSS = "give one: engine.prepare(model, ..., loss=fn), where fn(output, **kwargs) gets what the model does not take"
@@ -80,24 +81,23 @@ class Pipeline:
         self.before_micro: Callable[[], None] = lambda: None
         """Called before the backward of each micro-batch."""
         self._named_by_loss = named_by(loss_of) if loss_of is not None else frozenset()
-        self.ends = _ends(axes) if ENDS in set(stage.shared.values()) else None
+        self._shared = SharedGradients(axes, set(stage.shared.values()))
         self._sharded: ShardedModel | None = None
-        self._own = stage.model.forward
+        self.own_forward: Callable[..., Any] = stage.model.forward
+        """Of the whole model; where sequences are cut too, with that around it."""
         self._before = stage.model.__dict__.get("forward")
         self._broken = ""
         self._looked = self._num_losses = 0
         self._is_bare = False
         """Whether a call gives the loss itself, as the last stage told."""
-        self._is_summed = False
-        """Whether gradients of what stages share are summed over them already."""
 
     def begin(self, sharded: ShardedModel) -> None:
         """Have the model's forward be the schedule's."""
         assert sharded.cuts is not None
-        self._sharded = sharded
+        self._sharded = self._shared.sharded = sharded
         self.stage.install()
         forward = functools.partial(self._forward)
-        functools.update_wrapper(forward, self._own)  # libraries look up what a model's forward takes
+        functools.update_wrapper(forward, self.stage.model.forward)  # libraries look up what a model's forward takes
         self.stage.model.forward = forward
 
     def remove(self) -> None:
@@ -167,14 +167,14 @@ class Pipeline:
         stage, schedule = self.stage, self._schedule()
         wants_sync = schedule.sync
         table = tables(self.schedule, stage.num_ranks, len(micro), stage.num_chunks)[stage.rank]
-        self._reopen_shared()
+        self._shared.reopen()
         total: torch.Tensor | None = None
         try:
             for number, step in enumerate(table):
                 one = micro[step.micro]
                 stage.at(step.chunk)
                 if step.kind == "F":
-                    self._run_forward(one, trains=True)
+                    self._run_forward(one, trains=True, notes=step.micro == 0)
                     if (loss := one.kept[stage.index].loss) is not None:
                         part = loss.detach().float() * one.weight
                         total = part if total is None else total + part
@@ -187,20 +187,25 @@ class Pipeline:
         finally:
             schedule.sync = wants_sync
         if wants_sync:
-            self._sum_shared()
+            self._shared.sum()
         return total
 
     def _schedule(self) -> Any:
         assert self._sharded is not None
         return self._sharded.schedule
 
-    def _run_forward(self, one: _Micro, trains: bool) -> Any:
+    def _run_forward(self, one: _Micro, trains: bool, notes: bool = True) -> Any:
+        """Run the forward of one stage; with `notes` what it leaves in attributes is told to the others."""
         stage, schedule = self.stage, self._schedule()
         received = None if stage.is_first else self.messages.receive(FORWARD, stage.index, self._device)
         kept = one.kept[stage.index] = _Kept(received[0] if received is not None else ())
         schedule.before_model(stage.model, ())
+        if notes:
+            stage.begin_notes()
         with self._later if trains and self._later is not None else nullcontext():
-            output = stage.run(self._own, one.args, one.kwargs, received)
+            output = stage.run(self.own_forward, one.args, one.kwargs, received)
+        if notes:
+            stage.left.end()
         schedule.after_model()
         if isinstance(output, Left):
             self.messages.send(FORWARD, stage.index, output.parts, output.is_tuple)
@@ -230,7 +235,7 @@ class Pipeline:
                 _NO_LOSS,
             )
         self._num_losses += 1
-        if self._num_losses <= LOOKED_AT:
+        if self._num_losses <= LOOKED_AT or isinstance(loss, Absent):
             refuse_nan(loss, self.stage.model)
         return loss.reshape(())
 
@@ -271,40 +276,6 @@ class Pipeline:
             )
         if schedule.sync:
             schedule.show_gradients()
-
-    # ---- what stages share -----------------------------------------------------------------------------------------
-
-    def _shared(self) -> list[Unit]:
-        assert self._sharded is not None and self._sharded.cuts is not None
-        shared = self._sharded.cuts.shared
-        return [unit for unit in self._sharded.units if unit.trainable and id(unit.params[0]) in shared]
-
-    def _group_of(self, unit: Unit) -> dist.ProcessGroup | None:
-        return self.ends if unit.name.endswith(ENDS) else self.axes["pp"]
-
-    def _reopen_shared(self) -> None:
-        """Before another pass in one step: take of a sum over stages one stage's share, for it will be summed again."""
-        for unit in self._shared() if self._is_summed else ():
-            if unit.has_gradient:
-                with unit.gradient(writes=True) as grad:
-                    grad.mul_(1.0 / dist.get_world_size(self._group_of(unit)))
-        self._is_summed = False
-
-    def _sum_shared(self) -> None:
-        """Sum the gradients of what several stages hold, which are parts of one; all have the same then."""
-        for unit in self._shared():
-            unit.finish_reduce()
-            group = self._group_of(unit)
-            present = torch.tensor(list(unit.present), dtype=torch.int32)
-            with unit.gradient(writes=True) as grad:
-                travelling = grad.to(ops.device_over(grad.device, group))
-                dist.all_reduce(travelling, group=group)
-                if travelling is not grad:
-                    grad.copy_(travelling)
-            counts = present.to(ops.object_device(group))
-            dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
-            unit.present = bytearray(counts.tolist())
-        self._is_summed = True
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -354,14 +325,20 @@ class Pipeline:
             failure = error
             self.messages.fail()
         number = 0.0 if loss is None else float(loss)
-        own = torch.tensor([failure is not None, loss is not None, self._is_bare, number], dtype=torch.float64)
+        left = self.stage.left
+        is_failed, has_loss = failure is not None, loss is not None
+        own = torch.tensor([is_failed, has_loss, self._is_bare, number, left.has_news], dtype=torch.float64)
         told = [torch.empty_like(own) for _ in self.messages.ranks]
         dist.all_gather(told, own, group=self.messages.control)
         failed = [index for index, values in enumerate(told) if values[0]]
         if failed:
             self._raise(failure)
         self.messages.finish()
-        _, has_loss, is_bare, value = told[self.stage.rank_of(self.stage.num_stages - 1)].tolist()
+        if any(values[4] for values in told):
+            news: list[Any] = [None] * len(told)
+            dist.all_gather_object(news, left.news(), group=self.messages.control)
+            left.hear([(self.stage.words(rank), found) for rank, found in enumerate(news) if rank != self.stage.rank])
+        _, has_loss, is_bare, value, _ = told[self.stage.rank_of(self.stage.num_stages - 1)].tolist()
         self._is_bare = bool(is_bare)
         if not has_loss:
             return None
@@ -377,12 +354,6 @@ class Pipeline:
         if failure is not None and is_cause:
             raise failure
         raise DistuiError(f"a stage of the pipeline failed: {self._broken}") from failure
-
-
-def _ends(axes: Axes) -> dist.ProcessGroup:
-    """Return the group of the first and the last stage. Collective: the world."""
-    lines = axes.sizes.groups("pp")
-    return make([part for line in lines for part in ([line[0], line[-1]], line[1:-1])], "pp ends")
 
 
 def pipelined(

@@ -1,0 +1,1 @@
+"""`deepspeed.moe`: DeepSpeed's mixture of experts, whose experts over ranks are the engine's expert parallelism."""
