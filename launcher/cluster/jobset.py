@@ -96,8 +96,8 @@ def manifests(request: LaunchRequest, resolved: Resolved, name: str) -> list[dic
         f'{shlex.join(call)} "$me" {MOUNT} & exec {shlex.join([*launch, *target])}'
     )
     meta = client.V1ObjectMeta(name=name, labels={"app.kubernetes.io/managed-by": "distui"})
-    token, (pem, key) = secrets.token_urlsafe(32), new_certificate()
-    data = {"token": token.encode(), "cert.pem": pem, "key.pem": key}
+    token, (pem, private) = secrets.token_urlsafe(32), new_certificate()
+    data = {"token": token.encode(), "cert.pem": pem, "key.pem": private}
     secret = client.V1Secret(
         api_version="v1",
         kind="Secret",
