@@ -5,7 +5,7 @@
 Each simulated node rolls up its ranks once a second as `daemon/tree/columns.py` makes it, with two groups of
 collectives a rank; the relays between (one for every `--fan-in` nodes) and the head are the daemon's own code, the head
 a process of its own. A watcher asks for updates each half second, as the dashboard does, and says how old what it gets
-is. CPU is the head's alone, without its start.
+is. CPU is the head's alone, without its start; that of a dashboard's overview, on a terminal of its own, stands beside.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 import grpc
 import psutil
 
+from benchmarks.dashboard import Screen
 from benchmarks.federation.simulated import Fleet
 from distui.core.paths import RunFolder, daemon_socket
 from distui.core.telemetry.endpoint import Endpoint
@@ -106,6 +107,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
             processes.append(process)
             assert process.stdout is not None
             process.stdout.readline()
+        screen = Screen(Path(__file__).resolve().parents[2], "--watch", str(daemon_socket()))
+        processes.append(screen.process)
         time.sleep(WARM_UP_S)
         known = [psutil.Process(process.pid) for process in processes]
         before, began = [one.cpu_times() for one in known], time.monotonic()
@@ -121,6 +124,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
             "relays": num_relays,
             "head_cpu_percent_of_a_core": cpu[0],
             "head_rss_mib": round(known[0].memory_info().rss / 2**20),
+            "dashboard_cpu_percent_of_a_core": cpu[3],
+            "dashboard_bytes_drawn": screen.num_bytes,
             "relays_cpu_percent_of_a_core": cpu[1],
             "simulated_nodes_cpu_percent": cpu[2],
             "load": round(os.getloadavg()[0], 1),

@@ -40,3 +40,20 @@ def elastic_problems(config: Config) -> Iterator[Problem]:
             "going on with fewer hosts is a restart from the last checkpoint",
             "--max-restarts 3, say",
         )
+
+
+def spare_problems(config: Config) -> Iterator[Problem]:
+    """Yield what does not go with `cluster.spares`."""
+    cluster = config.cluster
+    if not cluster.spares:
+        return
+    named = len([entry for entry in cluster.hosts.split(",") if entry.strip()])
+    if cluster.spares >= named > 0:
+        what, why = f"spares={cluster.spares} of {named} hosts", "none would be left to train"
+        yield Problem("cluster.spares", what, why, f"set cluster.spares to {named - 1} or fewer, or name more hosts")
+    if not named:
+        what, why = f"spares={cluster.spares} without hosts", "spares are the last of the hosts that are named"
+        yield Problem("cluster.spares", what, why, "name them: --hosts a,b,c; or set cluster.spares to 0")
+    if not cluster.max_restarts:
+        what, why = f"spares={cluster.spares} and max_restarts=0", "a spare takes its place at a restart"
+        yield Problem("cluster.spares", what, why, "--max-restarts 3, say")

@@ -47,6 +47,9 @@ class ClusterSection(Section):
     min_nodes: NonNegativeInt = _field(
         0, "so many hosts are enough to go on with once others are lost; 0 waits for all of them"
     )
+    spares: NonNegativeInt = _field(
+        0, "so many of the hosts, the last ones, are there and checked, and take the place of one that is lost"
+    )
     node_rank: NonNegativeInt = _field(0, "this node's place among them, from 0")
     master_addr: str = _field("127.0.0.1", "address of node 0, where ranks meet")
     master_port: NonNegativeInt = _field(0, "port on node 0 where ranks meet; 0 takes a free one (one node only)")
@@ -58,8 +61,13 @@ class ClusterSection(Section):
     hosts: str = _field("", "hosts that one command starts the job on, as a,b:4 (4 ranks on b, nproc on a)")
     hostfile: str = _field("", "file that lists the hosts instead, a line each: b slots=4 (DeepSpeed), or b:4 (MPI)")
     starter: str = _field(
-        "ssh", "how hosts are reached: ssh, slurm (srun), local (all on this machine), or a plug-in's name"
+        "ssh",
+        "how hosts are reached: ssh, slurm (srun), kubernetes, local (all this machine), or a plug-in's name",
     )
+    k8s_image: str = _field("", "image of the pods of --k8s, with Python, distui and the script in it")
+    k8s_namespace: str = _field("", "namespace that --k8s makes its JobSet in; empty is that of the context")
+    k8s_gpus: bool = _field(True, "each pod of --k8s asks for as many nvidia.com/gpu as it has ranks")
+    k8s_pod: str = _field("", "YAML file that is put over the pods' spec: volumes, tolerations, nodeSelector, ...")
     ssh_args: str = _field("", "further arguments of ssh, such as -p 2222; the user's own ssh config holds anyway")
     interface: str = _field("", "network interface that hosts reach each other by; empty is that of the route")
     env: str = _field(
@@ -82,14 +90,14 @@ class ClusterSection(Section):
     )
 
     def ranks_by_host(self) -> dict[str, int]:
-        """Return the ranks of each of `hosts`; `nproc` where a host says no number, and 1 where that is not decided."""
+        """Return the ranks of each of `hosts` but the spares; `nproc` where a host says none, 1 while that is auto."""
         default = self.nproc if isinstance(self.nproc, int) else 1
         found = {}
         for entry in filter(None, self.hosts.split(",")):
             host, colon, count = entry.strip().rpartition(":")
             numbered = bool(colon) and count.isdecimal()
             found[host if numbered else entry.strip()] = int(count) if numbered else default
-        return found
+        return dict(list(found.items())[: max(0, len(found) - self.spares)])
 
     def world_size(self) -> int:
         """Return how many ranks there are; `nproc` has been decided."""

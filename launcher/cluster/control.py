@@ -6,9 +6,6 @@ import asyncio
 import hmac
 import json
 import secrets
-import shutil
-import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +16,9 @@ import grpc
 from distui.core.errors import UserError
 from distui.daemon.node.processes import raise_file_limit
 from distui.daemon.serve.security import caller_options
+from distui.launcher.cluster.certificate import new_certificate
 from distui.launcher.node.facts import Hello
-from distui.launcher.node.link import OPTIONS, PIECE_BYTES, SERVER_NAME
+from distui.launcher.node.link import OPTIONS, PIECE_BYTES
 from distui.proto import cluster_pb2 as pb
 from distui.proto import cluster_pb2_grpc as rpc
 
@@ -28,26 +26,6 @@ HELLO_S = 10.0
 MAX_HOSTS, MAX_TUNNELS = 1 << 14, 1 << 12
 """More than any job has, of whom one port can be called, and of what one of them can ask."""
 MAX_HELLO_BYTES = 1 << 20
-
-
-def new_certificate() -> tuple[bytes, bytes]:
-    """Return the certificate and key of one job, made by openssl; nothing of them stays on the disk.
-
-    Raises: UserError without openssl.
-    """
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        raise UserError("no certificate can be made", "the openssl command is not installed", "install openssl")
-    with tempfile.TemporaryDirectory(prefix="distui-") as folder:
-        key, certificate = Path(folder) / "key.pem", Path(folder) / "cert.pem"
-        words = ["req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "365"]
-        words += ["-subj", f"/CN={SERVER_NAME}", "-addext", f"subjectAltName=DNS:{SERVER_NAME}"]
-        words += ["-keyout", str(key), "-out", str(certificate)]
-        done = subprocess.run([openssl, *words], capture_output=True, text=True, umask=0o077, check=False)
-        if done.returncode:
-            why = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-            raise UserError("openssl could not make a certificate", why[0], "look at the installation of openssl")
-        return certificate.read_bytes(), key.read_bytes()
 
 
 class Seat:

@@ -31,6 +31,7 @@ from distui.proto import cluster_pb2 as pb
 
 AGENT = "distui.launcher.node.member"
 SWEEP_S = 10.0
+CLOSE_S = 5.0
 REACH_S = 8.0
 MAX_DIALLED = 16
 GONE_S = 1.0
@@ -122,10 +123,14 @@ class Crew:
         host = self.gang.members[node].host
         try:
             process = await self._starter.start(host, own_command(AGENT))
-        except OSError as error:
-            self.gang.failed(
-                node, Problem(host.name, "its agent cannot be started", str(error), "is it installed here?")
-            )
+        except UserError as error:
+            self.gang.failed(node, Problem(host.name, error.what, error.why, error.fix))
+            self.changed.set()
+            return
+        except Exception as error:  # noqa: BLE001  a plug-in may fail of anything, and must not be waited for
+            why = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            fix = f"is what cluster.starter={self._config.cluster.starter} needs installed here?"
+            self.gang.failed(node, Problem(host.name, "its agent cannot be started", why, fix))
             self.changed.set()
             return
         self._processes[node] = process
@@ -320,6 +325,9 @@ class Crew:
                 process.kill()
         for task in [*self._tasks, *waits]:
             task.cancel()
+        if (close := getattr(self._starter, "close", None)) is not None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(close(0), CLOSE_S)
         await self._port.stop()
 
     def _task(self, work: Any) -> None:

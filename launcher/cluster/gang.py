@@ -44,6 +44,7 @@ class Member:
     answers: bool = True
     """Whether its host let a second login in, once the agent was lost."""
 
+    losses: int = 0
     is_left_out: bool = False
     """Whether the job goes on without it."""
 
@@ -132,6 +133,7 @@ class Gang:
         if member.stage == "lost":
             return False
         member.stage, member.lost, member.lost_s = "lost", why, self._clock()
+        member.losses += 1
         return True
 
     def silent(self, after_s: float) -> list[Member]:

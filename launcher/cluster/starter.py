@@ -1,4 +1,4 @@
-"""What a starter is, and where they are found: `ssh`, `slurm`, `local`, or an entry point in `distui.starters`."""
+"""What a starter is, and where they are found: those of `starters/`, or an entry point in `distui.starters`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from distui.core.errors import Problem, UserError
 from distui.launcher.cluster.hosts import Host
 
 GROUP = "distui.starters"
-OURS = {"ssh": "SshStarter", "slurm": "SlurmStarter", "local": "LocalStarter"}
+OURS = {
+    "ssh": "SshStarter",
+    "slurm": "SlurmStarter",
+    "local": "LocalStarter",
+    "kubernetes": "KubernetesStarter",
+}
 """Those of `starters/`, a module each of the same name."""
 
 
@@ -22,7 +27,7 @@ class Starter(Protocol):
     """Starts a command on a host, and gives its stdin, stdout and stderr.
 
     The command must end, or see the end of its stdin, when the process here ends: nothing else ends it if this side is
-    killed.
+    killed. A starter may have `async def close(self, status: int)`, which is called once the job is over.
     """
 
     one_machine: bool

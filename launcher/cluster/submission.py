@@ -18,20 +18,22 @@ _CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 
 
 def is_submission(request: LaunchRequest, resolved: Resolved) -> bool:
-    """Tell whether the job is to be put into Slurm's queue: this process is in no job of Slurm's, or only prints."""
+    """Tell whether the job is put into a queue: this process is in no job of Slurm's, and in no pod, or only prints."""
     cluster = resolved.config.cluster
     named = cluster.hosts or cluster.hostfile
+    if cluster.starter == "kubernetes" and not named:
+        return True
     if request.dry_run and (cluster.starter != "slurm" or named):
         raise UserError(
             "--dry-run prints what is submitted, and nothing is",
             "hosts are named" if named else f"cluster.starter is {cluster.starter}, which starts the job from here",
-            "add --slurm, or leave --dry-run out",
+            "add --slurm or --k8s, or leave --dry-run out",
         )
     return cluster.starter == "slurm" and not named and (request.dry_run or allocation(os.environ) is None)
 
 
 def submit_job(request: LaunchRequest, resolved: Resolved) -> int:
-    """Submit the job, or print its script; return the exit status. Raises: UserError."""
+    """Submit the job, or print what is submitted; return the exit status. Raises: UserError."""
     from distui.launcher.cluster.batch import Submission, batch_script, submit
 
     config, folder = resolved.config, Path.cwd()
@@ -42,7 +44,7 @@ def submit_job(request: LaunchRequest, resolved: Resolved) -> int:
     if problems := [*problems, *_time_problems(config.cluster.slurm_time, config.cluster.slurm_signal_s)]:
         raise ConfigError(problems)
     name = config.run.name or (request.target[1] if request.target[0] == "-m" else Path(request.target[0]).stem)
-    asked = Submission(name, request.target, _options(request), request.overrides, resolved.origins, folder)
+    asked = Submission(name, request.target, options_of(request), request.overrides, resolved.origins, folder)
     script = batch_script(asked, config)
     if request.dry_run:
         print(script, end="")
@@ -57,7 +59,8 @@ def submit_job(request: LaunchRequest, resolved: Resolved) -> int:
     return EXIT_OK
 
 
-def _options(request: LaunchRequest) -> list[str]:
+def options_of(request: LaunchRequest) -> list[str]:
+    """Return the options of `distui launch` that are no settings, to be typed again where it runs."""
     found = []
     if request.face is not None:
         found += ["--as", request.face]

@@ -34,7 +34,7 @@ from distui.core.errors import (
 from distui.core.paths import RunFolder, read_json, write_own
 from distui.launcher.cluster.attempt import Attempt, Logs
 from distui.launcher.cluster.crew import SWEEP_S, Crew
-from distui.launcher.cluster.elastic import fitting, too_few
+from distui.launcher.cluster.elastic import fitting, take_spares, too_few
 from distui.launcher.cluster.gang import Member
 from distui.launcher.cluster.hello import compare, remarks
 from distui.launcher.cluster.hosts import Host
@@ -71,8 +71,10 @@ class Supervisor:
         self._restarts = Restarts(config.cluster.max_restarts)
         self._logs = Logs(run)
         self._attempt = Attempt(0, run, self._logs)
-        self._active = list(range(len(self._hosts)))
+        spare = min(config.cluster.spares, len(self._hosts) - 1)
+        self._active = list(range(len(self._hosts) - spare))
         """The nodes that the job goes on with, in the order of their ranks."""
+        self._spares = list(range(len(self._active), len(self._hosts)))
         self._crew: Crew
         self._tree: Tree
         self._is_giving_way = False
@@ -202,13 +204,21 @@ class Supervisor:
         while not self._is_over():
             await self._crew.something(LOOK_S)
             for member in gang.lose_silent():
-                self._notice(f"{member.host.name} {member.lost}; the ranks of the other hosts are ended")
+                then = "the ranks of the other hosts are ended" if member.node in places else "it was a spare"
+                self._notice(f"{member.host.name} {member.lost}; {then}")
+            self._forget_lost_spares()
             if not attempt.is_alone_told and attempt.done >= set(places) - {head}:
                 attempt.is_alone_told = True
                 crew.say(head, alone=pb.Alone())
             if attempt.done == set(places):
                 break
         return await self._conclude(places)
+
+    def _forget_lost_spares(self) -> None:
+        members = self._crew.gang.members
+        for node in self._spares:
+            members[node].is_left_out = members[node].stage == "lost"
+        self._spares = [node for node in self._spares if not members[node].is_left_out]
 
     def _lost(self) -> list[Member]:
         return [self._crew.gang.members[node] for node in self._active if self._crew.gang.members[node].stage == "lost"]
@@ -231,8 +241,8 @@ class Supervisor:
             write_own(self._run.ending, json.dumps({"stopped_by": told or attempt.stopped or None, "ranks": bad}))
         if self.stopped_by is None and not attempt.stopped:
             await asyncio.sleep(SETTLE_S)
-        for member in gang.members:
-            self._crew.say(member.node, end=pb.End(leave=False))
+        for node in places:
+            self._crew.say(node, end=pb.End(leave=False))
         sweeps = {member.node: asyncio.create_task(self._sweep(member)) for member in self._lost()}
         await self._wait_swept()
         if self.stopped_by is not None or attempt.stopped:
@@ -263,7 +273,8 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + SWEPT_S
         while loop.time() < deadline_s:
-            if all(member.node in self._attempt.swept for member in self._crew.gang.members if member.here):
+            here = [node for node in self._active if self._crew.gang.members[node].here]
+            if all(node in self._attempt.swept for node in here):
                 return
             await self._crew.something(LOOK_S)
             self._crew.gang.lose_silent()
@@ -325,6 +336,9 @@ class Supervisor:
 
     async def _bring_back(self) -> str:
         """Start the agents of lost hosts again, or go on without; return why neither can be."""
+        self._forget_lost_spares()
+        for line in take_spares(self._active, self._spares, self._crew.gang.members, self._hosts):
+            self._notice(line)
         lost = self._lost()
         if not lost:
             return ""

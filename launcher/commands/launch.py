@@ -36,6 +36,15 @@ def nodes_of(text: str | None) -> dict[str, str | None]:
     return {"cluster.nodes": most if text is not None else None, "cluster.min_nodes": least if colon else None}
 
 
+def starter_of(**chosen: bool) -> str | None:
+    """Return the starter that --slurm or --k8s names. Raises: UserError for several."""
+    named = [name for name, is_chosen in chosen.items() if is_chosen]
+    if len(named) > 1:
+        flags = " and ".join(f"--{name}" for name in named)
+        raise UserError(f"{flags} together", "a job is started in one of these ways", "leave out all but one")
+    return {"k8s": "kubernetes"}.get(named[0], named[0]) if named else None
+
+
 def deepspeed_placement(face: str | None, flags: dict[str, Any], target: tuple[str, ...]) -> Placement:
     """Return what DeepSpeed's flags and the JSON that the script names come to.
 
@@ -73,7 +82,10 @@ def deepspeed_placement(face: str | None, flags: dict[str, Any], target: tuple[s
 @click.option("--slurm-partition", metavar="NAME", help="Partition to submit to.")
 @click.option("--slurm-time", metavar="TIME", help="Time limit to submit with, as 4:00:00.")
 @click.option("--slurm-args", metavar="TEXT", help="Further options of sbatch, in quotes: '--gpus-per-node=8'.")
-@click.option("--dry-run", is_flag=True, help="With --slurm: print the batch script, and submit nothing.")
+@click.option("--k8s", is_flag=True, help="Make a JobSet of as many pods as --nodes, and follow it to its end.")
+@click.option("--k8s-image", metavar="IMAGE", help="Image of the pods, with Python, distui and the script in it.")
+@click.option("--k8s-namespace", metavar="NAME", help="Namespace of the JobSet; else that of the context.")
+@click.option("--dry-run", is_flag=True, help="With --slurm or --k8s: print what is submitted, and submit nothing.")
 @click.option("--node-rank", metavar="R", help="This node's place among them, from 0.")
 @click.option("--master-addr", metavar="ADDR", help="Address of node 0.")
 @click.option("--master-port", metavar="PORT", help="Port on node 0 where ranks meet.")
@@ -112,6 +124,9 @@ def command(
     slurm_partition: str | None,
     slurm_time: str | None,
     slurm_args: str | None,
+    k8s: bool,
+    k8s_image: str | None,
+    k8s_namespace: str | None,
     dry_run: bool,
     node_rank: str | None,
     master_addr: str | None,
@@ -136,7 +151,8 @@ def command(
     """Start SCRIPT on every rank, with ARGS passed through untouched.
 
     With --hosts or --hostfile it is one job on all of these hosts, which this machine reaches by ssh. With --slurm it
-    is a batch job, whose id is printed; inside an allocation it is one job on its nodes, which srun reaches.
+    is a batch job, whose id is printed; inside an allocation it is one job on its nodes, which srun reaches. With --k8s
+    it is a JobSet of pods.
 
     In a terminal the dashboard shows the job, and q leaves it to run in the background; otherwise rank 0's output comes
     as it is, with a line of progress every few seconds. There rank 0 has this command's stdin, for input() and
@@ -155,7 +171,9 @@ def command(
         "cluster.max_restarts": max_restarts,
         "cluster.nproc": nproc,
         **nodes_of(nodes),
-        "cluster.starter": "slurm" if slurm else None,
+        "cluster.starter": starter_of(slurm=slurm, k8s=k8s),
+        "cluster.k8s_image": k8s_image,
+        "cluster.k8s_namespace": k8s_namespace,
         "cluster.slurm_partition": slurm_partition,
         "cluster.slurm_time": slurm_time,
         "cluster.slurm_args": slurm_args,

@@ -45,7 +45,11 @@ def launch(request: LaunchRequest) -> int:
     """
     os.environ.pop(JOB_ENV, None)  # a launch from within a rank is a job of its own
     if is_submission(request, resolved := settings_of(request)):
-        return submit_job(request, resolved)
+        if resolved.config.cluster.starter != "kubernetes":
+            return submit_job(request, resolved)
+        from distui.launcher.cluster.jobset import submit_jobset
+
+        return submit_jobset(request, resolved)
     config = resolve(request)
     run = create_run(request, config)
     started_s = time.monotonic()
@@ -103,7 +107,7 @@ def resolve(request: LaunchRequest) -> Config:
     if by_hosts:
         hosts = hosts_of(request, config)
         config.cluster.hosts, config.cluster.hostfile = as_setting(hosts), ""
-        config.cluster.nodes = len(hosts)
+        config.cluster.nodes = len(hosts) - config.cluster.spares
     elif request.include or request.exclude:
         raise UserError("--include and --exclude choose among hosts", "none are named", "add --hosts or --hostfile")
     if problems := check(config, hardware):
@@ -149,7 +153,7 @@ def hosts_of(request: LaunchRequest, config: Config) -> list[Host]:
         )
     load_starter(cluster)
     is_enough = cluster.starter == "slurm" and 0 < cluster.min_nodes <= len(found) < cluster.nodes
-    if is_told and cluster.nodes != len(found) and not is_enough:
+    if is_told and cluster.nodes != len(found) - cluster.spares and not is_enough:
         what = f"--nodes {cluster.nodes}, and {len(found)} hosts"
         raise UserError(what, "each host is one node", f"--nodes {len(found)}, or leave it out")
     return found

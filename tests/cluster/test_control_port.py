@@ -12,7 +12,8 @@ import grpc
 import pytest
 
 from distui.daemon.serve import security
-from distui.launcher.cluster.control import ControlPort, Seat, new_certificate
+from distui.launcher.cluster.certificate import new_certificate
+from distui.launcher.cluster.control import ControlPort, Seat
 from distui.launcher.node.facts import Hello
 from distui.launcher.node.link import SERVER_NAME
 from distui.proto import cluster_pb2 as pb

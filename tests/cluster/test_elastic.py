@@ -172,3 +172,47 @@ def test_the_starter_of_the_docs_works_as_it_stands(place: Place) -> None:
     assert "container off is not running" in done.stdout and "docker start off" in done.stdout
     done = place.distui(*words, "--hosts", "a:1", "--set", "cluster.starter=dokcer", "train.py")
     assert "there is no starter 'dokcer'" in done.stderr and "fix: write docker" in done.stderr, done.stderr
+
+
+@pytest.mark.cluster
+def test_a_spare_takes_the_place_of_a_host_that_is_lost(place: Place) -> None:
+    plug_in(place)
+    words = launch(place, "spare", rank=1, host="b")
+    done = place.distui("launch", "--hosts", "a:1,b:1,c:1", "--set", "cluster.spares=1", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks on 2 nodes" in done.stderr
+    assert "c takes the place of b; 0 spares left" in done.stderr
+    steps = place.steps("spare", 0)
+    assert {one["ranks"] for one in steps} == {2}, "as many as before"
+    assert [one["step"] for one in steps] == [*range(1, 8), *range(6, 16)]
+    whole = place.distui("launch", "--nproc", "2", *launch(place, "two"))
+    assert whole.returncode == 0, whole.stderr
+    last = {one["step"]: one["weights"] for one in steps}
+    assert last == {one["step"]: one["weights"] for one in place.steps("two", 0)}, "bit for bit"
+
+
+def test_spares_that_cannot_be_are_told_before() -> None:
+    def problems(**cluster: object) -> list[str]:
+        return [one.path for one in check(Config.model_validate({"cluster": {"nproc": 1, **cluster}}))]
+
+    assert not problems(hosts="a,b,c", nodes=2, spares=1, max_restarts=1)
+    assert problems(hosts="a,b,c", nodes=2, spares=1) == ["cluster.spares"]
+    assert problems(hosts="a,b", nodes=1, spares=2, max_restarts=1) == ["cluster.spares"]
+    assert problems(spares=1, max_restarts=1) == ["cluster.spares"]
+
+
+@pytest.mark.cluster
+def test_the_starter_of_the_docs_for_submitit_works_as_it_stands(place: Place) -> None:
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    page = (REPOSITORY / "docs" / "clusters.md").read_text()
+    plug_in(place)
+    folder = place.path / "plugin"
+    (folder / "fading.py").write_text(page.split("```python\n")[2].split("```")[0])
+    entry = "[distui.starters]\nsubmitit = fading:SubmititStarter\n"
+    (folder / "fading-1.0.dist-info" / "entry_points.txt").write_text(entry)
+    place.environ["DISTUI_DOOR"] = "127.0.0.1"
+    starter = ("--set", "cluster.starter=submitit", "--set", "cluster.interface=lo")
+    batch = ("--set", "batch.global_size=12", "--set", "batch.micro_size=2")
+    done = place.distui("launch", "--hosts", "a:1,b:1", *starter, *batch, "train.py", json.dumps({"out": "s"}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [one["step"] for one in place.steps("s", 1)] == list(range(1, 16))
