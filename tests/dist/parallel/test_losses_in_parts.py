@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.dist.parallel import losses_in_parts as parts
+from tests.dist.parallel.pipelines import trainings
 from tests.dist.parallel.trainings import VOCAB, difference
 
 from distui.core.errors import UserError
@@ -46,14 +47,21 @@ def test_trainings_in_tiles_equal_one_process(run_ranks: RunRanks) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("strategy", [{"pipeline_parallel": 2}, {"context_parallel": 2}, {}])
+@pytest.mark.parametrize("strategy", [{"context_parallel": 2}, {}])
 def test_trainings_in_tiles_beside_other_axes(run_ranks: RunRanks, strategy: dict[str, int]) -> None:
     tiles: dict[str, Any] = {"activation_checkpointing": {"loss_tile": 3, "mlp_tile": 3}, "strategy": strategy}
-    if "pipeline_parallel" in strategy:
-        tiles["batch"] = {"accumulation": 2}
-    alone = parts.train("llama", 1, 0, {"batch": tiles["batch"]} if "batch" in tiles else {})
+    alone = parts.train("llama", 1, 0, {})
     for found in run_ranks(parts.train, 2, "llama", 1 if strategy else 2, 1, tiles):
         assert difference(found, alone) < 1e-5
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("stage", [1, 3])
+def test_pipelines_in_tiles(run_ranks: RunRanks, stage: int) -> None:
+    tiles = {"activation_checkpointing": {"loss_tile": 3, "mlp_tile": 3}}
+    (alone,) = run_ranks(trainings, 1, [("llama", 1, 0)])[0]
+    for found in run_ranks(trainings, 2, [("llama", 2, stage, tiles), ("llama-tied", 2, stage, tiles)]):
+        assert difference(found[0], alone) < 1e-5
 
 
 def test_a_label_that_is_no_token_is_told(run_ranks: RunRanks) -> None:

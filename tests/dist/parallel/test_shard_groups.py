@@ -45,7 +45,6 @@ def test_trainings_equal_one_process(run_ranks: RunRanks) -> None:
 
 OF_EIGHT: list[dict[str, Any]] = [
     {"shard_size": 2, "tensor": 2},
-    {"shard_size": 2, "pipeline_parallel": 2},
     {"shard_size": 2, "context_parallel": 2},
 ]
 
@@ -53,8 +52,7 @@ OF_EIGHT: list[dict[str, Any]] = [
 @pytest.mark.matrix
 @pytest.mark.parametrize("strategy", OF_EIGHT)
 def test_beside_other_axes(run_ranks: RunRanks, strategy: dict[str, Any]) -> None:
-    sections = {"strategy": strategy} | ({"batch": {"accumulation": 2}} if "pipeline_parallel" in strategy else {})
-    compare(run_ranks, 8, [("train", "llama", stage, sections) for stage in (1, 2, 3)])
+    compare(run_ranks, 8, [("train", "llama", stage, {"strategy": strategy}) for stage in (1, 2, 3)])
 
 
 @pytest.mark.matrix
