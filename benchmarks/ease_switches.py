@@ -49,7 +49,7 @@ class Switched:
 def says(text: str) -> str:
     """Return the script with a line that tells what it trained with."""
     text = text.replace("import time\n", "import os\nimport time\n", 1)
-    at = "loader = DataLoader("
+    at = "optimizer = "
     hook = "seen, first = [], True\nmodel[1].register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))\n"
     assert at in text
     text = text.replace(at, hook + at, 1)
