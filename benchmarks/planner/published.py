@@ -1,4 +1,4 @@
-"""Predicted against published throughputs of layouts that others have run: `python benchmarks/published.py`.
+"""Predicted against published throughputs of layouts that others have run: `python benchmarks/planner/published.py`.
 
 Each row is a model, GPUs and a layout with the tokens/s a GPU that was published for it (or TFLOP/s, which are divided
 by the FLOPs that the planner counts for a token), and beside it what the planner says of the same layout, from its

@@ -1,4 +1,4 @@
-"""How fast the planner is, and how far it reaches: `python benchmarks/planner.py`.
+"""How fast the planner is, and how far it reaches: `python benchmarks/planner`.
 
 Goal: 10,000 combinations of strategy and micro-batch in under 1 s on one core, torch not loaded.
 """

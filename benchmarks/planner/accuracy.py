@@ -1,6 +1,6 @@
 """Predicted against measured: memory and step time of 34 combinations, on this machine's CPU.
 
-    python benchmarks/plan_accuracy.py [--steps 3] [--clock cpu]
+    python benchmarks/planner/accuracy.py [--steps 3] [--clock cpu]
 
 Calibrates two ranks as `distui plan --calibrate --nproc 2` does, then trains a byte-level GPT in two fresh gloo ranks,
 each with one thread on a core of its own, for every combination of CASES, and prints what the planner said beside
