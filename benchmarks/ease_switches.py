@@ -74,7 +74,7 @@ HOW: dict[str, dict[str, Switched]] = {
         "1 to 8 ranks": Switched(words=["--nproc", "8"], without=["--nproc", "2"]),
         "batch size 8 to 4": Switched(words=["--set", "batch.micro_size=4"]),
         "fp32 to bf16": Switched(words=["--set", "precision.dtype=bf16"]),
-        "GPUs to CPU": Switched(environ={"CUDA_VISIBLE_DEVICES": ""}, note="`CUDA_VISIBLE_DEVICES=`"),
+        "GPUs to CPU": Switched(words=["--set", "run.device=cpu"]),
         "another cluster": Switched(words=["--hosts", "node1:4,node2:4"], runs=False, note="1 command for all hosts"),
     },
     "Accelerate (DDP)": {

@@ -360,12 +360,14 @@ def _devices(config: Config, hardware: Hardware) -> Iterator[Problem]:
     gpus = hardware.gpus_per_node
     nproc = config.cluster.nproc
     here = not config.cluster.hosts  # hosts say themselves what they have
+    if here and config.run.device == "cuda" and not gpus:
+        yield Problem("run.device", "device=cuda", f"there is no GPU: {hardware.name}", "set run.device to auto or cpu")
     if here and gpus and isinstance(nproc, int) and nproc > len(gpus):
         yield Problem(
             "cluster.nproc",
             f"nproc={nproc} on {len(gpus)} GPU{'s' if len(gpus) > 1 else ''} a node",
             f"each rank needs a GPU of its own: {hardware.name}",
-            f"set cluster.nproc to {len(gpus)} or fewer, or hide the GPUs with CUDA_VISIBLE_DEVICES= to use the CPU",
+            f"set cluster.nproc to {len(gpus)} or fewer, or run.device to cpu",
         )
     old = [gpu for gpu in gpus if gpu.compute_capability is not None and gpu.compute_capability < BF16_CAPABILITY]
     if config.precision.dtype == "bf16" and old:

@@ -43,17 +43,22 @@ def elastic_problems(config: Config) -> Iterator[Problem]:
 
 
 def spare_problems(config: Config) -> Iterator[Problem]:
-    """Yield what does not go with `cluster.spares`."""
+    """Yield what does not go with `cluster.spare_nodes`."""
     cluster = config.cluster
-    if not cluster.spares:
+    if not cluster.spare_nodes:
         return
     named = len([entry for entry in cluster.hosts.split(",") if entry.strip()])
-    if cluster.spares >= named > 0:
-        what, why = f"spares={cluster.spares} of {named} hosts", "none would be left to train"
-        yield Problem("cluster.spares", what, why, f"set cluster.spares to {named - 1} or fewer, or name more hosts")
+    if cluster.spare_nodes >= named > 0:
+        what, why = f"spare_nodes={cluster.spare_nodes} of {named} hosts", "none would be left to train"
+        yield Problem(
+            "cluster.spare_nodes", what, why, f"set cluster.spare_nodes to {named - 1} or fewer, or name more hosts"
+        )
     if not named:
-        what, why = f"spares={cluster.spares} without hosts", "spares are the last of the hosts that are named"
-        yield Problem("cluster.spares", what, why, "name them: --hosts a,b,c; or set cluster.spares to 0")
+        what, why = (
+            f"spare_nodes={cluster.spare_nodes} without hosts",
+            "spares are the last of the hosts that are named",
+        )
+        yield Problem("cluster.spare_nodes", what, why, "name them: --hosts a,b,c; or set cluster.spare_nodes to 0")
     if not cluster.max_restarts:
-        what, why = f"spares={cluster.spares} and max_restarts=0", "a spare takes its place at a restart"
-        yield Problem("cluster.spares", what, why, "--max-restarts 3, say")
+        what, why = f"spare_nodes={cluster.spare_nodes} and max_restarts=0", "a spare takes its place at a restart"
+        yield Problem("cluster.spare_nodes", what, why, "--max-restarts 3, say")

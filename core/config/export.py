@@ -120,6 +120,7 @@ def _accelerate(config: Config) -> tuple[dict[str, Any], set[str]]:
         "strategy.zero_stage",
         "precision.dtype",
         "optimizer.name",
+        *(["run.device"] if config.run.device == "cpu" else []),
     }
     table: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
@@ -131,6 +132,8 @@ def _accelerate(config: Config) -> tuple[dict[str, Any], set[str]]:
     ranks = cluster.nproc * cluster.nodes if isinstance(cluster.nproc, int) else None
     if ranks is not None:
         table["num_processes"] = ranks
+    if config.run.device == "cpu":
+        table["use_cpu"] = True
     if cluster.nodes > 1:
         table |= {"main_process_ip": cluster.master_addr, "main_process_port": cluster.master_port}
         table["rdzv_backend"] = "static"

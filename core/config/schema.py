@@ -29,6 +29,10 @@ class RunSection(Section):
         "", "model that is trained, for plans: a preset, a config.json, a count such as 7B, or train.py:build_model"
     )
     hardware: str = _field("", "machine that was planned for, such as 8xA100-40GB; empty is the one that launches")
+    device: Literal["auto", "cpu", "cuda"] = _field(
+        "auto",
+        "what ranks train on: cpu leaves GPUs alone, cuda refuses to start without; auto takes GPUs where there are",
+    )
     dir: str = _field("", "folder that holds the runs; empty takes the user's state folder")
     mask_arguments: Literal["secrets", "all", "none"] = _field(
         "secrets",
@@ -47,7 +51,7 @@ class ClusterSection(Section):
     min_nodes: NonNegativeInt = _field(
         0, "so many hosts are enough to go on with once others are lost; 0 waits for all of them"
     )
-    spares: NonNegativeInt = _field(
+    spare_nodes: NonNegativeInt = _field(
         0, "so many of the hosts, the last ones, are there and checked, and take the place of one that is lost"
     )
     node_rank: NonNegativeInt = _field(0, "this node's place among them, from 0")
@@ -97,7 +101,7 @@ class ClusterSection(Section):
             host, colon, count = entry.strip().rpartition(":")
             numbered = bool(colon) and count.isdecimal()
             found[host if numbered else entry.strip()] = int(count) if numbered else default
-        return dict(list(found.items())[: max(0, len(found) - self.spares)])
+        return dict(list(found.items())[: max(0, len(found) - self.spare_nodes)])
 
     def world_size(self) -> int:
         """Return how many ranks there are; `nproc` has been decided."""

@@ -61,7 +61,7 @@ class Engine(States, ProcessState):
     def __init__(self, *, total_steps: int = 0, num_epochs: int = 0, **sections: Mapping[str, Any]) -> None:
         """Join the job, of so many steps, or epochs of the first sized loader. Collective. Raises ConfigError."""
         self.config: Config = job_config(sections)
-        ProcessState.__init__(self)
+        ProcessState.__init__(self, self.config.run.device)
         States.__init__(self)
         axes = join_axes(self, self.config)
         sizes = batch_sizes(self.config, self.num_data_ranks)

@@ -31,12 +31,12 @@ def _place(environ: Mapping[str, str], name: str, others: tuple[str, ...], defau
 class ProcessState:
     """This process among the ranks of the job: torchrun's environment, an existing group, or one process alone."""
 
-    def __init__(self, device: str | torch.device | None = None) -> None:
+    def __init__(self, device: str | torch.device = "auto") -> None:
         """Join the process group, making it where there is none yet. Collective: all ranks.
 
-        `device` overrides the choice of this rank's GPU, or the CPU where there is none.
+        `device` overrides the choice of this rank's GPU, or the CPU where there is none ("auto"); "cuda" is its GPU.
 
-        Raises: UserError where the environment does not describe a place among the ranks.
+        Raises: UserError where the environment does not describe a place among the ranks, or there is no such device.
         """
         self._owns_group = False
         if dist.is_initialized():
@@ -49,7 +49,9 @@ class ProcessState:
         schedulers = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK") if self.num_processes > 1 else ()
         self.local_process_index: int = _place(os.environ, "LOCAL_RANK", schedulers, self.process_index)
         """This rank, from 0, among those of its node."""
-        self.device: torch.device = torch.device(device) if device is not None else self._own_device()
+        self.device: torch.device = torch.device(device) if device not in ("auto", "cuda") else self._own_device()
+        if device == "cuda" and self.device.type != "cuda":
+            raise UserError("run.device=cuda, and torch sees no GPU here", "nothing else was allowed", "set it to auto")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.num_processes > 1 and not dist.is_initialized():

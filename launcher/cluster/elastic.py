@@ -14,7 +14,7 @@ def problems_with(config: Config, counts: Sequence[int]) -> list[str]:
     """Return what keeps a job from training with hosts of so many ranks each."""
     smaller = config.model_copy(deep=True)
     smaller.cluster.hosts = ",".join(f"node{number}:{count}" for number, count in enumerate(counts))
-    smaller.cluster.nodes, smaller.cluster.min_nodes, smaller.cluster.spares = len(counts), 0, 0
+    smaller.cluster.nodes, smaller.cluster.min_nodes, smaller.cluster.spare_nodes = len(counts), 0, 0
     return [f"{problem.what}: {problem.why}" for problem in check(smaller, None, sum(counts))]
 
 

@@ -71,7 +71,7 @@ class Supervisor:
         self._restarts = Restarts(config.cluster.max_restarts)
         self._logs = Logs(run)
         self._attempt = Attempt(0, run, self._logs)
-        spare = min(config.cluster.spares, len(self._hosts) - 1)
+        spare = min(config.cluster.spare_nodes, len(self._hosts) - 1)
         self._active = list(range(len(self._hosts) - spare))
         """The nodes that the job goes on with, in the order of their ranks."""
         self._spares = list(range(len(self._active), len(self._hosts)))

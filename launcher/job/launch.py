@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from distui.core.config.check import check
@@ -101,13 +102,15 @@ def resolve(request: LaunchRequest) -> Config:
     config = settings_of(request).config
     preflight.check_target(request.target, Path.cwd())
     hardware = detect()
+    if config.run.device == "cpu":
+        hardware = replace(hardware, gpus_per_node=())
     config = decided(config, hardware)
     by_hosts = bool(config.cluster.hosts or config.cluster.hostfile or config.cluster.starter == "slurm")
     check_tasks(os.environ, starts_nodes=by_hosts, by_hand=config.cluster.nodes > 1 and not by_hosts)
     if by_hosts:
         hosts = hosts_of(request, config)
         config.cluster.hosts, config.cluster.hostfile = as_setting(hosts), ""
-        config.cluster.nodes = len(hosts) - config.cluster.spares
+        config.cluster.nodes = len(hosts) - config.cluster.spare_nodes
     elif request.include or request.exclude:
         raise UserError("--include and --exclude choose among hosts", "none are named", "add --hosts or --hostfile")
     if problems := check(config, hardware):
@@ -153,7 +156,7 @@ def hosts_of(request: LaunchRequest, config: Config) -> list[Host]:
         )
     load_starter(cluster)
     is_enough = cluster.starter == "slurm" and 0 < cluster.min_nodes <= len(found) < cluster.nodes
-    if is_told and cluster.nodes != len(found) - cluster.spares and not is_enough:
+    if is_told and cluster.nodes != len(found) - cluster.spare_nodes and not is_enough:
         what = f"--nodes {cluster.nodes}, and {len(found)} hosts"
         raise UserError(what, "each host is one node", f"--nodes {len(found)}, or leave it out")
     return found

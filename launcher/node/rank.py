@@ -68,6 +68,8 @@ def main() -> None:
         after_import("torch.distributed", lambda module: store.serve())
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(run.nccl / "rank"))  # torch adds the rank's number
     config = load(run.config, {}, environ={}).config
+    if config.run.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch is not there yet
     if config.cluster.on_preempt == "save":
         signal.signal(signal.SIGTERM, lambda number, frame: request_preemption(run))
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # by which the agent ends it then; nohup has it ignored

@@ -178,7 +178,7 @@ def test_the_starter_of_the_docs_works_as_it_stands(place: Place) -> None:
 def test_a_spare_takes_the_place_of_a_host_that_is_lost(place: Place) -> None:
     plug_in(place)
     words = launch(place, "spare", rank=1, host="b")
-    done = place.distui("launch", "--hosts", "a:1,b:1,c:1", "--set", "cluster.spares=1", *words)
+    done = place.distui("launch", "--hosts", "a:1,b:1,c:1", "--set", "cluster.spare_nodes=1", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks on 2 nodes" in done.stderr
     assert "c takes the place of b; 0 spares left" in done.stderr
@@ -195,10 +195,10 @@ def test_spares_that_cannot_be_are_told_before() -> None:
     def problems(**cluster: object) -> list[str]:
         return [one.path for one in check(Config.model_validate({"cluster": {"nproc": 1, **cluster}}))]
 
-    assert not problems(hosts="a,b,c", nodes=2, spares=1, max_restarts=1)
-    assert problems(hosts="a,b,c", nodes=2, spares=1) == ["cluster.spares"]
-    assert problems(hosts="a,b", nodes=1, spares=2, max_restarts=1) == ["cluster.spares"]
-    assert problems(spares=1, max_restarts=1) == ["cluster.spares"]
+    assert not problems(hosts="a,b,c", nodes=2, spare_nodes=1, max_restarts=1)
+    assert problems(hosts="a,b,c", nodes=2, spare_nodes=1) == ["cluster.spare_nodes"]
+    assert problems(hosts="a,b", nodes=1, spare_nodes=2, max_restarts=1) == ["cluster.spare_nodes"]
+    assert problems(spare_nodes=1, max_restarts=1) == ["cluster.spare_nodes"]
 
 
 @pytest.mark.cluster

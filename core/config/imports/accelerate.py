@@ -101,7 +101,7 @@ def _cluster(carried: Carried, data: Mapping[str, Any], kind: str) -> None:
                 )
             carried.set("cluster.nproc", ranks // machines, "num_processes")
     if truth(data.get("use_cpu")):
-        carried.note("use_cpu", "lost", "GPUs are used where there are some; hide them with CUDA_VISIBLE_DEVICES=")
+        carried.set("run.device", "cpu", "use_cpu")
     ids = data.get("gpu_ids")
     if ids not in (None, "all"):
         carried.note("gpu_ids", "lost", f"start it with CUDA_VISIBLE_DEVICES={ids}")

@@ -77,7 +77,7 @@ class PartialState:
         if self.initialized:
             return
         if cpu and torch.cuda.is_available():
-            raise refuse_argument("Accelerator", "cpu", True, "hide the GPUs: CUDA_VISIBLE_DEVICES= distui launch ...")
+            raise refuse_argument("Accelerator", "cpu", True, "distui launch --set run.device=cpu ...")
         process = beside.join(kwargs.get("timeout"), kwargs.get("backend"))
         self._process = process
         self._cpu = cpu

@@ -33,7 +33,8 @@ with open(f"{sys.argv[0]}.{seen['RANK']}.json", "w") as file:
 MODULE = """
 import json, sys, os
 with open(f"module.{os.environ['RANK']}.json", "w") as file:
-    json.dump([sys.argv[1:], sys.path[0], __spec__.name, os.environ["OMP_NUM_THREADS"]], file)
+    names = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"
+    json.dump([sys.argv[1:], sys.path[0], __spec__.name, *map(os.environ.get, names)], file)
 sys.exit(0)
 """
 
@@ -49,6 +50,8 @@ if os.environ["RANK"] == "1":
 time.sleep(60)
 """
 
+AROUND = {"OMP_NUM_THREADS": "7", "CUDA_VISIBLE_DEVICES": "0"}
+
 Done = subprocess.CompletedProcess[str]
 Jobs = dict[str, Future[Done]]
 
@@ -62,7 +65,10 @@ def jobs(home: Any, distui: Callable[..., Done]) -> Iterator[Jobs]:
     plans = {
         "ok": (["launch", "--nproc", "2", "--set", "cluster.threads_per_rank=3", "jobs/ok.py", *ARGUMENTS], {}),
         "failing": (["launch", "--nproc=2", "--zero=2", "jobs/failing.py"], {}),
-        "module": (["launch", "--no-tui", "--nproc", "1", "-m", "pack.mod", "-m", "--zero"], {"OMP_NUM_THREADS": "7"}),
+        "module": (
+            ["launch", "--no-tui", "--nproc", "1", "--set", "run.device=cpu", "-m", "pack.mod", "-m", "--zero"],
+            AROUND,
+        ),
     }
     with ThreadPoolExecutor(2) as pool:
         yield {name: pool.submit(distui, *arguments, **environ) for name, (arguments, environ) in plans.items()}
@@ -118,9 +124,10 @@ def test_the_run_is_kept(jobs: Jobs, home: Any) -> None:
 
 def test_a_module_runs_from_the_working_directory(jobs: Jobs, home: Any) -> None:
     done(jobs, "module", 0)
-    arguments, path0, name, threads = json.loads((home.path / "module.0.json").read_text())
+    arguments, path0, name, threads, gpus = json.loads((home.path / "module.0.json").read_text())
     assert (arguments, path0, name) == (["-m", "--zero"], str(home.path), "pack.mod")
     assert threads == "7"  # the user's own setting wins
+    assert gpus == ""  # as run.device=cpu has it
 
 
 def test_the_failing_rank_is_reported_with_its_own_traceback(jobs: Jobs, home: Any) -> None:

@@ -151,6 +151,12 @@ def test_an_environment_that_makes_no_sense_is_refused(
         ProcessState()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_wanted_must_be_there() -> None:
+    with pytest.raises(UserError, match=r"run\.device=cuda"):
+        ProcessState("cuda")
+
+
 def test_printing_and_refusing_alone(capsys: pytest.CaptureFixture[str]) -> None:
     state = ProcessState()
     state.print("hello", end="!")

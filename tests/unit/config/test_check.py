@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,10 @@ def test_hardware_limits() -> None:
     (problem,) = found_in(hardware="2xA100-40GB", cluster__nproc="3")
     assert problem.path == "cluster.nproc" and "nproc=3 on 2 GPUs" in problem.what
     assert found_in(hardware="2xA100-40GB", cluster__nproc="2", precision__dtype="bf16") == []
+    assert found_in(hardware="2xA100-40GB", run__device="cuda") == []
+    without = replace(parse_hardware("2xA100-40GB"), gpus_per_node=())
+    (problem,) = check(load(None, {"run.device": "cuda"}, {}).config, without)
+    assert problem.path == "run.device" and "no GPU" in problem.why
     (problem,) = found_in(hardware="1xV100-16GB", precision__dtype="bf16")
     assert problem.path == "precision.dtype" and "7.0" in problem.why
 

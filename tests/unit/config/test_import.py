@@ -246,12 +246,13 @@ def test_published_deepspeed_files(tmp_path: Path, theirs: dict[str, Any], ours:
             {
                 "compute_environment": "LOCAL_MACHINE",
                 "debug": True,
+                "use_cpu": True,
                 "num_processes": 1,
                 "distributed_type": "NO",
                 "fsdp_config": {"fsdp_sync_module_states": False},
                 "deepspeed_config": {"deepspeed_config_file": "path/to/be/ignored"},
             },
-            {"cluster.nproc": 1},
+            {"cluster.nproc": 1, "run.device": "cpu"},
         ),
     ],
 )
