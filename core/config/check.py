@@ -242,6 +242,9 @@ def tensor_problems(config: Config) -> Iterator[Problem]:
             "a plan says how parameters are cut over tensor-parallel ranks, and there is one",
             "set strategy.tensor_parallel to 2 or more, or leave strategy.tensor_plan empty",
         )
+    if config.strategy.gather_logits and (tile := config.activation_checkpointing.loss_tile):
+        what, why = f"gather_logits=true with loss_tile={tile}", "in tiles, whole logits never exist"
+        yield Problem("strategy.gather_logits", what, why, "leave out one of the two")
     if size == 1 or config.strategy.backend != "native":  # refused with the backend
         return
     why = (

@@ -127,6 +127,9 @@ class StrategySection(Section):
         "how modules are cut, as name=style,... with * for one part of a name; empty takes the model's own plan, or "
         "that of a family that is known",
     )
+    gather_logits: bool = _field(
+        False, "tensor parallelism: whole logits in training too, for scripts that read output.logits beside the loss"
+    )
     shard_size: NonNegativeInt = _field(
         0, "data-parallel ranks that hold one copy of what is sharded, the rest being replicas; 0 is all of them"
     )

@@ -90,8 +90,8 @@ def take_given(
 
 
 def cutting_group(backend: Backend) -> dist.ProcessGroup | None:
-    """Return the ranks over which the backend's models are cut, tensor by tensor."""
-    return None if backend.axes is None else backend.axes["tp"]
+    """Return the ranks over which the backend's models and their losses are cut; None where logits stay whole."""
+    return None if backend.axes is None or backend.config.strategy.gather_logits else backend.axes["tp"]
 
 
 def share_of_batch(axes: Axes | None) -> tuple[int, int]:

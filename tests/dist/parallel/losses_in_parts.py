@@ -35,7 +35,7 @@ KINDS = ("plain", "ignored", "none is valid", "counted", "shifted")
 
 def steps(name: str, tensor: int, stage: int, tile: int, **sections: Any) -> list[tuple[float, float, Any]]:
     """Return of each kind of labels the loss, the norm of the gradients, and the logits that the output has."""
-    strategy = {"tensor_parallel": tensor, "zero_stage": stage}
+    strategy = {"tensor_parallel": tensor, "zero_stage": stage, **sections.pop("strategy", {})}
     recomputed = {"loss_tile": tile, "mlp_tile": tile, **sections.pop("activation_checkpointing", {})}
     engine = distui.Engine(strategy=strategy, activation_checkpointing=recomputed, **sections)
     model = build(name, engine.process_index)
@@ -54,6 +54,11 @@ def steps(name: str, tensor: int, stage: int, tile: int, **sections: Any) -> lis
     found.append((float(output.loss), 0.0, list(output.logits.shape)))
     engine.free_memory()
     return found
+
+
+def gathered(name: str) -> list[tuple[float, float, Any]]:
+    """Return the same of two ranks that cut the vocabulary, and give whole logits beside the loss."""
+    return steps(name, 2, 1, 0, strategy={"gather_logits": True})
 
 
 def several(cases: list[tuple[Any, ...]]) -> list[list[tuple[float, float, Any]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from tests.dist.parallel import losses_in_parts as parts
 from tests.dist.parallel.pipelines import trainings
 from tests.dist.parallel.trainings import VOCAB, difference
@@ -37,6 +38,14 @@ def test_parts_of_the_vocabulary_give_what_whole_logits_give(run_ranks: RunRanks
     for of_rank in run_ranks(parts.several, 2, ON_TWO):
         for case, found in zip(ON_TWO, of_rank, strict=True):
             _check(found, alone[case[0]], True)
+
+
+def test_logits_are_gathered_for_who_reads_them(run_ranks: RunRanks) -> None:
+    whole = parts.steps("llama", 1, 0, 0)
+    for found in run_ranks(parts.gathered, 2, "llama"):
+        _check(found, whole, False)
+        for (_, _, mine), (_, _, expected) in zip(found[:-1], whole[:-1], strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_trainings_in_tiles_equal_one_process(run_ranks: RunRanks) -> None:

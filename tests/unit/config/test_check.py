@@ -193,6 +193,8 @@ def test_what_does_not_go_with_tensor_parallelism_is_refused() -> None:
     assert (
         "gradients=int8 with tensor_parallel=2" in found[0].what and "or strategy.tensor_parallel to 1" in found[0].fix
     )
+    (problem,) = found_in(strategy__gather_logits="true", activation_checkpointing__loss_tile="64")
+    assert problem.path == "strategy.gather_logits" and "loss_tile=64" in problem.what
     (problem,) = found_in(strategy__tensor_plan="blocks.*.up=colwise")
     assert problem.path == "strategy.tensor_plan" and "tensor_parallel=1" in problem.what
     assert not found_in(strategy__tensor_parallel="2", cluster__nproc="4", batch__global_size="6")
