@@ -62,6 +62,12 @@ def test_stages_beside_context_and_tensor_parallel_ranks(run_ranks: RunRanks) ->
     compare(run_ranks, 4, [("even-deep", 2, 1, zbv)])
 
 
+@pytest.mark.matrix
+def test_stages_beside_groups_that_hold_a_copy_each(run_ranks: RunRanks) -> None:
+    groups = {"strategy": {"shard_size": 2}}
+    compare(run_ranks, 8, [("llama-tied", 2, stage, groups) for stage in (1, 2, 3)])
+
+
 def test_other_schedules_recomputation_and_frozen_blocks(run_ranks: RunRanks) -> None:
     recomputed = {"activation_checkpointing": {"mode": "full"}}
     cases: list[tuple[Any, ...]] = [
