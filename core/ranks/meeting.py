@@ -32,8 +32,10 @@ def meet(what: str, group: dist.ProcessGroup | None = None, within_s: float | No
         store.set(f"{key}/all", "")
     try:
         store.wait([f"{key}/all"], timedelta(seconds=within_s))
-    except dist.DistStoreError as error:
+    except RuntimeError as error:  # of files' stores no DistStoreError
         missing = [rank for rank in ranks if not store.check([f"{key}/{rank}"])]
+        if not missing and not isinstance(error, dist.DistStoreError) and "timeout" not in str(error).lower():
+            raise
         if missing:
             store.add(f"{key}/came", -1)
             store.delete_key(f"{key}/{own}")

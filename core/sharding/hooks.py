@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distui.core.sharding.units.guarded import place_of
+from distui.core.sharding.units.guarded import GRAD, place_of
 
 
 def _inert(*args: Any, **kwargs: Any) -> None:
@@ -52,8 +52,9 @@ class ClearingGradients:
     def __call__(self, set_to_none: bool = True) -> None:
         self._discard(set_to_none)
         for param in self._model.parameters():
-            if place_of(param) is None and param.grad is not None:  # others were forgotten with their units
-                param.grad = None if set_to_none else torch.zeros_like(param.grad)
+            # Others were forgotten with their units. Nobody reads those of another rank, not even to clear them.
+            if place_of(param) is None and (grad := GRAD.__get__(param)) is not None:
+                param.grad = None if set_to_none else torch.zeros_like(grad)
 
     def __reduce__(self) -> Any:
         return getattr, (self._model, "zero_grad")
