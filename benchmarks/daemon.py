@@ -1,6 +1,7 @@
 """What the daemon costs: CPU and memory under simulated ranks that send steps, collectives and heartbeats.
 
 python benchmarks/daemon.py --ranks 8 --hz 10 --seconds 20
+python benchmarks/daemon.py --runs 9000     beside so many runs that have ended: how long the 20 newest take to list
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import shutil
 import signal
 import socket as sockets
+import statistics
 import tempfile
 import threading
 import time
@@ -24,6 +26,7 @@ import psutil
 
 from distui.core.paths import RunFolder
 from distui.daemon.node.spawn import ensure_daemon
+from distui.launcher.job.outcome import Outcome
 from distui.proto import telemetry_pb2 as pb
 from distui.proto import telemetry_pb2_grpc as rpc
 
@@ -122,18 +125,45 @@ def measure(num_ranks: int, hz: float, seconds: float) -> dict[str, float]:
         process.wait(10)
 
 
+def measure_list(num_runs: int, newest: int = 20, looks: int = 20) -> dict[str, float]:
+    """Return how long the newest runs take to list: the first look, which reads all, and those after it."""
+    began_s = time.time() - num_runs
+    for index in range(num_runs):
+        run = RunFolder(Path(os.environ["DISTUI_STATE_DIR"]) / "runs" / f"old-{index}")
+        run.create()
+        run.spec.write_text(json.dumps({"run_id": run.run_id, "world_size": 1, "started_s": began_s + index}))
+        Outcome("finished", 0, "", began_s + index + 0.5).write(run)
+    with grpc.insecure_channel(f"unix:{ensure_daemon()}") as channel:
+        stub = rpc.MonitorStub(channel)
+        process = psutil.Process(stub.GetDaemonInfo(pb.DaemonInfoRequest()).pid)
+        try:
+            took_ms = []
+            for _ in range(looks + 1):
+                began = time.monotonic()
+                found = stub.ListRuns(pb.ListRunsRequest(limit=newest)).runs
+                took_ms.append(1e3 * (time.monotonic() - began))
+                assert [one.started_s for one in found] == [began_s + num_runs - 1 - at for at in range(newest)]
+                assert {one.state for one in found} == {"finished"}
+            return {"runs": num_runs, "first_ms": took_ms[0], "median_ms": statistics.median(took_ms[1:])}
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(10)
+
+
 def main() -> None:
     """Measure in folders of its own and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--hz", type=float, default=10.0)
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--runs", type=int, metavar="N")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="dt", dir="/tmp"))
     (folder / "r").mkdir(mode=0o700)
     os.environ.update(DISTUI_STATE_DIR=str(folder / "s"), DISTUI_RUNTIME_DIR=str(folder / "r"))
     try:
-        print(json.dumps(measure(options.ranks, options.hz, options.seconds), indent=1))
+        done = measure_list(options.runs) if options.runs else measure(options.ranks, options.hz, options.seconds)
+        print(json.dumps(done, indent=1))
     finally:
         shutil.rmtree(folder)
 
