@@ -11,6 +11,7 @@ The time is from the fault to the first answer of the daemon that names it; heal
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -263,26 +264,24 @@ def main() -> int:
     if not options.situations:
         sick.append(DAEMON_KILLED)
         well.append("suspended")  # by itself: it stops the daemon
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(options.load)]
-    bench = Bench()
-    try:
+    with contextlib.ExitStack() as stack:
+        bench = Bench()
+        stack.callback(bench.close)
+        for _ in range(options.load):
+            stack.callback(_kill, subprocess.Popen([sys.executable, "-c", "while True: pass"]))
         if options.healthy:
-            missed = healthy(bench, options.healthy)
-        else:
-            missed = matrix(bench, sick) if sick else 0
-            alone = [name for name in well if name == "suspended"]
-            beside = [name for name in well if name != "suspended"]
-            alarms = watch_healthy(bench, beside, options.jobs) + watch_healthy(bench, alone, 1) if well else 0
-            print(
-                f"{len(sick)} sick: {len(sick) - missed} as they should be; {len(well)} healthy: {alarms} false alarms"
-            )
-            missed += alarms
-    finally:
-        bench.close()
-        for process in busy:
-            process.kill()
-            process.wait()
-    return min(missed, 1)
+            return min(healthy(bench, options.healthy), 1)
+        missed = matrix(bench, sick) if sick else 0
+        alone = [name for name in well if name == "suspended"]
+        beside = [name for name in well if name != "suspended"]
+        alarms = watch_healthy(bench, beside, options.jobs) + watch_healthy(bench, alone, 1) if well else 0
+        print(f"{len(sick)} sick: {len(sick) - missed} as they should be; {len(well)} healthy: {alarms} false alarms")
+    return min(missed + alarms, 1)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
 
 
 if __name__ == "__main__":
