@@ -15,7 +15,9 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 demo: setup
 	@$(BIN)/distui demo
 
-# Three at a time, on two cores: many tests wait for processes more than they work.
+# Three at a time, on two cores: many tests wait for processes more than they work. Those processes are hundreds: each
+# would compile all of distui anew where Python is told to keep no bytecode.
+test: export PYTHONDONTWRITEBYTECODE =
 test: setup
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
