@@ -282,6 +282,11 @@ def evaluated_in_inference_mode(run: Run) -> Result:
     return run.state(model) | seen
 
 
+@kind(stages=(3,), offload={"optimizer": "cpu", "params": "cpu"})
+def evaluated_in_inference_mode_from_host_memory(run: Run) -> Result:
+    return evaluated_in_inference_mode(run)
+
+
 @kind()
 def a_teacher_that_follows(run: Run) -> Result:
     teacher: Any = Net()
