@@ -23,9 +23,14 @@ BLOCK = 4096
 MAX_PROGRAMS = 1024
 
 
+def norm_reference(x: torch.Tensor, order: float) -> torch.Tensor:
+    """Return the norm of all elements as a float32 scalar, summed in fp32, of float64 in float64."""
+    return torch.linalg.vector_norm(x, order, dtype=torch.promote_types(x.dtype, torch.float32)).float()
+
+
 def l2_norm_reference(x: torch.Tensor) -> torch.Tensor:
     """The same in plain torch operations."""
-    return torch.linalg.vector_norm(x, 2, dtype=torch.float32)
+    return norm_reference(x, 2.0)
 
 
 if triton is not None:

@@ -118,6 +118,8 @@ class NativeBackend(NativeBeside, Backend):
             for sharded in self._models.values()
             if any(id(param) in given for param in nn.Module.parameters(sharded.model))
         ]
+        if len(held) > 1:  # of which one may be a module of another's, added to that and prepared later
+            held = [each for each in held if any(id(param) in given for unit in each.units for param in unit.params)]
         if len(held) == 1:
             return held[0].prepare_optimizer(optimizer, self.config.optimizer.state_bits)
         if held:
@@ -165,7 +167,8 @@ class NativeBackend(NativeBeside, Backend):
         sharded.schedule.hide_gradients()
         sharded.follow_requires_grad()
         sharded.schedule.weigh(self._weight)
-        if len(self._models) == 1:
+        trained = [each for each in self._models.values() if each.schedule.order]
+        if trained == [sharded]:
             # This backward is this model's, even where its loss reaches no parameter on this rank.
             sharded.schedule.open()
 

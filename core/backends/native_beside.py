@@ -26,7 +26,15 @@ class NativeBeside(Beside):
                 return f"at zero_stage={unit.placement.stage} its gradients and states are cut among the ranks"
             if unit.has_master:
                 return f"it would step weights in {unit.dtype}, and their fp32 copies are what is trained"
+        if unit is None and self._is_added(param):
+            return "it was added to the model after engine.prepare, and its gradient is of this rank's batch alone"
         return super().why_not_left_out(param)
+
+    def _is_added(self, param: torch.Tensor) -> bool:
+        """Tell whether other ranks train `param` too, and nobody sums its gradients."""
+        frozen = {id(known) for sharded in self._models.values() for _, known in sharded.frozen}
+        shared = any(sharded.placement.num_averaged > 1 for sharded in self._models.values())
+        return shared and param.requires_grad and id(param) not in frozen
 
     def weigh(self, factor: float) -> None:
         """Multiply by `factor` what the backward passes from now on bring."""

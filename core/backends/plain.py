@@ -18,6 +18,7 @@ from distui.core.config.schema import Config
 from distui.core.errors import UserError
 from distui.core.sharding.optim.elementwise import why_not_elementwise
 from distui.core.sharding.optim.prepared import PreparedOptimizer, prefer_fused
+from distui.kernels.l2_norm import norm_reference
 
 
 class PlainOptimizer(PreparedOptimizer):
@@ -59,7 +60,7 @@ class PlainOptimizer(PreparedOptimizer):
         """Return the norm of the gradients over all ranks, times `grad_factor`. Collective where they are cut."""
         gradients = self.gradients(place)
         if gradients:
-            norms = torch.stack([torch.linalg.vector_norm(grad, norm_type, dtype=torch.float32) for grad in gradients])
+            norms = torch.stack([norm_reference(grad, norm_type) for grad in gradients])
         else:
             params = self.params()
             norms = torch.zeros(1, device=params[0].device if params else None)

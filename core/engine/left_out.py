@@ -50,7 +50,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
                 raise UserError(
                     f"{type(optimizer).__name__} steps {name}, and did not go through prepare",
                     reason,
-                    "prepare it with its model: model, optimizer = engine.prepare(model, optimizer)",
+                    "prepare it with its model, or with the module that was added to that: "
+                    "module, optimizer = engine.prepare(module, optimizer)",
                 )
             engine._unstepped = False  # its gradients are stepped
             break

@@ -44,7 +44,8 @@ class _SumForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
+        # What is derived of it once more is of each rank's pieces again.
+        return _SumBackward.apply(grad, ctx.group), None
 
 
 class _Gather(torch.autograd.Function):

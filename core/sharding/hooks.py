@@ -7,10 +7,12 @@ process groups: a copy (an exponential average, a frozen reference) is a plain m
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from distui.core.sharding.units.guarded import GRAD, place_of
 
@@ -61,6 +63,11 @@ class ClearingGradients:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return getattr(memo[id(self._model)], "zero_grad")  # noqa: B009
+
+
+def unseen_by_modes() -> AbstractContextManager[Any]:
+    """Have no dispatch mode of the script's (a selective checkpoint, a counter) see what is done inside."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
 
 
 def route_saving() -> None:

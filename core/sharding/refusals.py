@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import os
 from collections import defaultdict
 
@@ -11,6 +12,9 @@ from torch import nn
 
 from distui.core.errors import UserError
 from distui.core.sharding.units.guarded import place_of, refused_hook
+
+_ENGINES = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+_name = operator.attrgetter("__name__")
 
 
 def refuse_parameters(model: nn.Module, num_ranks: int, stage: int) -> None:
@@ -21,6 +25,14 @@ def refuse_parameters(model: nn.Module, num_ranks: int, stage: int) -> None:
                 f"{name or type(model).__name__} has max_norm={module.max_norm}",
                 f"its forward writes to the rows that it looks up, and each of {num_ranks} ranks looks up others",
                 "set max_norm=None and scale the rows after each step: weight.data.renorm_(2, 0, max_norm)",
+            )
+        if num_ranks > 1 and (
+            engine := next((kind for kind in map(_name, type(module).__mro__) if kind in _ENGINES), "")
+        ):
+            raise UserError(
+                f"{name or 'the model'} is wrapped for {engine}",
+                "that sums the gradients of the ranks itself, or shards the parameters, and so does distui",
+                "prepare the plain model, without it: model = engine.prepare(model)",
             )
         in_script = isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None
         if in_script and num_ranks > 1 and stage > 0:

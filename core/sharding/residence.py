@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from distui.core.ranks.streams import Line
-from distui.core.sharding.hooks import by_alias, route_saving
+from distui.core.sharding.hooks import by_alias, route_saving, unseen_by_modes
 from distui.core.sharding.refusals import refuse_other_data, refuse_unseen_reads
 from distui.core.sharding.transport.agreement import Agreement, DisagreementError, Place, Round
 from distui.core.sharding.units.block import Block
@@ -111,8 +111,11 @@ class Residence:
             self._line.join()
         units = self._groups[group]
         changed = group != self._current and not units[0].is_root
-        if not changed and units[0].is_whole:
-            return
+        if changed or not units[0].is_whole:
+            with unseen_by_modes():
+                self._bring(group, units, changed)
+
+    def _bring(self, group: int, units: list[Unit], changed: bool) -> None:
         backward = in_backward()
         self._collect()
         while units[0].residence.state is ParamState.ABSENT:

@@ -63,7 +63,7 @@ class Schedule(ShownGradients):
         self.residence: Residence | None = None
         self.waits_late = False
         """Whether a rank that waits for a sum in the midst of a backward may keep others waiting, for tokens."""
-        if stage >= 3:
+        if stage >= 3 and self.units:  # a loss that was prepared as a model has nothing to gather
             # Experts that one rank alone has are whole on it.
             groups = [own for units in groups if (own := [unit for unit in units if unit.placement.shards_parameters])]
             pool = self.units[0].pool
@@ -230,7 +230,7 @@ class Schedule(ShownGradients):
         """
         if self._line is not None:
             self._line.join()
-        if not self._shown:
+        if not (self._shown or self._only_assigned):
             for unit in self.order:
                 if unit.collect():
                     self._open = True
@@ -313,7 +313,7 @@ class Schedule(ShownGradients):
             unit.finish_gradient()
         if self._owes_zeros:
             self._step_zeros()
-        if self._shown:
+        if self._shown or self.is_seen:
             self._take_shown()
 
     def _step_zeros(self) -> None:
@@ -348,7 +348,7 @@ class Schedule(ShownGradients):
             return
         if self.residence is not None:
             self.residence.end_round()
-        self._shown = False
+        self._shown = self._assigned = False
         for unit in self.order:
             for param in unit.params if self.stage == 0 else ():
                 GRAD.__set__(param, None)

@@ -113,6 +113,7 @@ class ShardedModel(WholeStates):
         zero_missing = zero_missing or (compression is not None and compression.gradients == "onebit")
         self.schedule = Schedule(model, groups, self.placement.effective_stage, agreement, zero_missing)
         self.schedule.before_gradients = self._settle_clipping
+        self.schedule.before_look = self._settle_factors
         self.schedule.waits_late = experts and device.type == "cpu"
         self.optimizers: list[ShardedOptimizer] = []
         self._replacing = False
@@ -165,6 +166,11 @@ class ShardedModel(WholeStates):
     def _settle_clipping(self) -> None:
         for optimizer in self.optimizers:
             optimizer.settle_clipping()
+
+    def _settle_factors(self) -> None:
+        for optimizer in self.optimizers:
+            if optimizer.grad_factor != 1.0:
+                optimizer.settle_factor()
 
     def _build_units(self, start: Start, optimizer_of: Mapping[int, int]) -> list[list[Unit]]:
         groups = []

@@ -20,6 +20,12 @@ class ShownGradients:
     _open: bool
     _shown = False
     """Whether `param.grad` of every parameter is the reduced gradient."""
+    is_seen = False
+    """Whether the script has ever looked at `param.grad`, or assigned to it: a clipping may not wait for the step."""
+    _assigned = False
+    """Whether it assigned gradients since they were forgotten last."""
+    before_look: Callable[[], None] = staticmethod(lambda: None)
+    """Called before it does: what the step would multiply into the gradients is to be seen."""
 
     @property
     def has_shown(self) -> bool:
@@ -47,12 +53,21 @@ class ShownGradients:
                     if present:
                         GRAD.__set__(param, view)
 
-    def _gradient_reader(self, unit: Unit) -> Callable[[int], torch.Tensor | None]:
+    @property
+    def _only_assigned(self) -> bool:
+        """Whether what is in `param.grad` is the script's own, and no backward of a part of the ranks' sum."""
+        return self._assigned and not self._open
+
+    def _gradient_reader(self, unit: Unit) -> Callable[..., torch.Tensor | None]:
         schedule_of, unit_of = weakref.ref(self), weakref.ref(unit)
 
-        def read(index: int) -> torch.Tensor | None:
+        def read(index: int, assigns: bool = False) -> torch.Tensor | None:
             self, unit = schedule_of(), unit_of()
             assert self is not None and unit is not None
+            self._assigned = self._assigned or assigns
+            if not in_backward():
+                self.is_seen = True
+                self.before_look()
             if self._open and not in_backward():  # a plain `loss.backward()`, which nobody has finished
                 self.end_backward()
                 self.show_gradients()
@@ -71,15 +86,28 @@ class ShownGradients:
         for unit in self.order:
             if unit.grad_full is None:
                 continue
-            for param, view in zip(unit.params, unit.views(unit.grad_full), strict=True):
-                grad = GRAD.__get__(param)
+            grads = [GRAD.__get__(param) for param in unit.params]
+            views = unit.views(unit.grad_full)
+            if not unit.holds_gradient and any(grad is not None for grad in grads):  # assigned without a backward
+                unit.holds_gradient = True
+                for view, grad in zip(views, grads, strict=True):
+                    if grad is None:
+                        view.zero_()
+            for param, view, grad in zip(unit.params, views, grads, strict=True):
                 if grad is None or grad is view:
                     continue
                 if grad.is_sparse:
                     grad = grad.to_dense()
-                unit.holds_gradient = True
                 view.copy_(torch.where(grad == view.to(grad.dtype), view, grad.to(view.dtype)))
                 GRAD.__set__(param, view if grad.dtype == view.dtype else grad)
+
+    def show_again(self) -> None:
+        """Have the copies that a script sees of gradients in another format follow a change of these."""
+        for unit in self.order if self.is_seen else ():
+            if unit.grad_full is not None and unit.grad_dtype != unit.dtype:
+                for param, view in zip(unit.params, unit.views(unit.grad_full), strict=True):
+                    if (grad := GRAD.__get__(param)) is not None:
+                        grad.detach().copy_(view)
 
     def hide_gradients(self) -> None:
         """Before a backward: autograd must hand fresh gradients over, not add to the flat ones."""

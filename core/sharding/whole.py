@@ -39,13 +39,12 @@ class WholeStates:
         Collective: all ranks, for entering and leaving. With `writeback` all ranks must write the same.
         """
         self.schedule.take_writes()
-        if not self.placement.shards_parameters:
+        residence = self.schedule.residence
+        if residence is None:  # or a model without parameters
             yield self.model
             if writeback:
                 self.refresh_masters()
             return
-        residence = self.schedule.residence
-        assert residence is not None
         residence.settle()
         residence.release_all()
         residence.all_whole = True

@@ -18,11 +18,11 @@ SHARD_MULTIPLE = 2048
 
 def flat_buffer(numel: int, dtype: torch.dtype, device: torch.device, aligned: bool = True) -> torch.Tensor:
     """Return a flat tensor of zeros; on the host page-aligned, so that disks read and write it without a copy."""
-    if device.type != "cpu" or streams.machine.is_apart(device) or not aligned:
-        with torch.inference_mode(False):  # as `page_buffer`
+    with torch.inference_mode(False):  # as `page_buffer`; a view in another format would be an inference tensor too
+        if device.type != "cpu" or streams.machine.is_apart(device) or not aligned:
             return torch.zeros(numel, dtype=dtype, device=device)
-    nbytes = numel * dtype.itemsize
-    return page_buffer(nbytes)[:nbytes].view(dtype)
+        nbytes = numel * dtype.itemsize
+        return page_buffer(nbytes)[:nbytes].view(dtype)
 
 
 class Waitable(Protocol):

@@ -80,11 +80,12 @@ class Homes:
     def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Return a flat buffer on the device for a shard on its way; the caller owns it until `give`."""
         nbytes = numel * dtype.itemsize
-        for index, buffer in enumerate(self._free):
-            if buffer.numel() >= nbytes:
-                return self._free.pop(index)[:nbytes].view(dtype)
-        self.buffer_bytes += nbytes
-        return flat_buffer(nbytes, torch.uint8, self.device).view(dtype)
+        with torch.inference_mode(False):  # what an evaluation fetches ahead, training may use
+            for index, buffer in enumerate(self._free):
+                if buffer.numel() >= nbytes:
+                    return self._free.pop(index)[:nbytes].view(dtype)
+            self.buffer_bytes += nbytes
+            return flat_buffer(nbytes, torch.uint8, self.device).view(dtype)
 
     def give(self, buffer: torch.Tensor) -> None:
         """Take a buffer back; nothing may be in flight on it."""

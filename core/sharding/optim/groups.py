@@ -1,17 +1,18 @@
-"""What a script may not do with the groups of a prepared optimizer, since nothing would come of it."""
+"""What a script may not do with the groups of a prepared optimizer, and what is in none of them."""
 
 from __future__ import annotations
 
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from distui.core.errors import UserError
 from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.optim.elementwise import Sight
+from distui.core.sharding.units.unit import Unit
 
 
 def refuse_changed_groups(inner: torch.optim.Optimizer, given: Sequence[Sequence[Any]]) -> None:
@@ -44,3 +45,28 @@ def refuse_cut(inner: torch.optim.Optimizer, sights: Sequence[Sight], cuts: Cuts
             "its states have the shapes of the whole",
             "prepare it before its first step, and load states with optimizer.load_state_dict or engine.load_state",
         )
+
+
+Places = dict[int, set[int]]
+"""Which parameters of which units, by the units' identities."""
+
+
+class Stepping(Protocol):
+    """What an optimizer is to `of_nobody`."""
+
+    units: list[Unit]
+    own: Places
+    siblings: list[Any]
+
+
+def of_nobody(optimizer: Stepping) -> Places:
+    """Return what trains and no optimizer of the model steps: its gradients come to those of the next steps.
+
+    The first optimizer changes them with its own; empty for the others.
+    """
+    found: Places = {}
+    for unit in optimizer.units if optimizer is optimizer.siblings[0] else ():
+        stepped = [other.own.get(id(unit), set()) for other in optimizer.siblings]
+        if unit.trainable and max(map(len, stepped)) < len(unit.params):
+            found[id(unit)] = set(range(len(unit.params))).difference(*stepped)
+    return found

@@ -13,7 +13,7 @@ from distui.core.sharding.cuts import Cuts
 from distui.core.sharding.optim.onebit_adam import OneBitAdam
 from distui.core.sharding.transport.transport import Transport
 from distui.core.sharding.units.unit import Unit
-from distui.kernels.l2_norm import l2_norm
+from distui.kernels.l2_norm import l2_norm, norm_reference
 
 
 class Steps(Protocol):
@@ -122,7 +122,7 @@ def _own_part(
             if norm_type == 2.0:
                 parts += [l2_norm(piece) for piece in pieces]
             else:
-                parts += [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float32) for piece in pieces]
+                parts += [norm_reference(piece, norm_type) for piece in pieces]
     norms = torch.stack(parts) if parts else torch.zeros(1, device=device)
     if math.isinf(norm_type):
         return norms.max()

@@ -8,6 +8,7 @@ on working, and the optimizer's states are sharded because its parameters are.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from distui.core.sharding.homes.homes import Homes
 from distui.core.sharding.homes.step import UnitStream
 from distui.core.sharding.optim.elementwise import Sight, sight_of
 from distui.core.sharding.optim.flat_adam import FlatAdam
-from distui.core.sharding.optim.groups import refuse_changed_groups, refuse_cut
+from distui.core.sharding.optim.groups import Places, of_nobody, refuse_changed_groups, refuse_cut
 from distui.core.sharding.optim.growth import add_group, late_runs
 from distui.core.sharding.optim.matrices import WholeMatrices
 from distui.core.sharding.optim.norms import check_whole_gradients, gradient_norm
@@ -311,15 +312,15 @@ class ShardedOptimizer(PreparedOptimizer):
             if matrix.owner == self.transport.rank
         }
 
-    def _gradients(self, place: dict[int, set[int]] | None = None) -> Iterator[torch.Tensor]:
-        """Yield this rank's shards of the gradients that it steps, at `place`; what is written to them stays."""
+    def _gradients(self, place: Places | None = None, of: Places | None = None) -> Iterator[torch.Tensor]:
+        """Yield this rank's shards of gradients at `place` that it steps, or `of` others; what is written stays."""
         for unit in self.units:
-            own = self.own.get(id(unit), set())
+            own = (self.own if of is None else of).get(id(unit), set())
             own = own if place is None else own & place.get(id(unit), set())
             if not own or not unit.has_gradient:
                 continue
             with unit.gradient(writes=True) as shard:
-                if len(self.siblings) == 1 and place is None:
+                if len(own) == len(unit.params):
                     yield shard
                 else:
                     yield from (shard[start:end] for start, end in unit.layout.runs(own, unit.rank))
@@ -342,7 +343,7 @@ class ShardedOptimizer(PreparedOptimizer):
             for run in runs:
                 run.param.grad = None
 
-    def grad_norm(self, units_and_indices: dict[int, set[int]] | None, norm_type: float) -> torch.Tensor:
+    def grad_norm(self, units_and_indices: Places | None, norm_type: float) -> torch.Tensor:
         """Return the norm of all gradients over all shards, times the factor of the next step.
 
         Collective: all ranks (one number travels). Shapes: a scalar, on the shards' device.
@@ -350,17 +351,16 @@ class ShardedOptimizer(PreparedOptimizer):
         self._schedule.finish_gradients()
         return gradient_norm(self, units_and_indices, norm_type)
 
-    def scale_gradients(self, factor: float, units_and_indices: dict[int, set[int]] | None) -> None:
+    def scale_gradients(self, factor: float, units_and_indices: Places | None) -> None:
         """Multiply gradients by `factor`: all of them at the next step, in one pass with it, or some of them now."""
         if units_and_indices is None:
             self.grad_factor *= factor
-            return
-        for unit in self.units:
-            runs = unit.layout.runs(units_and_indices.get(id(unit), ()), unit.rank) if unit.trainable else []
-            if runs:
-                with unit.gradient(writes=True) as grad:
-                    for start, end in runs:
-                        grad[start:end].mul_(factor)
+            if self._schedule.is_seen:
+                self.settle_factor()
+            units_and_indices = of_nobody(self)
+        for grad in self._gradients(of=units_and_indices):
+            grad.mul_(factor)
+        self._schedule.show_again()
 
     def settle_factor(self) -> None:
         """Multiply what the next step would into the gradients now, for whoever looks at them."""
@@ -369,6 +369,7 @@ class ShardedOptimizer(PreparedOptimizer):
         if factor != 1.0:
             for grad in self._gradients():
                 grad.mul_(factor)
+            self._schedule.show_again()
 
     def settle_clipping(self) -> None:
         """Apply a clipping that waits for the step now: what comes to the gradients next is not clipped by it."""
@@ -376,15 +377,16 @@ class ShardedOptimizer(PreparedOptimizer):
         if self.grad_factor != 1.0:
             self.settle_factor()
 
-    def clamp_gradients(self, limit: float, place: dict[int, set[int]] | None = None) -> None:
+    def clamp_gradients(self, limit: float, place: Places | None = None) -> None:
         """Clamp every gradient element at `place` (None: all) to [-limit, limit]."""
         self.settle_factor()
         if self.onebit is not None and self.onebit.frozen:  # a rank has its own gradient only, divided by the ranks
             limit *= self.units[0].inverse_ranks
-        for grad in self._gradients(place):
+        for grad in itertools.chain(self._gradients(place), self._gradients(place, of_nobody(self))):
             grad.clamp_(-limit, limit)
+        self._schedule.show_again()
 
-    def place_of(self, params: Iterable[torch.Tensor]) -> dict[int, set[int]] | None:
+    def place_of(self, params: Iterable[torch.Tensor]) -> Places | None:
         """Return which parameters of which units are meant; None if all that are trainable."""
         wanted: dict[int, set[int]] = {}
         for param in params:

@@ -22,7 +22,7 @@ class SeenGradients:
     placement: Placement
     present: bytearray
     zeroed: bytearray
-    show_gradient: Callable[[int], torch.Tensor | None] | None
+    show_gradient: Callable[..., torch.Tensor | None] | None
     grad_full: torch.Tensor | None
     layout: FlatLayout
     holds_gradient: bool
@@ -96,6 +96,9 @@ class SeenGradients:
             self.zeroed[index] = 0
             GRAD.__set__(self.params[index], None)
         elif self.show_gradient is not None:
+            self.show_gradient(
+                index, assigns=True
+            )  # what there is ends first, and what is assigned is stepped as it is
             GRAD.__set__(self.params[index], value)
             self.present[index] = 1
         else:

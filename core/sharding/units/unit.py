@@ -35,6 +35,7 @@ from distui.core.sharding.units.pool import BufferPool
 from distui.core.sharding.units.seen_gradients import SeenGradients
 from distui.core.sharding.units.states import GRAD_MOVES, GradState, Machine
 from distui.core.sharding.units.unit_parameters import UnitParameters
+from distui.kernels.l2_norm import norm_reference
 
 _SMALL_NUMEL = 1 << 12
 """Gradients up to this size are written together: for one alone the call costs more than the copy."""
@@ -104,7 +105,7 @@ class Unit(SeenGradients, UnitParameters, Copies):
         """Parameters without a hook, taken from `param.grad` once all others have arrived."""
         self.came_last: int | None = None
         """The parameter whose gradient completed the last backward that gave all; its hook is kept."""
-        self.show_gradient: Callable[[int], torch.Tensor | None] | None = None
+        self.show_gradient: Callable[..., torch.Tensor | None] | None = None
         """Stage 0: brings a reduced gradient into `param.grad`; None where no rank has the whole of it."""
         if self.trainable:
             self._allocate_gradients()
@@ -192,6 +193,8 @@ class Unit(SeenGradients, UnitParameters, Copies):
         view = self.views(buffer)[index]
         if grad.is_sparse:
             grad = grad.to_dense()
+        if grad.requires_grad:  # of `create_graph`; what is summed and stepped has no graph
+            grad = grad.detach()
         again = self.arrived[index]
         if again or self.holds_gradient:
             if again:
@@ -317,7 +320,7 @@ class Unit(SeenGradients, UnitParameters, Copies):
 
     def _store_gradient(self, gradient: torch.Tensor) -> Transfer:
         assert self.grad_cell is not None
-        self.stored_norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        self.stored_norm = norm_reference(gradient, 2.0)
         return self.grad_cell.store(gradient)
 
     @contextmanager

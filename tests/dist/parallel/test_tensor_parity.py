@@ -10,7 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import distui
 from tests.dist.parallel.trainings import difference, train
 
 
@@ -40,6 +43,30 @@ def test_training_equals_one_process(
     run_ranks: Callable[..., Any], name: str, tensor: int, world: int, stage: int
 ) -> None:
     _check(run_ranks, name, tensor, world, stage)
+
+
+def _penalised(tensor: int) -> dict[str, torch.Tensor]:
+    """Return weights of three steps whose loss has the slope by the input and the gradients by two weights in it."""
+    engine = distui.Engine(strategy={"tensor_parallel": tensor, "zero_stage": 3})
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    plan = {"1": "colwise", "3": "rowwise"}
+    model, optimizer = engine.prepare(net, torch.optim.SGD(net.parameters(), lr=0.2), plan=plan if tensor > 1 else None)
+    for _ in range(3):
+        x = torch.linspace(-1, 1, 24).view(4, 6).requires_grad_(True)
+        loss = model(x).square().mean()
+        grads = torch.autograd.grad(loss, [x, model[0].weight, model[5].weight], create_graph=True)
+        engine.backward(loss + sum((grad.norm() - 1).square() for grad in grads))
+        optimizer.step()
+        optimizer.zero_grad()
+    found: dict[str, torch.Tensor] = engine.get_state_dict(model)
+    engine.free_memory()
+    return found
+
+
+def test_second_derivatives_go_through_the_sums(run_ranks: Callable[..., Any]) -> None:
+    for found in run_ranks(_penalised, 2, 2):
+        torch.testing.assert_close(found, _penalised(1), atol=1e-5, rtol=1e-5)
 
 
 GRID = [

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 from tests.dist.sharding.trainings import DIM, OUT, Block, Net, Result, Run, batch, kind, momentum, square, steps, train
 
@@ -282,6 +282,11 @@ def evaluated_in_inference_mode(run: Run) -> Result:
     return run.state(model) | seen
 
 
+@kind(stages=(3,), offload={"optimizer": "cpu", "params": "cpu"})
+def evaluated_in_inference_mode_from_host_memory(run: Run) -> Result:
+    return evaluated_in_inference_mode(run)
+
+
 @kind()
 def a_teacher_that_follows(run: Run) -> Result:
     teacher: Any = Net()
@@ -387,4 +392,8 @@ def of_several_formats(run: Run) -> Result:
 
 @kind()
 def all_in_float64(run: Run) -> Result:
-    return train(run, Net().double(), forward=lambda model, x: square(model(x.double())))
+    def graded(step: int, model: Any) -> None:
+        clip_grad_norm_(model.parameters(), 0.5)
+        clip_grad_norm_(model.parameters(), 4.0, norm_type=1.0)
+
+    return train(run, Net().double(), forward=lambda model, x: square(model(x.double())), graded=graded)

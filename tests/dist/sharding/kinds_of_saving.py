@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
 from tests.dist.sharding.trainings import DIM, Block, Net, Result, Run, kind, square, train
 
@@ -86,6 +87,15 @@ def _sequence(recomputed: Pass, blocks: Any, x: torch.Tensor) -> torch.Tensor:
     return checkpoint_sequential(list(blocks), 2, x, use_reentrant=False)
 
 
+def _selective(recomputed: Pass, blocks: Any, x: torch.Tensor) -> torch.Tensor:
+    products = [torch.ops.aten.addmm.default, torch.ops.aten.mm.default]
+    contexts = partial(create_selective_checkpoint_contexts, products)
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        x = checkpoint(_parts, block, x, use_reentrant=False, context_fn=contexts)
+    return x
+
+
 def _raw_weights(recomputed: Pass, blocks: Any, x: torch.Tensor) -> torch.Tensor:
     def raw(x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(x @ blocks[3].outer.weight) * blocks[0].norm.weight + blocks[1](x)
@@ -156,6 +166,11 @@ def nested_checkpoints_reentrant(run: Run) -> Result:
 @kind()
 def checkpointed_sequence(run: Run) -> Result:
     return _each(run, _sequence, False)
+
+
+@kind()
+def checkpointed_but_for_products(run: Run) -> Result:
+    return _each(run, _selective, False)
 
 
 @kind()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tests.dist.sharding.trainings import DIM, Net, Result, Run, batch, kind, momentum, square, steps, train
 
@@ -159,3 +158,115 @@ def stepped_though_no_backward_was_the_last(run: Run) -> Result:
         optimizer.step()
         optimizer.zero_grad()
     return run.state(model)
+
+
+# ---- gradients by hand ----------------------------------------------------------------------------------------------
+
+
+@kind(stages=(0,))
+def gradients_assigned_without_a_backward(run: Run) -> Result:
+    """By `autograd.grad` and a sum of the script's own; of some parameters only; and those of a step before."""
+    model, optimizer = run.prepare(net := Net(), momentum(net))
+    for step in range(4):
+        params = list(model.parameters())[step % 2 :]
+        grads = torch.autograd.grad(square(model(run.local(batch(step)))), params)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone() if run.engine is None else run.engine.reduce(grad, "mean")
+        clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        kept = [param.grad for param in model.parameters()]
+        optimizer.zero_grad()
+        for param, grad in zip(model.parameters(), kept, strict=True):
+            param.grad = grad
+        optimizer.step()
+        optimizer.zero_grad()
+    return run.state(model)
+
+
+@kind(stages=(0,))
+def gradients_seen_and_added_to_after_clipping(run: Run) -> Result:
+    seen: Result = {}
+
+    def graded(step: int, model: Any) -> None:
+        before = [param.grad for param in model.parameters()] if step else []
+        clip_grad_norm_(model.parameters(), 0.1)
+        for param in model.parameters():
+            param.grad.add_(0.01)
+        clip_grad_value_(model.parameters(), 0.02)
+        seen.update({f"{step}.{place}": grad.clone() for place, grad in enumerate(before)})
+
+    return train(run, Net(), graded=graded) | seen
+
+
+@kind()
+def clipped_with_what_no_optimizer_steps(run: Run) -> Result:
+    """What nobody steps or forgets is clipped and clamped too, and counts with all that came before."""
+    net: Any = Net()
+    some, norms = [*net.first.parameters(), net.blocks[1].inner.weight], []
+
+    def graded(step: int, model: Any) -> None:
+        if step == 2:
+            clip_grad_value_(model.parameters(), 0.02)
+        norms.append(clip_grad_norm_(model.parameters(), 0.3).clone())
+
+    found = train(run, net, make=lambda model: torch.optim.SGD(some, lr=0.2), graded=graded, num_steps=4)
+    return found | {"norms": torch.stack(norms)}
+
+
+@kind()
+def backwards_that_keep_their_graph(run: Run) -> Result:
+    model, optimizer = run.prepare(net := Net(), momentum(net))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")
+        for step in range(3):
+            run.backward(square(model(run.local(batch(step)))), create_graph=True)
+            optimizer.step()
+            optimizer.zero_grad()
+    return run.state(model)
+
+
+@kind()
+def a_loss_and_a_table_prepared_as_models(run: Run) -> Result:
+    class Table(nn.Module):
+        scale: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.linspace(0.5, 1.5, DIM))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale
+
+    loss: Any = nn.MSELoss()
+    table: Any = Table()
+    model, optimizer = run.prepare(net := Net(), momentum(net))
+    if run.engine is not None:
+        loss, table = run.engine.prepare(loss, table)
+
+    def one(part: torch.Tensor, rank: int) -> torch.Tensor:
+        output = model(table(part)) if rank else part.sum() * 0  # rank 0 has nothing to learn
+        return loss(output, torch.zeros_like(output))
+
+    for step in range(3):
+        mean = run.mean_over_ranks(one, batch(step))
+        run.backward(mean if mean.requires_grad else mean.requires_grad_())
+        optimizer.step()
+        optimizer.zero_grad()
+    return run.state(model) | {name: value.clone() for name, value in run.state(table).items()}
+
+
+class _Centred(torch.optim.SGD):
+    """Looks at rows of large matrices only."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if (grad := param.grad) is not None:
+                    large = grad.dim() == 2 and min(grad.shape) >= DIM
+                    param.sub_(grad - grad.mean(1, keepdim=True) if large else grad, alpha=group["lr"])
+
+
+@kind()
+def large_matrices_seen_whole(run: Run) -> Result:
+    return train(run, Net(), make=lambda model: _Centred(model.parameters(), lr=0.3))

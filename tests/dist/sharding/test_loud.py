@@ -67,6 +67,20 @@ def _refused_when_prepared(stage: int) -> None:
     lazy(batch(0))
     model = _engine(stage).prepare(lazy)
     assert not model(batch(0)).isnan().any()
+    with _refused("the model is wrapped for DistributedDataParallel", "prepare the plain model"):
+        _engine(stage).prepare(nn.parallel.DistributedDataParallel(Net()))
+
+
+def _added_and_stepped_alone(stage: int) -> None:
+    engine, model, _ = _prepared(stage)
+    model.extra = nn.Linear(OUT, OUT)
+    alone = torch.optim.SGD(model.extra.parameters(), lr=0.1)
+    engine.backward(square(model.extra(model(batch(0)))))
+    with _refused(r"SGD steps extra\.weight.*added to the model after", "engine.prepare(module, optimizer)"):
+        alone.step()
+    _, alone = engine.prepare(model.extra, alone)
+    engine.backward(square(model.extra(model(batch(0)))))
+    alone.step()
 
 
 def _refused_at_stage_3() -> None:
@@ -303,7 +317,7 @@ def test_what_is_refused_at_every_stage(run_ranks: RunRanks, stage: int) -> None
     run_ranks(_gradients_over_groups, 2, stage)
     for act in (_states_of_parameters, _groups_changed_by_hand, _optimizers_that_cannot_be_tried):
         run_ranks(act, 2, stage)
-    for act in (_optimizers_that_know_parameters, _hooks_after_gradients):
+    for act in (_optimizers_that_know_parameters, _hooks_after_gradients, _added_and_stepped_alone):
         run_ranks(act, 2, stage)
     for act in (_a_model_of_two_engines, _memory_that_nothing_trains):
         run_ranks(act, 2, stage)
