@@ -45,15 +45,6 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
     return problems
 
 
-def _not_available(path: str, value: object, now: str) -> Problem:
-    return Problem(
-        path,
-        f"{value} is not available in this version",
-        "it is part of the settings so that files stay valid, but no code stands behind it yet",
-        f"set {path} to {now}",
-    )
-
-
 def _notify(config: Config) -> Iterator[Problem]:
     webhook = urlsplit(config.notify.webhook)
     if config.notify.webhook and (webhook.scheme not in ("http", "https") or not webhook.hostname):
@@ -293,9 +284,6 @@ def expert_problems(config: Config) -> Iterator[Problem]:
     size = config.strategy.expert_parallel
     if size == 1 or config.strategy.backend != "native":  # refused with the backend
         return
-    for axis in ("tensor_parallel", "pipeline_parallel"):
-        if (other := getattr(config.strategy, axis)) > 1:
-            yield _not_available(f"strategy.{axis}", f"{axis}={other} with expert_parallel={size}", "1")
     keys = ("compression.gradients", "compression.weights", "optimizer.state_bits")
     why = "experts and what is whole are shared among different ranks; blocks with one scale are not, in this version"
     yield from _not_beside(config, "expert_parallel", keys, why)
@@ -322,11 +310,13 @@ def rank_problems(config: Config, world_size: int) -> Iterator[Problem]:
     if problems := list(group_problems(shared, data)):
         yield from problems
         return
-    experts, sharing = config.strategy.expert_parallel, (shared or data) * config.strategy.context_parallel
+    tensor, context = config.strategy.tensor_parallel, config.strategy.context_parallel
+    experts, sharing = config.strategy.expert_parallel, (shared or data) * context * tensor
     if sharing % experts:
+        kinds = " x ".join(["data", *["context"] * (context > 1), *["tensor"] * (tensor > 1)])
         yield Problem(
             "strategy.expert_parallel",
-            f"expert_parallel={experts} does not divide the {sharing} data-parallel ranks"
+            f"expert_parallel={experts} does not divide the {sharing} {kinds}-parallel ranks"
             f"{' of a shard group' if shared else ''}",
             f"they share the experts among them, {experts} at a time; {sharing} = {sharing // experts} x {experts} + "
             f"{sharing % experts}",

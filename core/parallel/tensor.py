@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -26,8 +26,17 @@ from distui.core.sharding.transport.alike import check_alike
 _HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
-def cut_model(model: nn.Module, axes: Axes, start: Start, text: str, given: Mapping[str, str]) -> Cuts | None:
+def cut_model(
+    model: nn.Module,
+    axes: Axes,
+    start: Start,
+    text: str,
+    given: Mapping[str, str],
+    elsewhere: Collection[str] = (),
+) -> Cuts | None:
     """Cut `model` in place for this rank, by the user's plan (`text`, `given`) or one that is known.
+
+    What the plan says of modules and parameters in `elsewhere` is left out: they will be other ranks' own.
 
     Collective: all ranks, with the same model. Returns which parameters are cut; None where one rank has the batch.
 
@@ -40,7 +49,7 @@ def cut_model(model: nn.Module, axes: Axes, start: Start, text: str, given: Mapp
     refuse_trained(model)
     region = Region(group)
     cutting = Cutting(group, region, axes.index("tp"), axes.size("tp"))
-    plan = plan_of(model, text, given)
+    plan = {name: style for name, style in plan_of(model, text, given).items() if name not in elsewhere}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, style in plan.items():
         kind, _, number = style.partition(":")
@@ -65,7 +74,8 @@ def cut_model(model: nn.Module, axes: Axes, start: Start, text: str, given: Mapp
     cuts = Cuts(group)
     cuts.of = {number: cut for number, (_, _, cut) in cutting.cuts.items()}
     start.cut([param for _, param, _ in cutting.cuts.values()], cuts)
-    whole = [param for param in model.parameters() if id(param) not in cuts.of]
+    named = model.named_parameters()
+    whole = [param for name, param in named if id(param) not in cuts.of and name not in elsewhere]
     start.share([*whole, *model.buffers()], cuts)
     for _, param, _ in cutting.cuts.values():
         vars(param)[MARK] = True

@@ -99,7 +99,7 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
         else (rates.measured.origin if rates.measured and rates.baseline_bytes else "measured on another machine")
     )
     terms = [
-        Term("parameters of a rank's part (P)", P, "1", f"{model.source}; over TP x PP, experts over EP", "shapes"),
+        Term("parameters of a rank's part (P)", P, "1", f"{model.source}; of TP x PP, experts EP x PP", "shapes"),
         Term("parameters", memory.parameters, "bytes", f"c={c} x P{over(3)}{params_home}", ZERO),
         Term("gradients", memory.gradients, "bytes", f"g={g} x P{over(2)}{gradient_home}", ZERO),
         Term("optimizer_states", memory.optimizer_states, "bytes", f"o={o:g} x P{over(1)}{optimizer_home}", ZERO),

@@ -66,7 +66,7 @@ class Strategy:
 
     @property
     def world_size(self) -> int:
-        """All ranks; expert parallelism lives inside the data-parallel ones."""
+        """All ranks; expert parallelism lives inside those of a pipeline's stage."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
 
     @property
@@ -132,22 +132,30 @@ def bytes_per_parameter(dtype: str, reduce_dtype: str, optimizer: str) -> tuple[
 def local_parameters(
     model: ModelSpec, tensor_parallel: int, pipeline_parallel: int, expert_parallel: int = 1
 ) -> tuple[float, float, float]:
-    """Return P, B, R of the rank that holds most."""
+    """Return P, B, R of the rank that holds most: experts are over EP where that is more than 1, the rest over TP."""
     root, layers = model.root_parameters, model.num_layers
-    elsewhere = model.expert_parameters / layers * (1 - 1 / expert_parallel)
-    block = model.block_parameters - elsewhere
+    experts, over = model.expert_parameters / layers, expert_parallel if expert_parallel > 1 else tensor_parallel
+    block = (model.block_parameters - experts) / tensor_parallel + experts / over
     if pipeline_parallel > 1:
         layers = -(-layers // pipeline_parallel)
         # The first stage has the embeddings, the last one the output projection; tied ones are held by both.
         head = model.head_parameters or root
         root = max(model.embedding_parameters or head, head) + model.hidden_size
-    unit = max(block, model.largest_block_parameters - elsewhere)
+    unit = max(block, (model.largest_block_parameters - experts) / tensor_parallel + experts / over)
     if block < SMALL_UNIT_PARAMETERS:
         unit = block * min(layers, max(1, int(SMALL_UNIT_PARAMETERS // max(1, block))))
+    own_root = root / tensor_parallel
+    return layers * block + own_root, unit, own_root
+
+
+def shard_parameters(model: ModelSpec, strategy: Strategy) -> float:
+    """Return S, the part of a rank's parameters whose states are its own where states are shared.
+
+    An expert's are shared among the N x TP / EP ranks that hold it: the same share of all experts as of the rest.
+    """
+    experts = strategy.expert_parallel if strategy.num_shards == 1 else 1
     return (
-        (layers * block + root) / tensor_parallel,
-        unit / tensor_parallel,
-        root / tensor_parallel,
+        local_parameters(model, strategy.tensor_parallel, strategy.pipeline_parallel, experts)[0] / strategy.num_shards
     )
 
 
@@ -182,8 +190,7 @@ def footprint(model: ModelSpec, strategy: Strategy, device_kind: str, baseline_b
     tensor, pipeline = strategy.tensor_parallel, strategy.pipeline_parallel
     P, B, R = local_parameters(model, tensor, pipeline, strategy.expert_parallel)
     stage = strategy.zero_stage
-    # An expert's states are sharded over the N / EP ranks that hold that expert: the same 1/N of all of them.
-    S = local_parameters(model, tensor, pipeline)[0] / strategy.num_shards
+    S = shard_parameters(model, strategy)
     host = nvme = 0.0
     if strategy.backend == "native":
         parameters = c * (S if stage >= 3 else P)

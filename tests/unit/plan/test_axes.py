@@ -83,7 +83,13 @@ def test_expert_ranks_hold_a_part_of_the_experts_and_shards_stay_equal() -> None
             assert cut.parameters == alone.parameters, "an expert is sharded over the ranks that hold it"
         if stage >= 1:
             assert cut.optimizer_states == alone.optimizer_states
+    # Experts are over EP and the rest over TP; tensor-parallel ranks send a part of the tokens each.
+    both = footprint(model, replace(BASE, zero_stage=0, expert_parallel=8, tensor_parallel=2), "cuda")
+    rest = model.num_parameters - model.expert_parameters
+    assert both.parameters == pytest.approx(2 * (rest / 2 + model.expert_parameters / 8), rel=1e-6)
     timing = step_time(model, replace(BASE, expert_parallel=8), RATES)
+    halved = step_time(model, replace(BASE, expert_parallel=8, tensor_parallel=2), RATES)
+    assert timing.expert_s / 2 < halved.expert_s < timing.expert_s
     assert timing.expert_s > 0 and step_time(model, BASE, RATES).expert_s == 0
 
 
