@@ -74,7 +74,8 @@ class NativeBackend(NativeBeside, Backend):
                 if spreads:
                     from distui.core.parallel.experts.tokens import expert_names, spread_experts
                 experts = expert_names(model) if spreads else ()
-                cuts = cut_model(model, self.axes, start, strategy.tensor_plan, self.plan, experts)
+                along = strategy.sequence_parallel
+                cuts = cut_model(model, self.axes, start, strategy.tensor_plan, self.plan, experts, along)
                 if spreads:
                     cuts, exchange = spread_experts(model, self.axes, start, cuts)
                     self._exchanges.append(exchange)

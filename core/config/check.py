@@ -233,6 +233,18 @@ def tensor_problems(config: Config) -> Iterator[Problem]:
             "a plan says how parameters are cut over tensor-parallel ranks, and there is one",
             "set strategy.tensor_parallel to 2 or more, or leave strategy.tensor_plan empty",
         )
+    if config.strategy.sequence_parallel and (size == 1 or config.strategy.pipeline_parallel > 1):
+        stages = config.strategy.pipeline_parallel
+        yield Problem(
+            "strategy.sequence_parallel",
+            f"sequence_parallel=true with {'tensor_parallel=1' if size == 1 else f'pipeline_parallel={stages}'}",
+            "tensor-parallel ranks hold the same hidden state, and each would keep its part of the tokens"
+            if size == 1
+            else "what a stage hands on is whole in this version",
+            "set strategy.tensor_parallel to 2 or more, or strategy.sequence_parallel to false"
+            if size == 1
+            else "set strategy.sequence_parallel to false, or strategy.pipeline_parallel to 1",
+        )
     if config.strategy.gather_logits and (tile := config.activation_checkpointing.loss_tile):
         what, why = f"gather_logits=true with loss_tile={tile}", "in tiles, whole logits never exist"
         yield Problem("strategy.gather_logits", what, why, "leave out one of the two")

@@ -87,7 +87,9 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
     elements = activation_elements(model)
     cut = f" / CP={strategy.context_parallel}" if strategy.context_parallel > 1 else ""
     if strategy.tensor_parallel > 1:
-        layer = layer.replace("E", "(4h + (E - 4h) / TP)", 1) + f", TP={strategy.tensor_parallel}"
+        whole = "2h" if strategy.sequence_parallel else "4h"
+        layer = layer.replace("E", f"({whole} + (E - {whole}) / TP)", 1) + f", TP={strategy.tensor_parallel}"
+        layer = layer.replace("l x h", "l x h / TP") if strategy.sequence_parallel else layer
     framework = (
         "driver context 0.5 GiB" + (", NCCL 0.3 GiB" if strategy.world_size > 1 else "")
         if rates.device_kind == "cuda"

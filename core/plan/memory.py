@@ -60,6 +60,8 @@ class Strategy:
     pipeline_chunks: int = 2
     shard_size: int = 0
     """Data-parallel ranks that hold one copy of the states; 0 is all of them."""
+    sequence_parallel: bool = False
+    """Whether tensor-parallel ranks cut the hidden state outside of attention and feed-forward too."""
     mlp_tile: int = 0
     """Tokens that a feed-forward computes at a time; 0 is all."""
     loss_tile: int = 0
@@ -329,7 +331,8 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
     With full checkpointing a layer keeps its input (h) and one layer at a time is computed again; selective does so
     for every second layer. Logits: the logits, their log-softmax, and the gradient, 3cV a token (arXiv 2205.05198 has
     2..6 bytes a token and entry). Over TP ranks what lies inside attention and feed-forward, and the logits, are cut; a
-    layer's input and the ends of both norms (4h) are whole on every rank (arXiv 2205.05198, eq. 2). In tiles (arXiv
+    layer's input and the ends of both norms (4h) are whole on every rank (arXiv 2205.05198, eq. 2); cut along the
+    sequence, what attention and feed-forward are given (2h) still is, for it is kept joined. In tiles (arXiv
     2506.13996) a feed-forward keeps nothing inside, and has one tile at a time, as the logits have.
     """
     tokens = strategy.micro_size * model.sequence_length / strategy.context_parallel
@@ -340,9 +343,9 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
     mlp_tokens, loss_tokens = (min(tokens, tile or tokens) for tile in (strategy.mlp_tile, strategy.loss_tile))
     if mlp_tokens < tokens and model.num_experts == 1:
         elements = max(4 * model.hidden_size, elements - _inside_feed_forward(model))
-    whole = min(elements, 4 * h)
+    whole = min(elements, 2 * h if strategy.sequence_parallel else 4 * h)
     layer = c * tokens * (whole + (elements - whole) / tensor)
-    kept_input = c * tokens * h
+    kept_input = c * tokens * h / (tensor if strategy.sequence_parallel else 1)
     if strategy.activation_checkpointing == "full":
         stored = layers * kept_input + layer
     elif strategy.activation_checkpointing == "selective":
@@ -350,7 +353,7 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
         stored = (layers - again) * layer + again * kept_input + layer
     else:
         stored = layers * layer
-    ends = 3 * kept_input  # the embeddings' output, the last norm's input and output
+    ends = 3 * c * tokens * h  # the embeddings' output, the last norm's input and output
     logits = 3 * c * loss_tokens * model.vocab_size / tensor
     widest = 2 * (model.intermediate_size * model.experts_per_token + model.shared_intermediate_size)
     working = c * (mlp_tokens * widest / tensor + tokens * 2 * h)

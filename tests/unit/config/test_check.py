@@ -231,6 +231,15 @@ def test_what_does_not_go_with_a_pipeline_is_refused() -> None:
     assert not found_in(4, **interleaved, batch__accumulation="8", strategy__zero_stage="3")
 
 
+def test_the_sequence_is_cut_over_tensor_parallel_ranks_outside_of_pipelines() -> None:
+    assert not found_in(4, strategy__sequence_parallel="true", strategy__tensor_parallel="2")
+    (problem,) = found_in(4, strategy__sequence_parallel="true")
+    assert problem.what == "sequence_parallel=true with tensor_parallel=1"
+    pipeline = {"strategy__pipeline_parallel": "2", "batch__accumulation": "2", "strategy__tensor_parallel": "2"}
+    (problem,) = found_in(4, strategy__sequence_parallel="true", **pipeline)
+    assert problem.what == "sequence_parallel=true with pipeline_parallel=2"
+
+
 def test_what_does_not_go_with_experts_over_ranks_is_refused() -> None:
     given: dict[str, Any] = {
         "strategy__expert_parallel": "2",
