@@ -96,10 +96,10 @@ def test_data_ranks_of_a_pipeline_whose_batches_differ(run_ranks: RunRanks) -> N
         assert difference(found, alone) < TOLERANCE
 
 
-@pytest.mark.parametrize("strategy", [axes(2, tp=2), axes(4, tp=2)])
-def test_distui_moe_is_balanced_by_each_token_once(run_ranks: RunRanks, strategy: dict[str, int | str]) -> None:
+@pytest.mark.parametrize(("num_ranks", "experts"), [(2, 2), (4, 4)])
+def test_distui_moe_is_balanced_by_each_token_once(run_ranks: RunRanks, num_ranks: int, experts: int) -> None:
     (alone,) = run_ranks(beside.mixture, 1, ({}, 0))
-    for found in run_ranks(beside.mixture, 4, (strategy, 2)):
+    for found in run_ranks(beside.mixture, num_ranks, (axes(experts, tp=2), 2)):
         assert difference(found, alone) < TOLERANCE and found["loads"] == alone["loads"]
 
 
