@@ -138,6 +138,9 @@ def local_parameters(
     root, layers = model.root_parameters, model.num_layers
     experts, over = model.expert_parameters / layers, expert_parallel if expert_parallel > 1 else tensor_parallel
     block = (model.block_parameters - experts) / tensor_parallel + experts / over
+    if 0 < model.num_kv_heads < tensor_parallel:  # a rank has one head of keys and of values, which others have too
+        head = model.head_size or model.hidden_size // model.num_heads
+        block += 2 * model.hidden_size * head * (1 - model.num_kv_heads / tensor_parallel)
     if pipeline_parallel > 1:
         layers = -(-layers // pipeline_parallel)
         # The first stage has the embeddings, the last one the output projection; tied ones are held by both.
