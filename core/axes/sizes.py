@@ -1,4 +1,4 @@
-"""How the world is laid out: world = pp x dp x cp x tp, tp innermost; ep is folded into dp x cp. Torch-free.
+"""How the world is laid out: world = pp x dp x cp x tp, tp innermost; ep is folded into dp x cp x tp. Torch-free.
 
 dp x cp ranks average their gradients. They share states (ZeRO) all together, or in groups of neighbours, each of which
 holds one copy: then ranks at the same place in these are replicas of each other.
@@ -22,13 +22,18 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "average": ("dp", "cp"),
     "model": ("pp", "cp", "tp"),
     "pieces": ("pp", "tp"),
+    "stage": ("dp", "cp", "tp"),
 }
 """What each kind of group spans: `data` has different batches, `average` averages gradients, `model` shares a
-batch, and `pieces` divides the parameters."""
-FOLDED = ("shard", "replica", "ep", "expert_shard")
-"""Kinds that divide an averaging group: `shard` shares states, `replica` are copies of one share. Neighbours in a shard
-group, `ep`, have different experts, and ranks of it that are ep apart, `expert_shard`, the same ones."""
-KINDS = ("tp", "cp", "pp", "data", "shard", "average", "model", "pieces", "replica", "ep", "expert_shard")
+batch, `pieces` divides the parameters, and `stage` has the same blocks."""
+FOLDED = ("shard", "replica", "ep", "expert_shard", "expert_pieces")
+"""Kinds that divide an averaging group: `shard` shares states, `replica` are copies of one share. And those of experts:
+neighbours among a shard group's ranks and their tensor-parallel ones, `ep`, have different experts, ranks there that
+are ep apart, `expert_shard`, the same ones. `expert_pieces` has all experts of all stages, each once."""
+KINDS = (
+    *("tp", "cp", "pp", "data", "shard", "average", "model", "pieces", "stage", "replica"),
+    *("ep", "expert_shard", "expert_pieces"),
+)
 """All of them, in the order in which they are made."""
 
 
@@ -44,7 +49,7 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AxisSizes:
-    """The sizes of the axes: pp x dp x cp x tp is the number of ranks; replicas divide dp, and ep a shard group."""
+    """The sizes of the axes: pp x dp x cp x tp is the number of ranks; replicas divide dp, and ep what they leave."""
 
     pp: int = 1
     dp: int = 1
@@ -64,11 +69,9 @@ class AxisSizes:
         if world_size % (pp * cp * tp):
             raise ValueError(f"pp x cp x tp = {pp} x {cp} x {tp} does not divide {world_size} ranks")
         dp, ep = world_size // (pp * cp * tp), strategy.expert_parallel
-        if dp * cp % ep:
-            raise ValueError(f"ep = {ep} does not divide dp x cp = {dp} x {cp}")
         size = strategy.shard_size or dp
-        if dp % size or size * cp % ep:
-            raise ValueError(f"shard_size = {size} does not divide dp = {dp}, or ep = {ep} not {size} x cp = {cp}")
+        if dp % size or size * cp * tp % ep:
+            raise ValueError(f"shard_size = {size} does not divide dp = {dp}, or ep = {ep} not {size} x {cp} x {tp}")
         return cls(pp, dp, cp, tp, ep, dp // size)
 
     @property
@@ -114,8 +117,11 @@ class AxisSizes:
         """Return the ranks of the group of `kind` that `rank` is in, in order."""
         if kind not in FOLDED:
             return self.peers(rank, GROUPS[kind])
-        of_all = self.of_kind(rank, "average")
-        at, size = of_all.index(rank), self.sharing
+        if kind == "expert_pieces":
+            return sorted(other for mine in self.of_kind(rank, "ep") for other in self.peers(mine, ("pp",)))
+        of_experts = kind in ("ep", "expert_shard")
+        of_all = self.of_kind(rank, "stage" if of_experts else "average")
+        at, size = of_all.index(rank), self.sharing * (self.tp if of_experts else 1)
         if kind == "replica":
             return of_all[at % size :: size]
         sharing, at = of_all[at - at % size :][:size], at % size

@@ -70,12 +70,17 @@ class NativeBackend(NativeBeside, Backend):
                     from distui.core.parallel.pipelines.pipeline import pipelined
 
                     pipeline = pipelined(model, self.axes, strategy, self.num_micro, self.loss_of, self.loss_factor)
-                cuts = cut_model(model, self.axes, start, strategy.tensor_plan, self.plan)
-                if self.axes.size("ep") > 1:
-                    from distui.core.parallel.experts.tokens import spread_experts
-
-                    cuts, exchange = spread_experts(model, self.axes, start)
+                spreads = self.axes.size("ep") > 1
+                if spreads:
+                    from distui.core.parallel.experts.tokens import expert_names, spread_experts
+                experts = expert_names(model) if spreads else ()
+                along = strategy.sequence_parallel
+                cuts = cut_model(model, self.axes, start, strategy.tensor_plan, self.plan, experts, along)
+                if spreads:
+                    cuts, exchange = spread_experts(model, self.axes, start, cuts)
                     self._exchanges.append(exchange)
+                    if pipeline is not None:
+                        pipeline.alongside = self.axes["stage"]
                 if (group := self.axes["cp"]) is not None:
                     from distui.core.parallel.sequence import SequenceCut
 

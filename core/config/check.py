@@ -45,15 +45,6 @@ def check(config: Config, hardware: Hardware | None = None, world_size: int | No
     return problems
 
 
-def _not_available(path: str, value: object, now: str) -> Problem:
-    return Problem(
-        path,
-        f"{value} is not available in this version",
-        "it is part of the settings so that files stay valid, but no code stands behind it yet",
-        f"set {path} to {now}",
-    )
-
-
 def _notify(config: Config) -> Iterator[Problem]:
     webhook = urlsplit(config.notify.webhook)
     if config.notify.webhook and (webhook.scheme not in ("http", "https") or not webhook.hostname):
@@ -242,6 +233,18 @@ def tensor_problems(config: Config) -> Iterator[Problem]:
             "a plan says how parameters are cut over tensor-parallel ranks, and there is one",
             "set strategy.tensor_parallel to 2 or more, or leave strategy.tensor_plan empty",
         )
+    if config.strategy.sequence_parallel and (size == 1 or config.strategy.pipeline_parallel > 1):
+        stages = config.strategy.pipeline_parallel
+        yield Problem(
+            "strategy.sequence_parallel",
+            f"sequence_parallel=true with {'tensor_parallel=1' if size == 1 else f'pipeline_parallel={stages}'}",
+            "tensor-parallel ranks hold the same hidden state, and each would keep its part of the tokens"
+            if size == 1
+            else "what a stage hands on is whole in this version",
+            "set strategy.tensor_parallel to 2 or more, or strategy.sequence_parallel to false"
+            if size == 1
+            else "set strategy.sequence_parallel to false, or strategy.pipeline_parallel to 1",
+        )
     if config.strategy.gather_logits and (tile := config.activation_checkpointing.loss_tile):
         what, why = f"gather_logits=true with loss_tile={tile}", "in tiles, whole logits never exist"
         yield Problem("strategy.gather_logits", what, why, "leave out one of the two")
@@ -293,9 +296,6 @@ def expert_problems(config: Config) -> Iterator[Problem]:
     size = config.strategy.expert_parallel
     if size == 1 or config.strategy.backend != "native":  # refused with the backend
         return
-    for axis in ("tensor_parallel", "pipeline_parallel"):
-        if (other := getattr(config.strategy, axis)) > 1:
-            yield _not_available(f"strategy.{axis}", f"{axis}={other} with expert_parallel={size}", "1")
     keys = ("compression.gradients", "compression.weights", "optimizer.state_bits")
     why = "experts and what is whole are shared among different ranks; blocks with one scale are not, in this version"
     yield from _not_beside(config, "expert_parallel", keys, why)
@@ -322,11 +322,13 @@ def rank_problems(config: Config, world_size: int) -> Iterator[Problem]:
     if problems := list(group_problems(shared, data)):
         yield from problems
         return
-    experts, sharing = config.strategy.expert_parallel, (shared or data) * config.strategy.context_parallel
+    tensor, context = config.strategy.tensor_parallel, config.strategy.context_parallel
+    experts, sharing = config.strategy.expert_parallel, (shared or data) * context * tensor
     if sharing % experts:
+        kinds = " x ".join(["data", *["context"] * (context > 1), *["tensor"] * (tensor > 1)])
         yield Problem(
             "strategy.expert_parallel",
-            f"expert_parallel={experts} does not divide the {sharing} data-parallel ranks"
+            f"expert_parallel={experts} does not divide the {sharing} {kinds}-parallel ranks"
             f"{' of a shard group' if shared else ''}",
             f"they share the experts among them, {experts} at a time; {sharing} = {sharing // experts} x {experts} + "
             f"{sharing % experts}",

@@ -140,6 +140,10 @@ class StrategySection(Section):
     pipeline_chunks: PositiveInt = _field(
         2, "stages that each rank has under interleaved; the others have their own number"
     )
+    sequence_parallel: bool = _field(
+        False,
+        "tensor-parallel ranks also cut, along the sequence, the hidden state between attention and feed-forward",
+    )
     context_parallel: PositiveInt = _field(1, "ranks that share each sequence")
     context_method: Literal["auto", "ring", "ulysses"] = _field(
         "auto",

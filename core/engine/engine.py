@@ -354,7 +354,7 @@ class Engine(States, ProcessState):
             skipped=skipped,
         )
         self._unstepped = False
-        group, telemetry = self.backend.group, self.telemetry
+        group, telemetry = self.backend.group or self.data_group, self.telemetry
         self.expert_load.after_step(self._models, stepped, group, telemetry, self.clock.step, skipped)
         self.step_end.stepped()
         every = self.config.checkpoint.every_steps

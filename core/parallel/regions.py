@@ -49,41 +49,86 @@ class _SumForward(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Joins the ranks' pieces along the last dimension; every rank's gradient is of the whole, and the same."""
+    """Joins the ranks' pieces along a dimension; every rank's gradient is of the whole, and the same."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, total: int, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.total, ctx.group = total, group
-        return _gathered(x, total, group)
+    def forward(ctx: Any, x: torch.Tensor, total: int, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _gathered(x, total, group, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _Split.apply(grad, ctx.group), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _Split.apply(grad, ctx.group, ctx.dim), None, None, None
 
 
 class _Split(torch.autograd.Function):
-    """Takes this rank's piece of the last dimension."""
+    """Takes this rank's piece of a dimension."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group, ctx.total = group, x.shape[-1]
-        low, high = part_of(x.shape[-1], dist.get_world_size(group), dist.get_rank(group))
-        return x[..., low:high].contiguous()
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
+        ctx.group, ctx.dim, ctx.total = group, dim, x.shape[dim]
+        low, high = part_of(x.shape[dim], dist.get_world_size(group), dist.get_rank(group))
+        return x.narrow(dim, low, high - low).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _Gather.apply(grad, ctx.total, ctx.group), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _Gather.apply(grad, ctx.total, ctx.group, ctx.dim), None, None
 
 
-def _gathered(x: torch.Tensor, total: int, group: dist.ProcessGroup) -> torch.Tensor:
-    num_ranks = dist.get_world_size(group)
+class _GatherSummed(torch.autograd.Function):
+    """Joins the ranks' pieces along a dimension; every rank's gradient is a part of a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, total: int, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _gathered(x, total, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _SumSplit.apply(grad, ctx.group, ctx.dim), None, None, None
+
+
+class _SumSplit(torch.autograd.Function):
+    """Sums over the ranks, of which each gets its piece of a dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
+        ctx.group, ctx.dim, ctx.total = group, dim, x.shape[dim]
+        return _summed_piece(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _GatherSummed.apply(grad, ctx.total, ctx.group, ctx.dim), None, None
+
+
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
+
+
+def _summed_piece(x: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
+    num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    places = [part_of(x.shape[dim], num_ranks, other) for other in range(num_ranks)]
+    rows = x.movedim(dim, 0)
+    most = max(high - low for low, high in places)
+    sent = rows.new_zeros(num_ranks, most, *rows.shape[1:])  # collectives want one size
+    for other, (low, high) in enumerate(places):
+        sent[other, : high - low] = rows[low:high]
+    sent = sent.to(ops.device_over(sent.device, group))
+    found = torch.empty_like(sent[0])
+    _reduce_scatter(found, sent.view(num_ranks * most, *rows.shape[1:]), group=group)
+    low, high = places[rank]
+    return found[: high - low].to(x.device).movedim(0, dim).contiguous()
+
+
+def _gathered(x: torch.Tensor, total: int, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
+    num_ranks, shape = dist.get_world_size(group), list(x.shape)
     sizes = [high - low for low, high in (part_of(total, num_ranks, rank) for rank in range(num_ranks))]
-    own = x.new_zeros(*x.shape[:-1], max(sizes))  # collectives want one size
-    own[..., : x.shape[-1]] = x
+    shape[dim] = max(sizes)  # collectives want one size
+    own = x.new_zeros(shape)
+    own.narrow(dim, 0, x.shape[dim]).copy_(x)
     travelling = own.to(ops.device_over(own.device, group))
     parts = [torch.empty_like(travelling) for _ in sizes]
     dist.all_gather(parts, travelling, group=group)
-    return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1).to(x.device)
+    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim).to(x.device)
 
 
 @torch.compiler.disable
@@ -96,14 +141,54 @@ def sum_of_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 @torch.compiler.disable
 def gather_last(x: torch.Tensor, total: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Return the ranks' pieces joined along the last dimension, `total` long. Collective."""
-    found: torch.Tensor = _Gather.apply(x, total, group)
+    found: torch.Tensor = _Gather.apply(x, total, group, -1)
     return found
 
 
 @torch.compiler.disable
 def split_last(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Return this rank's piece of the last dimension. Collective in backward."""
-    found: torch.Tensor = _Split.apply(x, group)
+    found: torch.Tensor = _Split.apply(x, group, -1)
+    return found
+
+
+def gather_rows(x: torch.Tensor, total: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return the ranks' rows behind each other, `total` of them. Collective."""
+    found: torch.Tensor = _Gather.apply(x, total, group, 0)
+    return found
+
+
+def split_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return this rank's part of the rows. Collective in backward."""
+    found: torch.Tensor = _Split.apply(x, group, 0)
+    return found
+
+
+@torch.compiler.disable
+def split_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return this rank's part of the tokens of what is whole. Shapes: [B, T, D] gives [B, T/P, D]."""
+    found: torch.Tensor = _Split.apply(x, group, 1)
+    return found
+
+
+@torch.compiler.disable
+def gather_tokens(x: torch.Tensor, total: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return the whole of the ranks' parts of the tokens, `total` of them. Collective."""
+    found: torch.Tensor = _Gather.apply(x, total, group, 1)
+    return found
+
+
+@torch.compiler.disable
+def gather_summed(x: torch.Tensor, total: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """The same for cut modules, whose gradients are summed. Collective, in backward too."""
+    found: torch.Tensor = _GatherSummed.apply(x, total, group, 1)
+    return found
+
+
+@torch.compiler.disable
+def sum_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return this rank's part of the tokens of the sum over the ranks. Collective, in backward too."""
+    found: torch.Tensor = _SumSplit.apply(x, group, 1)
     return found
 
 
@@ -158,6 +243,18 @@ class Region:
         if id(module) not in self._watched:
             self._watched.add(id(module))
             module.register_forward_hook(Hook(after), always_call=True)
+
+    @torch.compiler.disable
+    def fork(self, device: torch.device) -> None:
+        """Open a region in which nothing is handed: what is computed in it has other tokens on each rank.
+
+        In a recomputation, which gives the generators back what they were, until its end.
+        """
+        is_again = torch._C._current_graph_task_id() != -1
+        self._open("" if is_again else "stream", device)
+        if is_again:
+            self._name = None
+            self._before.clear()
 
     def _open(self, name: str, device: torch.device) -> None:
         seed = int(torch.randint(2**62, ()).item()) ^ (self.index * 0x9E3779B97F4A7C15 & (2**62 - 1))

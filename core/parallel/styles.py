@@ -19,7 +19,7 @@ from torch import nn
 from distui.core.axes.cut import Cut, part_of
 from distui.core.errors import UserError
 from distui.core.parallel.head_loss import Later, head_loss_of
-from distui.core.parallel.regions import Region, gather_last, split_last, sum_of_all
+from distui.core.parallel.regions import Region, gather_last, split_last, sum_of_all, sum_tokens
 from distui.core.sharding.hooks import Hook
 
 
@@ -78,6 +78,8 @@ class Rule:
     """What lies between `f` and `g`: modules of one parent that are given the same share a sum of gradients."""
     num_heads: int = 0
     """Into how many heads the output features fall, where they do."""
+    in_parts: bool = False
+    """Whether the tokens are cut in front of and behind what it is in, which joins them and cuts the sum."""
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -136,7 +138,8 @@ def _after(module: nn.Module, act: Callable[[Any], Any]) -> None:
 def colwise(cutting: Cutting, module: nn.Module, name: str, rule: Rule) -> None:
     """Cut the output features; the output stays cut."""
     _columns(cutting, module, name, rule)
-    _begins(cutting, module, rule.region)
+    if not rule.in_parts:
+        _begins(cutting, module, rule.region)
 
 
 def colwise_gather_output(cutting: Cutting, module: nn.Module, name: str, rule: Rule) -> None:
@@ -168,9 +171,9 @@ def rowwise(cutting: Cutting, module: nn.Module, name: str, rule: Rule) -> None:
         if splits:
             x = split_last(x, cutting.group)
         partial = F.linear(x, self.weight.t() if transposed else self.weight)
-        if not splits:
+        if not splits and not rule.in_parts:
             cutting.region.end()
-        total = sum_of_all(partial, cutting.group)
+        total = sum_tokens(partial, cutting.group) if rule.in_parts else sum_of_all(partial, cutting.group)
         return total if self.bias is None else total + self.bias.to(total.dtype)
 
     module.forward = types.MethodType(forward, module)

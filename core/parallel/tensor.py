@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from distui.core.parallel.attention import cut_attention
 from distui.core.parallel.batches import LOOKED_AT, compare_batch
 from distui.core.parallel.plans import plan_of
 from distui.core.parallel.regions import Region
+from distui.core.parallel.stream import Stream
 from distui.core.parallel.styles import STYLES, Cutting, Rule, divide, divisors, parameter
 from distui.core.sharding.cuts import MARK, Cuts
 from distui.core.sharding.hooks import Hook
@@ -26,8 +27,19 @@ from distui.core.sharding.transport.alike import check_alike
 _HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
-def cut_model(model: nn.Module, axes: Axes, start: Start, text: str, given: Mapping[str, str]) -> Cuts | None:
+def cut_model(
+    model: nn.Module,
+    axes: Axes,
+    start: Start,
+    text: str,
+    given: Mapping[str, str],
+    elsewhere: Collection[str] = (),
+    along_sequence: bool = False,
+) -> Cuts | None:
     """Cut `model` in place for this rank, by the user's plan (`text`, `given`) or one that is known.
+
+    What the plan says of modules and parameters in `elsewhere` is left out: they will be other ranks' own. With
+    `along_sequence` the hidden state is cut along the sequence outside of attention and feed-forward.
 
     Collective: all ranks, with the same model. Returns which parameters are cut; None where one rank has the batch.
 
@@ -40,8 +52,9 @@ def cut_model(model: nn.Module, axes: Axes, start: Start, text: str, given: Mapp
     refuse_trained(model)
     region = Region(group)
     cutting = Cutting(group, region, axes.index("tp"), axes.size("tp"))
-    plan = plan_of(model, text, given)
+    plan = {name: style for name, style in plan_of(model, text, given).items() if name not in elsewhere}
     modules = dict(model.named_modules(remove_duplicate=False))
+    stream = Stream(model, plan, elsewhere, cutting.num_ranks) if along_sequence else None
     for name, style in plan.items():
         kind, _, number = style.partition(":")
         outer, _, own = name.rpartition(".")
@@ -53,19 +66,23 @@ def cut_model(model: nn.Module, axes: Axes, start: Start, text: str, given: Mapp
             cut_attention(cutting, attention, name)
         elif name in modules:
             packed = int(number) if number else 2 if kind == "packed_colwise" else 1
-            rule = Rule(kind, packed, outer, _num_heads(cutting, modules, plan, name) if packed == 1 else 0)
+            num_heads = _num_heads(cutting, modules, plan, name) if packed == 1 else 0
+            rule = Rule(kind, packed, outer, num_heads, stream is not None and stream.insides.get(outer, False))
             STYLES[kind](cutting, modules[name], name, rule)
             region.ends_with(_called_around(modules, outer))
         else:
             parameter(cutting, modules[outer], own, name, Rule(kind, int(number or 1 + kind.startswith("packed"))))
     _cut_ties(cutting, modules)
+    if stream is not None:
+        stream.install(cutting)
     for module in modules.values():
         if isinstance(module, nn.TransformerEncoder):
             module.enable_nested_tensor = module.use_nested_tensor = False  # its layers take plain tensors
     cuts = Cuts(group)
     cuts.of = {number: cut for number, (_, _, cut) in cutting.cuts.items()}
     start.cut([param for _, param, _ in cutting.cuts.values()], cuts)
-    whole = [param for param in model.parameters() if id(param) not in cuts.of]
+    named = model.named_parameters()
+    whole = [param for name, param in named if id(param) not in cuts.of and name not in elsewhere]
     start.share([*whole, *model.buffers()], cuts)
     for _, param, _ in cutting.cuts.values():
         vars(param)[MARK] = True

@@ -87,7 +87,9 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
     elements = activation_elements(model)
     cut = f" / CP={strategy.context_parallel}" if strategy.context_parallel > 1 else ""
     if strategy.tensor_parallel > 1:
-        layer = layer.replace("E", "(4h + (E - 4h) / TP)", 1) + f", TP={strategy.tensor_parallel}"
+        whole = "2h" if strategy.sequence_parallel else "4h"
+        layer = layer.replace("E", f"({whole} + (E - {whole}) / TP)", 1) + f", TP={strategy.tensor_parallel}"
+        layer = layer.replace("l x h", "l x h / TP") if strategy.sequence_parallel else layer
     framework = (
         "driver context 0.5 GiB" + (", NCCL 0.3 GiB" if strategy.world_size > 1 else "")
         if rates.device_kind == "cuda"
@@ -99,7 +101,7 @@ def _memory(model: ModelSpec, strategy: Strategy, memory: Footprint, rates: Rate
         else (rates.measured.origin if rates.measured and rates.baseline_bytes else "measured on another machine")
     )
     terms = [
-        Term("parameters of a rank's part (P)", P, "1", f"{model.source}; over TP x PP, experts over EP", "shapes"),
+        Term("parameters of a rank's part (P)", P, "1", f"{model.source}; of TP x PP, experts EP x PP", "shapes"),
         Term("parameters", memory.parameters, "bytes", f"c={c} x P{over(3)}{params_home}", ZERO),
         Term("gradients", memory.gradients, "bytes", f"g={g} x P{over(2)}{gradient_home}", ZERO),
         Term("optimizer_states", memory.optimizer_states, "bytes", f"o={o:g} x P{over(1)}{optimizer_home}", ZERO),

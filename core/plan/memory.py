@@ -60,13 +60,15 @@ class Strategy:
     pipeline_chunks: int = 2
     shard_size: int = 0
     """Data-parallel ranks that hold one copy of the states; 0 is all of them."""
+    sequence_parallel: bool = False
+    """Whether tensor-parallel ranks cut the hidden state outside of attention and feed-forward too."""
     mlp_tile: int = 0
     """Tokens that a feed-forward computes at a time; 0 is all."""
     loss_tile: int = 0
 
     @property
     def world_size(self) -> int:
-        """All ranks; expert parallelism lives inside the data-parallel ones."""
+        """All ranks; expert parallelism lives inside those of a pipeline's stage."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
 
     @property
@@ -132,22 +134,33 @@ def bytes_per_parameter(dtype: str, reduce_dtype: str, optimizer: str) -> tuple[
 def local_parameters(
     model: ModelSpec, tensor_parallel: int, pipeline_parallel: int, expert_parallel: int = 1
 ) -> tuple[float, float, float]:
-    """Return P, B, R of the rank that holds most."""
+    """Return P, B, R of the rank that holds most: experts are over EP where that is more than 1, the rest over TP."""
     root, layers = model.root_parameters, model.num_layers
-    elsewhere = model.expert_parameters / layers * (1 - 1 / expert_parallel)
-    block = model.block_parameters - elsewhere
+    experts, over = model.expert_parameters / layers, expert_parallel if expert_parallel > 1 else tensor_parallel
+    block = (model.block_parameters - experts) / tensor_parallel + experts / over
+    if 0 < model.num_kv_heads < tensor_parallel:  # a rank has one head of keys and of values, which others have too
+        head = model.head_size or model.hidden_size // model.num_heads
+        block += 2 * model.hidden_size * head * (1 - model.num_kv_heads / tensor_parallel)
     if pipeline_parallel > 1:
         layers = -(-layers // pipeline_parallel)
         # The first stage has the embeddings, the last one the output projection; tied ones are held by both.
         head = model.head_parameters or root
         root = max(model.embedding_parameters or head, head) + model.hidden_size
-    unit = max(block, model.largest_block_parameters - elsewhere)
+    unit = max(block, (model.largest_block_parameters - experts) / tensor_parallel + experts / over)
     if block < SMALL_UNIT_PARAMETERS:
         unit = block * min(layers, max(1, int(SMALL_UNIT_PARAMETERS // max(1, block))))
+    own_root = root / tensor_parallel
+    return layers * block + own_root, unit, own_root
+
+
+def shard_parameters(model: ModelSpec, strategy: Strategy) -> float:
+    """Return S, the part of a rank's parameters whose states are its own where states are shared.
+
+    An expert's are shared among the N x TP / EP ranks that hold it: the same share of all experts as of the rest.
+    """
+    experts = strategy.expert_parallel if strategy.num_shards == 1 else 1
     return (
-        (layers * block + root) / tensor_parallel,
-        unit / tensor_parallel,
-        root / tensor_parallel,
+        local_parameters(model, strategy.tensor_parallel, strategy.pipeline_parallel, experts)[0] / strategy.num_shards
     )
 
 
@@ -182,8 +195,7 @@ def footprint(model: ModelSpec, strategy: Strategy, device_kind: str, baseline_b
     tensor, pipeline = strategy.tensor_parallel, strategy.pipeline_parallel
     P, B, R = local_parameters(model, tensor, pipeline, strategy.expert_parallel)
     stage = strategy.zero_stage
-    # An expert's states are sharded over the N / EP ranks that hold that expert: the same 1/N of all of them.
-    S = local_parameters(model, tensor, pipeline)[0] / strategy.num_shards
+    S = shard_parameters(model, strategy)
     host = nvme = 0.0
     if strategy.backend == "native":
         parameters = c * (S if stage >= 3 else P)
@@ -322,7 +334,8 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
     With full checkpointing a layer keeps its input (h) and one layer at a time is computed again; selective does so
     for every second layer. Logits: the logits, their log-softmax, and the gradient, 3cV a token (arXiv 2205.05198 has
     2..6 bytes a token and entry). Over TP ranks what lies inside attention and feed-forward, and the logits, are cut; a
-    layer's input and the ends of both norms (4h) are whole on every rank (arXiv 2205.05198, eq. 2). In tiles (arXiv
+    layer's input and the ends of both norms (4h) are whole on every rank (arXiv 2205.05198, eq. 2); cut along the
+    sequence, what attention and feed-forward are given (2h) still is, for it is kept joined. In tiles (arXiv
     2506.13996) a feed-forward keeps nothing inside, and has one tile at a time, as the logits have.
     """
     tokens = strategy.micro_size * model.sequence_length / strategy.context_parallel
@@ -333,9 +346,9 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
     mlp_tokens, loss_tokens = (min(tokens, tile or tokens) for tile in (strategy.mlp_tile, strategy.loss_tile))
     if mlp_tokens < tokens and model.num_experts == 1:
         elements = max(4 * model.hidden_size, elements - _inside_feed_forward(model))
-    whole = min(elements, 4 * h)
+    whole = min(elements, 2 * h if strategy.sequence_parallel else 4 * h)
     layer = c * tokens * (whole + (elements - whole) / tensor)
-    kept_input = c * tokens * h
+    kept_input = c * tokens * h / (tensor if strategy.sequence_parallel else 1)
     if strategy.activation_checkpointing == "full":
         stored = layers * kept_input + layer
     elif strategy.activation_checkpointing == "selective":
@@ -343,7 +356,7 @@ def activation_bytes(model: ModelSpec, strategy: Strategy, c: int) -> tuple[floa
         stored = (layers - again) * layer + again * kept_input + layer
     else:
         stored = layers * layer
-    ends = 3 * kept_input  # the embeddings' output, the last norm's input and output
+    ends = 3 * c * tokens * h  # the embeddings' output, the last norm's input and output
     logits = 3 * c * loss_tokens * model.vocab_size / tensor
     widest = 2 * (model.intermediate_size * model.experts_per_token + model.shared_intermediate_size)
     working = c * (mlp_tokens * widest / tensor + tokens * 2 * h)

@@ -41,6 +41,7 @@ def strategy_of(config: Config, world_size: int) -> tuple[Strategy, bool]:
         expert_parallel=axes.expert_parallel,
         compression=config.compression.gradients,
         backend=axes.backend,
+        sequence_parallel=axes.sequence_parallel,
         pipeline_schedule=axes.pipeline_schedule,
         pipeline_chunks=axes.pipeline_chunks,
         mlp_tile=config.activation_checkpointing.mlp_tile,

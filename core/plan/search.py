@@ -145,8 +145,9 @@ def strategies(request: Request) -> Iterator[Strategy]:
             at_home = optimizer_home == params_home == "none"
             if not at_home and request.optimizer.endswith(EIGHT_BIT):
                 continue  # what is offloaded is stepped in 32 bits
+            expert_sizes = _expert_sizes(request, data * context * tensor)
             for expert, backend, compression, mode in itertools.product(
-                _expert_sizes(request, data), request.backends, request.compressions, ("none", "selective", "full")
+                expert_sizes, request.backends, request.compressions, ("none", "selective", "full")
             ):
                 plain = at_home and tensor * pipeline * context * expert == 1
                 if not _goes_together(request, stage, backend, compression, data * context, plain):
@@ -180,9 +181,10 @@ def _group_in_a_node(request: Request, strategy: Strategy) -> int:
     What the network between nodes then carries is a share of the gradients alone.
     """
     data, experts = strategy.data_parallel, strategy.expert_parallel
-    size = request.ranks_per_node // (strategy.tensor_parallel * strategy.context_parallel)
+    cut = strategy.tensor_parallel * strategy.context_parallel
+    size = request.ranks_per_node // cut
     shares = strategy.backend == "native" and strategy.zero_stage >= 1 and size * strategy.context_parallel > 1
-    if not shares or not 0 < size < data or data % size or size * strategy.context_parallel % experts:
+    if not shares or not 0 < size < data or data % size or size * cut % experts:
         return 0
     return size
 
@@ -202,12 +204,12 @@ def _goes_together(request: Request, stage: int, backend: str, compression: str,
     return plain and num_shards > 1 and (compression != "onebit" or onebit)
 
 
-def _expert_sizes(request: Request, data: int) -> list[int]:
-    """Return the sizes of expert parallelism: inside the data-parallel ranks, whole experts on each."""
+def _expert_sizes(request: Request, ranks: int) -> list[int]:
+    """Return the sizes of expert parallelism: inside the `ranks` of a stage, whole experts on each."""
     experts = request.model.num_experts
     if experts == 1 or request.hardware.device_kind == "cpu":
         return [1]
-    return [size for size in (1 << power for power in range(8)) if experts % size == 0 and data % size == 0]
+    return [size for size in (1 << power for power in range(8)) if experts % size == 0 and ranks % size == 0]
 
 
 def _model_parallel(request: Request) -> Iterator[tuple[int, int, int]]:

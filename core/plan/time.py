@@ -16,6 +16,7 @@ from distui.core.plan.memory import (
     bytes_per_parameter,
     local_parameters,
     pipeline_course,
+    shard_parameters,
     wire_bytes,
 )
 from distui.core.plan.rates import Rates, efficiency, link, missing_link
@@ -86,7 +87,7 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
     c, g, o = bytes_per_parameter(strategy.dtype, strategy.reduce_dtype, strategy.optimizer)
     tensor, pipeline = strategy.tensor_parallel, strategy.pipeline_parallel
     P, _, R = local_parameters(model, tensor, pipeline, strategy.expert_parallel)
-    S = local_parameters(model, tensor, pipeline)[0] / strategy.num_shards
+    S = shard_parameters(model, strategy)
     N, m, stage = strategy.num_shards, strategy.accumulation, strategy.zero_stage
     tokens = strategy.micro_size * model.sequence_length / strategy.context_parallel
     layers = -(-model.num_layers // pipeline)
@@ -146,7 +147,9 @@ def step_time(model: ModelSpec, strategy: Strategy, rates: Rates) -> Timing:
             missing.append(missing_link(rates, tensor > rates.ranks_per_node))
         else:
             volume = 2 * (tensor - 1) / tensor * c * tokens * model.hidden_size / beta + 2 * alpha
-            tensor_s += m * layers * (4 + 2 * recomputed) * volume
+            # Around attention and around the feed-forward; experts over ranks take half a sum, a gather, for one.
+            sums = 2.0 if strategy.expert_parallel == 1 else 1.5 + (model.shared_intermediate_size > 0)
+            tensor_s += m * layers * (2 + recomputed) * sums * volume
     if pipeline > 1:
         beta, alpha = link(rates, 2, max(1, strategy.world_size // pipeline))
         if beta is None:
@@ -275,18 +278,18 @@ def _experts(
 ) -> float:
     """Return seconds a micro-batch of sending tokens to their experts and back, in forward and in backward.
 
-    Two all-to-alls a layer and direction; nothing hides them. Source: GShard, arXiv 2006.16668, section 3.2.
+    Two all-to-alls a layer and direction; nothing hides them. Tensor-parallel ranks, which have the same tokens, send a
+    part of them each. Source: GShard, arXiv 2006.16668, section 3.2.
     """
     ranks = strategy.expert_parallel
     if ranks == 1:
         return 0.0
-    span = strategy.tensor_parallel * strategy.context_parallel
-    beta, alpha = link(rates, ranks, span)
+    beta, alpha = link(rates, ranks, 1)
     if beta is None:
-        missing.append(missing_link(rates, ranks * span > rates.ranks_per_node))
+        missing.append(missing_link(rates, ranks > rates.ranks_per_node))
         return 0.0
     c = 4 if strategy.dtype == "fp32" else 2
-    volume = c * tokens * model.experts_per_token * model.hidden_size * (ranks - 1) / ranks
+    volume = c * tokens / strategy.tensor_parallel * model.experts_per_token * model.hidden_size * (ranks - 1) / ranks
     return layers * (4 + 2 * recomputed) * (volume / beta + alpha)
 
 

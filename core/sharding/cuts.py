@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,15 +22,40 @@ MARK = "_distui_cut"
 """What a parameter has in its `__dict__` that is but a piece, for as long as it lives."""
 
 
+@dataclass(slots=True)
+class ExpertCuts:
+    """Experts are over other ranks than what else is cut, and their states are shared among others."""
+
+    held: frozenset[int]
+    """The experts' parameters, by identity."""
+    group: dist.ProcessGroup
+    """The ranks that have all of them together, each once."""
+    copies: dist.ProcessGroup | None
+    """The ranks that hold the same pieces, and share their states; None where that is this rank alone."""
+    stage: dist.ProcessGroup
+    """All ranks that hold some of the same layers' experts: each sees gradients of the same parameters."""
+    refusal: Refusal
+    """Why nobody but their own module reads them: whoever does would not notice."""
+
+
 class Cuts:
     """The cut parameters of one model by identity; what is not among them every rank of the group holds whole."""
 
     def __init__(
-        self, group: dist.ProcessGroup, kind: str = "tensor-parallel ranks", setting: tuple[str, int] | None = None
+        self,
+        group: dist.ProcessGroup | None,
+        kind: str = "tensor-parallel ranks",
+        setting: tuple[str, int] | None = None,
+        num_ranks: int = 1,
     ) -> None:
-        """`group` are the ranks over which parameters are cut, `kind` and `setting` what errors call them."""
+        """`group` are the ranks over which parameters are cut, `kind` and `setting` what errors call them.
+
+        None where nothing but experts is, over `num_ranks`.
+        """
         self.group, self.kind = group, kind
-        self.index, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.index, self.num_ranks = 0, num_ranks
+        if group is not None:
+            self.index, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.setting, self.size = setting or ("tensor_parallel", self.num_ranks)
         self.of: dict[int, Cut] = {}
         self.elsewhere: set[int] = set()
@@ -38,19 +64,31 @@ class Cuts:
         """In a pipeline of tensor-parallel ranks: what these alone have cut."""
         self.shared: dict[int, str] = {}
         """Whole parameters that other stages of a pipeline hold as well, by identity, and which stages these are."""
-        self.are_experts = False
-        """Whether the ranks are data-parallel: they share the states of what is whole, and each batch is another."""
-        self.copies: dist.ProcessGroup | None = None
-        """Experts: the ranks that hold the same pieces, and share their states; None where that is this rank alone."""
+        self.experts: ExpertCuts | None = None
+        """Where experts are over ranks."""
         self.refusal: Refusal | None = None
-        """Why nobody but its own module reads what is not whole here: where whoever does would not notice."""
+        """Why nobody reads what is elsewhere."""
 
-    def watching(self, model: nn.Module) -> AbstractContextManager[None]:
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
         """Watch what is elsewhere, and experts, from here on; inside, where units are made, the engine reads them."""
-        if self.refusal is None:
-            return nullcontext()
-        held = [param for param in model.parameters() if self.is_expert(param) or id(param) in self.elsewhere]
-        return watching(held, self.refusal)
+        params = list(model.parameters())
+        with ExitStack() as watched:
+            if self.refusal is not None:
+                away = [param for param in params if id(param) in self.elsewhere]
+                watched.enter_context(watching(away, self.refusal))
+            if self.experts is not None:
+                here = [param for param in params if self.is_expert(param) and id(param) not in self.elsewhere]
+                watched.enter_context(watching(here, self.experts.refusal))
+            yield
+
+    def lifted(self) -> AbstractContextManager[Any]:
+        """Let whoever is inside read what nobody else may."""
+        stack = ExitStack()
+        for refusal in (self.refusal, self.experts.refusal if self.experts is not None else None):
+            if refusal is not None:
+                stack.enter_context(refusal.lifted())
+        return stack
 
     def get(self, param: torch.Tensor) -> Cut | None:
         """Return how `param` is cut; None of one that is whole."""
@@ -59,16 +97,25 @@ class Cuts:
     def counts(self, param: torch.Tensor) -> bool:
         """Tell whether this rank, of all that hold the same, counts it in a norm and writes it to a file."""
         cut = self.of.get(id(param))
-        return self.are_experts or self.index == 0 if cut is None else cut.is_owner
+        return self.index == 0 if cut is None else cut.is_owner
 
     def is_expert(self, param: torch.Tensor) -> bool:
         """Tell whether the states of `param` are shared among others than those of what is whole."""
-        return self.are_experts and id(param) in self.of
+        return self.experts is not None and id(param) in self.experts.held
 
     def assemble(self, param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-        """Return the whole of what every rank has its piece of, which lies as `param` does. Collective: the group."""
+        """Return the whole of what every rank has its piece of, which lies as `param` does.
+
+        Collective: those who have the pieces.
+        """
         cut = self.of.get(id(param))
-        return local if cut is None else assemble(local, cut, self.group)
+        if cut is None:
+            return local
+        group = self.group
+        if self.experts is not None and self.is_expert(param):
+            group = self.experts.group
+        assert group is not None
+        return assemble(local, cut, group)
 
     def take(self, param: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         """Return this rank's piece of `whole`, which lies as `param` does; what has another shape stays as it is."""
@@ -109,13 +156,14 @@ class Cuts:
 
     def refuse(self, params: Iterable[torch.Tensor], what: str, why: str, fix: str) -> None:
         """Raise UserError where one of `params` is cut."""
-        cut = next((self.of[id(param)] for param in params if id(param) in self.of), None)
-        if cut is not None:
+        param = next((param for param in params if id(param) in self.of), None)
+        if param is not None:
+            cut = self.of[id(param)]
             size = "x".join(map(str, cut.local_shape))
+            over = "ranks that share the experts" if self.is_expert(param) else f"{self.num_ranks} {self.kind}"
             raise UserError(
                 what,
-                f"a rank has {size} of a parameter of {'x'.join(map(str, cut.shape))}, cut over {self.num_ranks} "
-                f"{self.kind}; {why}",
+                f"a rank has {size} of a parameter of {'x'.join(map(str, cut.shape))}, cut over {over}; {why}",
                 fix,
             )
 
@@ -125,8 +173,7 @@ def reads_all(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def reading(self: Any, *args: Any, **kwargs: Any) -> Any:
-        refusal = self.cuts.refusal if self.cuts is not None else None
-        with refusal.lifted() if refusal is not None else nullcontext():
+        with self.cuts.lifted() if self.cuts is not None else nullcontext():
             return method(self, *args, **kwargs)
 
     return reading

@@ -14,7 +14,7 @@ from torch import nn
 
 from distui.core.axes.groups import beside
 from distui.core.errors import UserError
-from distui.core.sharding.cuts import Cuts, reads_all
+from distui.core.sharding.cuts import Cuts, ExpertCuts, reads_all
 from distui.core.sharding.homes.homes import Homes, Offload, agreed, open_homes
 from distui.core.sharding.hooks import ClearingGradients, Hook
 from distui.core.sharding.optim.optim import ShardedOptimizer
@@ -97,24 +97,24 @@ class ShardedModel(WholeStates):
         self.replicas: Replicas | None = None
         if self.transport is not None and self._across is not None:
             self.replicas = Replicas(self._across)
-        experts = cuts is not None and cuts.are_experts
+        experts = cuts.experts if cuts is not None else None
         self._of_experts = self.placement, self.transport, self.gathers
-        if experts:
-            self._of_experts = self._share_of_experts(device, copies)
+        if experts is not None:
+            self._of_experts = self._share_of_experts(experts, device, copies)
         """How the states of experts that are cut over the ranks are shared, and over what."""
         self.frozen: list[tuple[str, nn.Parameter]] = []
         """Stages 0 to 2: parameters that are in no unit, because they were frozen when the model was prepared."""
         with cuts.watching(model) if cuts is not None else nullcontext():
             groups = self._build_units(start, optimizer_of)
         agreement = None
-        if self._group is not None:
-            agreement = Agreement(self._group, "data_parallel_agreement", self.pool)
+        if (agreeing := self._group if experts is None else experts.stage) is not None:
+            agreement = Agreement(agreeing, "data_parallel_agreement", self.pool)
         # Whole units' momenta travel under onebit, so what has no gradient counts as zero.
         zero_missing = zero_missing or (compression is not None and compression.gradients == "onebit")
         self.schedule = Schedule(model, groups, self.placement.effective_stage, agreement, zero_missing)
         self.schedule.before_gradients = self._settle_clipping
         self.schedule.before_look = self._settle_factors
-        self.schedule.waits_late = experts and device.type == "cpu"
+        self.schedule.waits_late = experts is not None and device.type == "cpu"
         self.optimizers: list[ShardedOptimizer] = []
         self._replacing = False
         """A state_dict is being taken whose parameters are replaced afterwards."""
@@ -138,13 +138,14 @@ class ShardedModel(WholeStates):
         return None if copies is None else make_transport(copies, name, self.pool, form)
 
     def _share_of_experts(
-        self, device: torch.device, copies: dist.ProcessGroup | None
+        self, experts: ExpertCuts, device: torch.device, copies: dist.ProcessGroup | None
     ) -> tuple[Placement, Transport | None, Transport | None]:
-        assert self.cuts is not None
-        group = self.cuts.copies
+        group = experts.copies
         num_ranks, rank = _place_in(group)
         # Their gradients are of all ranks' losses, whoever holds them.
         placement = replace(self.placement, rank=rank, num_ranks=num_ranks, num_of_losses=self.placement.num_averaged)
+        if self.transport is None:  # where nothing else is in shards, tensor-parallel ranks hold copies of an expert
+            placement = replace(placement, stage=0)
         if group is None and copies is not None:  # nobody near by has the same: copies alone do, and sum all of it
             placement = replace(placement, stage=0, rank=placement.replica, num_ranks=placement.num_replicas)
             placement = replace(placement, replica=0, num_replicas=1)
@@ -205,7 +206,7 @@ class ShardedModel(WholeStates):
             placement, transport, gathers = self._of_experts
         unit = Unit(name, params, modules, is_root, placement, self.pool, transport, gathers, self.homes, start)
         unit.replicas = self.replicas if placement.num_replicas > 1 else None
-        unit.cuts = self.cuts if is_expert or self.cuts is None or not self.cuts.are_experts else None
+        unit.cuts = self.cuts if is_expert or self.cuts is None or self.cuts.group is not None else None
         return unit
 
     @reads_all

@@ -18,7 +18,9 @@ from distui.core.sharding.units.pool import BufferPool
 class Exchange:
     """The way between the ranks that share experts. All of them must come to each call, forward and backward."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, alike: dist.ProcessGroup | None = None) -> None:
+        """Join the ranks of `group`; those of `alike` have the same tokens, as tensor-parallel ranks do."""
+        self.alike = alike
         self.transport = Transport(group, "experts", BufferPool())
         self.group, self.rank, self.num_ranks = group, dist.get_rank(group), dist.get_world_size(group)
         self.layers: dict[str, int] = {}

@@ -4,6 +4,7 @@ transformers' experts are one module a layer, whose parameters have the experts 
 called with the tokens, the experts of each, and their weights. Here every rank keeps its share of that dimension. A
 call sorts the tokens by expert, sends each to the rank that has it, has the module's own forward compute there, as if
 each had come with one expert, and brings the weighted results back, where a token's are added. No token is dropped.
+Tensor-parallel ranks, which have the same tokens, send a part of them each, and give each other what comes back.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from distui.core.axes.cut import Cut
+from distui.core.axes.cut import Cut, part_of
 from distui.core.axes.groups import Axes
 from distui.core.errors import UserError
 from distui.core.parallel.experts.exchange import Exchange
 from distui.core.parallel.experts.moe import Experts, MoE
-from distui.core.sharding.cuts import MARK, Cuts
+from distui.core.parallel.regions import gather_rows, split_rows
+from distui.core.sharding.cuts import MARK, Cuts, ExpertCuts
 from distui.core.sharding.start.start import Start, refuse_trained
 from distui.core.sharding.units.guarded import Refusal
 
@@ -47,17 +50,25 @@ def _argument_names(module: nn.Module) -> list[str]:
     return [param.name for param in params if param.kind is param.POSITIONAL_OR_KEYWORD]
 
 
-def spread_experts(model: nn.Module, axes: Axes, start: Start) -> tuple[Cuts, Exchange]:
-    """Leave of each layer's experts this rank's share, in place.
+def expert_names(model: nn.Module) -> frozenset[str]:
+    """Return the names of the modules that hold several experts, and of what is in them."""
+    return frozenset(
+        f"{name}.{inner}" if inner else name
+        for name, module in experts_of(model)
+        for inner in ("", *(own for own, _ in module.named_parameters()), *(own for own, _ in module.named_modules()))
+    )
+
+
+def spread_experts(model: nn.Module, axes: Axes, start: Start, beside: Cuts | None) -> tuple[Cuts, Exchange]:
+    """Leave of each layer's experts this rank's share, in place; `beside` is what tensor-parallel ranks have cut.
 
     Collective: all ranks, with the same model. Raises: UserError on all ranks where there are none, or they do not
     divide.
     """
-    group = axes["ep"]
-    assert group is not None
+    group, pieces, stage = axes["ep"], axes["expert_pieces"], axes["stage"]
+    assert group is not None and pieces is not None and stage is not None
     num_ranks, index = axes.size("ep"), axes.index("ep")
-    cuts = Cuts(group, "expert-parallel ranks", ("expert_parallel", num_ranks))
-    cuts.are_experts, cuts.copies = True, axes["expert_shard"]
+    cuts = Cuts(None, "expert-parallel ranks", ("expert_parallel", num_ranks), num_ranks)
     found = list(experts_of(model))
     if not found:
         raise UserError(
@@ -67,17 +78,14 @@ def spread_experts(model: nn.Module, axes: Axes, start: Start) -> tuple[Cuts, Ex
             "set strategy.expert_parallel to 1: the ranks then are data-parallel",
         )
     refuse_trained(model)
-    exchange = Exchange(group)
+    exchange = Exchange(group, axes["tp"])
     exchange.layers.update({name: number for number, (name, _) in enumerate(found)})
     for name, module in found:
         _cut(cuts, name, module, num_ranks, index)
     held = {id(param): param for _, module in found for param in module.parameters(recurse=False)}
     _refuse_ties(model, held, {id(module) for _, module in found})
-    start.cut(list(held.values()), cuts)
-    for param in held.values():
-        vars(param)[MARK] = True
     names = {id(param): name for name, param in model.named_parameters() if id(param) in held}
-    cuts.refusal = refusal = Refusal(
+    refusal = Refusal(
         f"each of {num_ranks} ranks has its share of the experts, so this would be of that share, at another place "
         "than in the whole, and a loss of it would be averaged over ranks of which each knows its own",
         "engine.get_state_dict(model) gives whole weights, engine.gradients(model) whole gradients, and "
@@ -85,9 +93,16 @@ def spread_experts(model: nn.Module, axes: Axes, start: Start) -> tuple[Cuts, Ex
         "strategy.expert_parallel to 1",
         names,
     )
+    cuts.experts = ExpertCuts(frozenset(held), pieces, axes["expert_shard"], stage, refusal)
+    start.cut(list(held.values()), cuts)
+    for param in held.values():
+        vars(param)[MARK] = True
     for name, module in found:
         module.forward = Spread(module, name, exchange, refusal)
         module.num_experts //= num_ranks
+    if beside is not None:
+        beside.of.update(cuts.of)
+        beside.experts, cuts = cuts.experts, beside
     return cuts, exchange
 
 
@@ -149,12 +164,19 @@ class Spread:
         if index.is_floating_point() or weights.shape != index.shape or hidden.shape[:-1].numel() != len(_rows(index)):
             shapes = ", ".join(str(list(value.shape)) for value in given)
             raise self._refusal(f"it was called with tensors of {shapes}, no tokens with their experts and weights")
-        return self._forward(hidden, _rows(index), _rows(weights)).view(hidden.shape)
+        return self._forward(_rows(hidden), _rows(index), _rows(weights)).view(hidden.shape)
 
-    def _forward(self, hidden: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    def _forward(self, tokens_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Return what all experts give; of tensor-parallel ranks each sends its part of the tokens, which all have."""
+        if (group := self.exchange.alike) is None:
+            return self._routed(tokens_TD, index_TK, weights_TK)
+        low, high = part_of(len(tokens_TD), dist.get_world_size(group), dist.get_rank(group))
+        own_TD, own_TK = split_rows(tokens_TD, group), split_rows(weights_TK, group)
+        return gather_rows(self._routed(own_TD, index_TK[low:high], own_TK), len(tokens_TD), group)
+
+    def _routed(self, tokens_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Legend: T tokens, K experts of each, N = T x K pairs of both, D features."""
         exchange, num_local = self.exchange, self.num_local
-        tokens_TD = hidden.reshape(-1, hidden.shape[-1])
         comes_back = torch.is_grad_enabled()
         with torch.no_grad():
             # Models say num_experts for no expert at all; such pairs stay here, behind all others.
@@ -168,8 +190,8 @@ class Spread:
             sizes_in = [sum(of_rank[here]) for of_rank in counts]
             num_rows = sum(map(sum, counts))
             sent_N = order_N[: sum(sizes_out)]
-            came = torch.tensor([of_rank[here] for of_rank in counts], device=hidden.device).reshape(-1)
-            local = torch.arange(num_local, device=hidden.device).repeat(exchange.num_ranks)
+            came = torch.tensor([of_rank[here] for of_rank in counts], device=tokens_TD.device).reshape(-1)
+            local = torch.arange(num_local, device=tokens_TD.device).repeat(exchange.num_ranks)
             local_experts = local.repeat_interleave(came, output_size=sum(sizes_in))
         rows, weights = exchange.send(
             (tokens_TD[sent_N // index_TK.shape[1]], weights_TK.reshape(-1)[sent_N].unsqueeze(1)),
@@ -181,7 +203,7 @@ class Spread:
             computed = self._compute(rows, local_experts.unsqueeze(1), weights).to(rows.dtype)
         (back,) = exchange.send((computed,), sizes_in, sizes_out, num_rows)
         pairs_ND = back.new_zeros(len(order_N), back.shape[1]).index_copy(0, sent_N, back)
-        return pairs_ND.view(*index_TK.shape, back.shape[1]).sum(1).to(hidden.dtype)
+        return pairs_ND.view(*index_TK.shape, back.shape[1]).sum(1).to(tokens_TD.dtype)
 
     def _compute(self, rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if len(rows):

@@ -86,6 +86,8 @@ class Pipeline:
         self.own_forward: Callable[..., Any] = stage.model.forward
         """Of the whole model; where sequences are cut too, with that around it."""
         self._before = stage.model.__dict__.get("forward")
+        self.alongside: dist.ProcessGroup | None = None
+        """The ranks of this stage among which tokens travel to experts: their passes have as many micro-batches."""
         self._broken = ""
         self._looked = self._num_losses = 0
         self._is_bare = False
@@ -147,7 +149,7 @@ class Pipeline:
                 "a pipeline cuts the first dimension of what it is given into micro-batches, and no tensor has one",
                 "call model(**batch)",
             )
-        count, ranks = min(self.num_micro, rows), self.stage.num_ranks
+        count, ranks = self._agreed(min(self.num_micro, rows)), self.stage.num_ranks
         if self.schedule == "interleaved" and count > ranks:
             count -= count % ranks
         summed = kwargs.get("num_items_in_batch") is not None  # transformers: the losses are parts of a sum
@@ -159,6 +161,14 @@ class Pipeline:
 
             own_args, own_kwargs, own_loss = ops.map_structure(piece, (args, kwargs, for_loss))
             yield _Micro(own_args, own_kwargs, own_loss, 1.0 if summed else (high - low) / rows)
+
+    def _agreed(self, count: int) -> int:
+        """Return the least count of those this stage shares experts with, whose last batches may have more rows."""
+        if self.alongside is None:
+            return count
+        least = torch.tensor([count], device=ops.object_device(self.alongside))
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.alongside)
+        return int(least)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

@@ -137,12 +137,12 @@ class Stage:
     def hold(self, axes: Axes, start: Start, tensor: Cuts | None) -> Cuts:
         """Leave of the parameters what this stage holds, with the first stage's numbers. Collective: all ranks.
 
-        `tensor` says what of them tensor-parallel ranks have cut.
+        `tensor` says what of them tensor-parallel ranks have cut, or those that share experts.
         """
         line, group = axes["pp"], axes["pp"] if tensor is None else axes["pieces"]
         assert line is not None and group is not None
         cuts = Cuts(group, "ranks of a pipeline", ("pipeline_parallel", self.num_ranks))
-        cuts.tensor = tensor
+        cuts.tensor, cuts.experts = tensor, tensor.experts if tensor is not None else None
         cuts.shared.update({number: who for number, who in self.shared.items() if self.rank in self.holders[number]})
         start.share([*self.model.parameters(), *self.model.buffers()], Cuts(line))
         copy, copies = axes.index("tp"), axes.size("tp")

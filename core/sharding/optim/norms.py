@@ -37,7 +37,7 @@ def check_whole_gradients(optimizer: Steps, num_steps: int) -> None:
     """
     cuts = optimizer.cuts
     cuts = cuts.tensor if cuts is not None and cuts.elsewhere else cuts
-    if cuts is None or cuts.are_experts or num_steps >= LOOKED_AT:
+    if cuts is None or cuts.group is None or num_steps >= LOOKED_AT:
         return
     names, squares = [], []
     for unit in optimizer.units:
@@ -53,7 +53,7 @@ def check_whole_gradients(optimizer: Steps, num_steps: int) -> None:
     if not names:
         return
     total = torch.stack([square.to(optimizer.units[0].device) for square in squares])
-    if optimizer.units[0].placement.shards_optimizer and optimizer.transport is not None:
+    if optimizer.transport is not None and any(unit.placement.shards_optimizer for unit in optimizer.units):
         optimizer.transport.all_reduce(total).wait()
     ends = torch.stack([total, -total])
     dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=cuts.group)
@@ -78,22 +78,23 @@ def gradient_norm(optimizer: Steps, place: dict[int, set[int]] | None, norm_type
     shards = optimizer.transport is not None and any(unit.placement.shards_optimizer for unit in units)
     device = units[0].device if units else torch.device("cpu")
     op = dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM
-    if cuts is not None and cuts.are_experts and not shards:
-        # Of the rest each rank has everything; experts are its own, and others have the same beside it.
-        experts = _own_part([unit for unit in units if unit.cuts is not None], place, norm_type, device)
-        dist.all_reduce(experts, op=op, group=cuts.group)
-        total = _own_part([unit for unit in units if unit.cuts is None], place, norm_type, device)
-        total = torch.maximum(total, experts) if math.isinf(norm_type) else total + experts
-    else:
-        total = _own_part(units, place, norm_type, device)
+    # Where states are in shards, those who share them and who cut the rest have, together, each expert once. Else of
+    # the rest each rank has everything; experts are its own, and others have the same beside it.
+    apart = cuts.experts if cuts is not None and not shards else None
+    own = units if apart is None or cuts is None else [unit for unit in units if not cuts.is_expert(unit.params[0])]
+    total = _own_part(own, place, norm_type, device)
     if optimizer.onebit is not None and optimizer.onebit.frozen:
         total = optimizer.onebit.mean_norm(total, norm_type)
     elif shards and optimizer.transport is not None:
         optimizer.transport.all_reduce(total, op=op).wait()
         if (replicas := next((unit.replicas for unit in units if unit.replicas is not None), None)) is not None:
             replicas.agree(total)
-    if cuts is not None and not cuts.are_experts:
+    if cuts is not None and cuts.group is not None:
         dist.all_reduce(total, op=op, group=cuts.group)
+    if apart is not None:
+        experts = _own_part([unit for unit in units if unit not in own], place, norm_type, device)
+        dist.all_reduce(experts, op=op, group=apart.group)
+        total = torch.maximum(total, experts) if math.isinf(norm_type) else total + experts
     if not math.isinf(norm_type):
         total = total.pow(1.0 / norm_type)
     return total.float() * abs(optimizer.grad_factor)

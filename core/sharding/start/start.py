@@ -62,13 +62,13 @@ class Start:
     def cut(self, params: Sequence[nn.Parameter], cuts: Cuts) -> None:
         """Leave of `params` what `cuts` says that this rank holds; of others than a file's, the first rank's numbers.
 
-        Collective: the ranks of `cuts`, whose models are alike; for experts those of this start.
+        Collective: the ranks of `cuts`, whose models are alike; for experts all that hold some of these layers'.
         """
         group = cuts.group
-        if cuts.are_experts:
-            assert self._group is not None
-            group = self._group
+        if cuts.experts is not None:
+            group = cuts.experts.stage
             self._experts.update(map(id, params))
+        assert group is not None
         self.bring(params)
         for param in params:
             cut = cuts.of[id(param)]
@@ -85,6 +85,7 @@ class Start:
 
         What is on meta, in files or not, will have the same on all of them.
         """
+        assert cuts.group is not None
         broadcast_alike([DATA.__get__(tensor) for tensor in tensors if not tensor.is_meta], cuts.group)
 
     def device_for(self, tensors: Iterable[torch.Tensor]) -> torch.device:

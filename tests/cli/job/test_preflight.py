@@ -61,10 +61,6 @@ def test_unknown_key_and_impossible_combination(capsys: pytest.CaptureFixture[st
     assert "7 is not 0, 1, 2 or 3" in refused(capsys, "--zero", "7", "train.py")
     told = refused(capsys, "--nproc", "2", "--set", "batch.global_size=10", "--set", "batch.micro_size=4", "train.py")
     assert "set batch.global_size to 8 or 16" in told
-    told = refused(
-        capsys, "--nproc", "4", "--set", "strategy.expert_parallel=2", "--set", "strategy.tensor_parallel=2", "train.py"
-    )
-    assert "tensor_parallel=2 with expert_parallel=2 is not available in this version" in told
     told = refused(capsys, "--nproc", "4", "--set", "strategy.expert_parallel=3", "train.py")
     assert "expert_parallel=3 does not divide the 4 data-parallel ranks" in told
     told = refused(capsys, "--nproc", "2", "--set", "strategy.pipeline_parallel=2", "train.py")

@@ -89,11 +89,11 @@ def loss_of(name: str, model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
 def prepared(name: str, stages: int, stage: int, **sections: Any) -> tuple[distui.Engine, Any, Any, Any]:
     """Return engine, model, optimizer and loader; each rank builds the model by a seed of its own."""
     strategy = {"pipeline_parallel": stages, "zero_stage": stage, **sections.pop("strategy", {})}
-    micro = sections.pop("micro", max(stages, 2))
+    micro, rows = sections.pop("micro", max(stages, 2)), sections.pop("rows", ROWS)
     engine = distui.Engine(strategy=strategy, batch={"accumulation": micro} if stages > 1 else {}, **sections)
     model = model_of(name, engine.process_index)
-    size = ROWS // engine.num_data_ranks // (micro if stages > 1 else 1)
-    loader: Any = torch.utils.data.DataLoader(samples(), batch_size=size)  # type: ignore[arg-type]
+    size = rows // engine.num_data_ranks // (micro if stages > 1 else 1)
+    loader: Any = torch.utils.data.DataLoader(samples(rows), batch_size=size)  # type: ignore[arg-type]
     loss = outside if name.endswith("encoder") else None
     model, optimizer, loader = engine.prepare(model, optimizer_of(model), loader, loss=loss)
     return engine, model, optimizer, loader

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tests.dist.parallel import pipelines
 from tests.dist.parallel.pipelines import trainings
-from tests.dist.parallel.trainings import difference
+from tests.dist.parallel.trainings import ROWS, difference
 
 if TYPE_CHECKING:
     from tests.dist.rank_pool import RunRanks
@@ -20,11 +20,13 @@ MODELS = ("llama", "llama-tied", "gpt2", "encoder")
 
 
 def compare(run_ranks: RunRanks, num_ranks: int, cases: list[tuple[Any, ...]]) -> None:
-    names = sorted({case[0] for case in cases})
-    alone = dict(zip(names, run_ranks(trainings, 1, [(name, 1, 0) for name in names])[0], strict=True))
+    asked = [(case[0], case[3].get("rows", ROWS) if len(case) > 3 else ROWS) for case in cases]
+    kinds = sorted(set(asked))
+    alone_in = [(name, 1, 0, {"rows": rows}) for name, rows in kinds]
+    alone = dict(zip(kinds, run_ranks(trainings, 1, alone_in)[0], strict=True))
     for found in run_ranks(trainings, num_ranks, cases):
-        for case, mine in zip(cases, found, strict=True):
-            assert difference(mine, alone[case[0]]) < TOLERANCE, case
+        for case, of, mine in zip(cases, asked, found, strict=True):
+            assert difference(mine, alone[of]) < TOLERANCE, case
 
 
 def test_two_stages_equal_one_process(run_ranks: RunRanks) -> None:
@@ -64,7 +66,7 @@ def test_stages_beside_context_and_tensor_parallel_ranks(run_ranks: RunRanks) ->
 
 @pytest.mark.matrix
 def test_stages_beside_groups_that_hold_a_copy_each(run_ranks: RunRanks) -> None:
-    groups = {"strategy": {"shard_size": 2}}
+    groups = {"strategy": {"shard_size": 2}, "rows": 2 * ROWS}  # a row for each micro-batch of four data ranks
     compare(run_ranks, 8, [("llama-tied", 2, stage, groups) for stage in (1, 2, 3)])
 
 

@@ -180,9 +180,10 @@ def build(name: str, seed: int = 0) -> nn.Module:
     return MODELS[name]().train()
 
 
-def samples() -> list[torch.Tensor]:
+def samples(rows: int = ROWS) -> list[torch.Tensor]:
+    """Return sequences for steps of so many rows, over all data ranks."""
     generator = torch.Generator().manual_seed(5)
-    return list(torch.randint(1, VOCAB, (ROWS * STEPS, 9), generator=generator))
+    return list(torch.randint(1, VOCAB, (rows * STEPS, 9), generator=generator))
 
 
 def loss_of(name: str, model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:

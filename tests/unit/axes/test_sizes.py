@@ -17,8 +17,8 @@ FOLDS = SIZES.flatmap(
         [
             replace(sizes, ep=ep, replicas=copies)
             for copies in range(1, 4)
-            for ep in range(1, 10)
-            if sizes.dp % copies == 0 and sizes.dp * sizes.cp // copies % ep == 0
+            for ep in range(1, 28)
+            if sizes.dp % copies == 0 and sizes.dp * sizes.cp * sizes.tp // copies % ep == 0
         ]
     )
 )
@@ -50,7 +50,8 @@ def test_tensor_parallel_ranks_are_neighbours() -> None:
 
 @given(FOLDS)
 def test_expert_ranks_divide_the_ranks_that_share_states(sizes: AxisSizes) -> None:
-    numbers = {"ep": sizes.ep, "expert_shard": sizes.sharing // sizes.ep, "shard": sizes.sharing}
+    numbers = {"ep": sizes.ep, "expert_shard": sizes.sharing * sizes.tp // sizes.ep, "shard": sizes.sharing}
+    numbers["expert_pieces"] = sizes.ep * sizes.pp
     for kind, num in (numbers | {"replica": sizes.replicas}).items():
         groups = sizes.groups(kind)
         assert sorted(rank for ranks in groups for rank in ranks) == list(range(sizes.world))
@@ -59,7 +60,9 @@ def test_expert_ranks_divide_the_ranks_that_share_states(sizes: AxisSizes) -> No
         experts, copies = sizes.of_kind(rank, "ep"), sizes.of_kind(rank, "expert_shard")
         assert set(experts) & set(copies) == {rank}
         sharing = {other for expert in experts for other in sizes.of_kind(expert, "expert_shard")}
-        assert sharing == set(sizes.of_kind(rank, "shard"))
+        assert sharing == {o for other in sizes.of_kind(rank, "tp") for o in sizes.of_kind(other, "shard")}
+        pieces = sizes.of_kind(rank, "expert_pieces")
+        assert {sizes.of_kind(other, "ep").index(other) for other in pieces} == set(range(sizes.ep))
         copies = sizes.of_kind(rank, "replica")
         assert len({sizes.of_kind(other, "shard").index(other) for other in copies}) == 1
         everybody = {other for copy in copies for other in sizes.of_kind(copy, "shard")}
@@ -79,5 +82,12 @@ def test_neighbours_have_different_experts() -> None:
     sizes = AxisSizes.of(StrategySection(expert_parallel=2), 4)
     assert sizes.groups("ep") == [[0, 1], [2, 3]] and sizes.groups("expert_shard") == [[0, 2], [1, 3]]
     assert not sizes.has_model_axes
-    with pytest.raises(ValueError, match="ep = 3 does not divide dp x cp = 4 x 1"):
+    with pytest.raises(ValueError, match="ep = 3 not 4 x 1 x 1"):
         AxisSizes.of(StrategySection(expert_parallel=3), 4)
+
+
+def test_tensor_parallel_ranks_have_different_experts_first() -> None:
+    sizes = AxisSizes.of(StrategySection(expert_parallel=4, tensor_parallel=2, pipeline_parallel=2), 16)
+    assert sizes.groups("ep") == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert sizes.groups("expert_shard")[:4] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert sizes.of_kind(5, "expert_pieces") == [4, 5, 6, 7, 12, 13, 14, 15]

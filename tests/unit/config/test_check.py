@@ -231,22 +231,30 @@ def test_what_does_not_go_with_a_pipeline_is_refused() -> None:
     assert not found_in(4, **interleaved, batch__accumulation="8", strategy__zero_stage="3")
 
 
+def test_the_sequence_is_cut_over_tensor_parallel_ranks_outside_of_pipelines() -> None:
+    assert not found_in(4, strategy__sequence_parallel="true", strategy__tensor_parallel="2")
+    (problem,) = found_in(4, strategy__sequence_parallel="true")
+    assert problem.what == "sequence_parallel=true with tensor_parallel=1"
+    pipeline = {"strategy__pipeline_parallel": "2", "batch__accumulation": "2", "strategy__tensor_parallel": "2"}
+    (problem,) = found_in(4, strategy__sequence_parallel="true", **pipeline)
+    assert problem.what == "sequence_parallel=true with pipeline_parallel=2"
+
+
 def test_what_does_not_go_with_experts_over_ranks_is_refused() -> None:
     given: dict[str, Any] = {
         "strategy__expert_parallel": "2",
-        "strategy__tensor_parallel": "2",
         "compression__weights": "int8",
         "optimizer__state_bits": "8",
     }
     found = {problem.path: problem.what for problem in found_in(8, **given)}
-    assert found["strategy.tensor_parallel"] == (
-        "tensor_parallel=2 with expert_parallel=2 is not available in this version"
-    )
     assert found["optimizer.state_bits"] == "state_bits=8 with expert_parallel=2"
     assert "weights=int8 with expert_parallel=2" in found["compression.weights"]
     (problem,) = found_in(6, strategy__expert_parallel="4")
     assert problem.what == "expert_parallel=4 does not divide the 6 data-parallel ranks"
     assert problem.fix == "set strategy.expert_parallel to one of 1, 2, 3, 6"
+    (problem,) = found_in(12, strategy__expert_parallel="8", strategy__tensor_parallel="2")
+    assert problem.what == "expert_parallel=8 does not divide the 12 data x tensor-parallel ranks"
+    assert not found_in(8, strategy__expert_parallel="4", strategy__tensor_parallel="2", strategy__zero_stage="3")
     assert not found_in(4, strategy__expert_parallel="4", strategy__context_parallel="2", strategy__zero_stage="3")
     (problem,) = found_in(4, strategy__expert_parallel="2", strategy__backend="ddp")
     assert problem.what == "expert_parallel=2 with backend=ddp"

@@ -71,6 +71,18 @@ def test_a_pipeline_that_has_too_few_micro_batches_is_planned_as_what_does_not_f
     assert "global_size=4 gives 4 micro-batches a step" in few[0].why and "a pipeline needs 8" in few[0].why
 
 
+def test_hidden_states_that_are_cut_along_the_sequence_leave_what_is_joined() -> None:
+    model = load_model("llama-7b", 2048)
+    whole = replace(BASE, data_parallel=4, tensor_parallel=2)
+    cut = replace(whole, sequence_parallel=True)
+    hidden = 2 * 2048 * model.hidden_size  # bytes of one hidden state in bf16
+    saved = sum(activation_bytes(model, whole, 2)) - sum(activation_bytes(model, cut, 2))
+    assert saved == pytest.approx(model.num_layers * 2 * hidden / 2)
+    inputs = [replace(one, activation_checkpointing="full") for one in (whole, cut)]
+    saved = sum(activation_bytes(model, inputs[0], 2)) - sum(activation_bytes(model, inputs[1], 2))
+    assert saved == pytest.approx(model.num_layers * hidden / 2 + hidden)
+
+
 def test_expert_ranks_hold_a_part_of_the_experts_and_shards_stay_equal() -> None:
     model = load_model("mixtral-8x7b")
     assert model.expert_parameters == 32 * 8 * 3 * 4096 * 14336
@@ -83,7 +95,13 @@ def test_expert_ranks_hold_a_part_of_the_experts_and_shards_stay_equal() -> None
             assert cut.parameters == alone.parameters, "an expert is sharded over the ranks that hold it"
         if stage >= 1:
             assert cut.optimizer_states == alone.optimizer_states
+    # Experts are over EP and the rest over TP; tensor-parallel ranks send a part of the tokens each.
+    both = footprint(model, replace(BASE, zero_stage=0, expert_parallel=8, tensor_parallel=2), "cuda")
+    rest = model.num_parameters - model.expert_parameters
+    assert both.parameters == pytest.approx(2 * (rest / 2 + model.expert_parameters / 8), rel=1e-6)
     timing = step_time(model, replace(BASE, expert_parallel=8), RATES)
+    halved = step_time(model, replace(BASE, expert_parallel=8, tensor_parallel=2), RATES)
+    assert timing.expert_s / 2 < halved.expert_s < timing.expert_s
     assert timing.expert_s > 0 and step_time(model, BASE, RATES).expert_s == 0
 
 

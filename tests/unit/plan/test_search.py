@@ -344,7 +344,7 @@ def test_every_plan_is_sound(model: str, hardware: str, options: dict[str, objec
         cut = plan.tensor_parallel * plan.pipeline_parallel * plan.context_parallel
         assert plan.world_size == cut * plan.data_parallel
         assert not shapes.num_heads // plan.tensor_parallel % plan.context_parallel
-        assert plan.data_parallel % plan.expert_parallel == 0
+        assert plan.world_size // plan.pipeline_parallel % plan.expert_parallel == 0
         Config.model_validate(plan.to_config())
         if plan.fits:
             assert plan.memory_limit_bytes is not None
