@@ -20,7 +20,7 @@ from distui.core.checkpoint.trained import Trained
 from distui.core.errors import UserError
 from distui.core.paths import write_atomic
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_size(text: str | int) -> int:

@@ -18,6 +18,7 @@ from distui.core.config.batch import micro_size_of, solve_batch
 from distui.core.config.check import rank_problems
 from distui.core.config.schema import Config
 from distui.core.errors import ConfigError
+from distui.core.model.quantized import apply_plain_parts
 from distui.core.parallel.outside import LossOutside
 from distui.core.ranks.process import ProcessState
 
@@ -83,7 +84,11 @@ def backend_of(engine: Trains, group: dist.ProcessGroup | None, axes: Axes | Non
 def take_given(
     backend: Backend, model: nn.Module, plan: Mapping[str, str] | None, loss: Callable[..., torch.Tensor] | None
 ) -> None:
-    """Take what the script gave for `model`; a loss outside of it is put around its forward, or a pipeline's end."""
+    """Take what the script gave for `model`; a loss outside of it is put around its forward, or a pipeline's end.
+
+    Frozen weights that are tensor subclasses become plain ones (`quantized.apply_plain_parts`).
+    """
+    apply_plain_parts(model)
     backend.plan, backend.loss_of = plan or {}, loss
     if loss is not None and backend.config.strategy.pipeline_parallel == 1:
         model.forward = LossOutside(model.forward, loss)

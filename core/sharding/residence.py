@@ -220,7 +220,7 @@ class Residence:
             buffer = self._buffers.pop(id(unit))
             self._owners.pop(buffer.untyped_storage()._cdata, None)
             if aliased:
-                buffer.fill_(torch.nan)
+                buffer.fill_(torch.nan if buffer.is_floating_point() else 0)
                 self._pool.forget(buffer)
             else:
                 self._pool.give(buffer, _KIND)

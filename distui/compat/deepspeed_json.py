@@ -35,6 +35,10 @@ HANDLED = (
     "train_batch_size",
     "steps_per_print",
     "dump_state",
+    "curriculum_learning",
+    "data_efficiency.enabled",
+    "data_efficiency.data_routing",
+    "elasticity",
 )
 """Keys and sections with which DeepSpeed's face does what the import of a file alone cannot, or refuses by name."""
 
@@ -47,24 +51,33 @@ HANDLED_BY_PLUGIN = (
 )
 """The same for Accelerate's `DeepSpeedPlugin`; loaders, trackers and optimizers are the script's."""
 
+_ORDER = "order the data in the script's own sampler"
+
 _REFUSED_IF_ENABLED = {
     "amp": "set bf16.enabled or fp16.enabled",
     "torch_autocast": "set bf16.enabled, or wrap the forward in torch.autocast",
     "hybrid_engine": "train and generate with the same engine: `with deepspeed.zero.GatheredParameters(...)`",
     "progressive_layer_drop": "drop layers in the model itself",
-    "curriculum_learning": "order the data in the script's own sampler",
-    "data_efficiency": "order the data in the script's own sampler",
+    "data_efficiency.data_sampling": _ORDER,
+    "data_efficiency.data_sampling.curriculum_learning": _ORDER,
+    "data_efficiency.data_sampling.dynamic_batching": _ORDER,
     "eigenvalue": "take it out",
     "quantize_training": "take it out",
     "compression_training": "take it out; DeepSpeed 0.19.8 removed it too",
-    "elasticity": "start with as many ranks as there are; checkpoints load at any number",
     "autotuning": "ask `distui plan` which stage and micro-batch fit",
     "nebula": "take it out; checkpoints can be written while training goes on",
     "zero_optimization.zenflow": "use offload_optimizer.device = cpu alone",
 }
 """Section -> the way around, for what would change the training and is not offered."""
 
-_SWITCHED = (*_REFUSED_IF_ENABLED, "datastates", "expert_parallel", "weight_quantization")
+_ENGINES_OWN = {
+    "curriculum_learning": _ORDER,
+    "data_efficiency.data_routing.random_ltd": "drop tokens in the model itself",
+    "elasticity": "start with as many ranks as there are; checkpoints load at any number",
+}
+"""The same for what only an engine of `deepspeed.initialize` obeys."""
+
+_SWITCHED = (*_REFUSED_IF_ENABLED, *_ENGINES_OWN, "datastates", "expert_parallel", "weight_quantization")
 """Sections that DeepSpeed reads only where their `enabled` is true."""
 
 _MONITORS = ("tensorboard", "wandb", "comet", "csv_monitor")
@@ -84,12 +97,12 @@ _AS_ABSENT: dict[str, tuple[Any, ...]] = {
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", "none", "false", reader.AUTO, [], {})
 
 
-def refuse_features(flat: Mapping[str, Any]) -> None:
-    """Refuse what would change the training, by name and with a way around.
+def refuse_features(flat: Mapping[str, Any], has_engine: bool = False) -> None:
+    """Refuse what would change the training, by name and with a way around; less so for an engine of `initialize`.
 
     Raises: NotOffered.
     """
-    for section, way in _REFUSED_IF_ENABLED.items():
+    for section, way in (_REFUSED_IF_ENABLED if has_engine else {**_REFUSED_IF_ENABLED, **_ENGINES_OWN}).items():
         if truth(flat.get(f"{section}.enabled", False)):
             raise NotOffered(
                 f"DeepSpeed's {section} is not offered by distui", "the training would not be what the file asks", way

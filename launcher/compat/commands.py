@@ -20,7 +20,7 @@ def command() -> None:
 
 @command.group(context_settings=_HELP)
 def accelerate() -> None:
-    """Commands of `accelerate`; for launch and config: distui launch --as accelerate, distui setup."""
+    """Commands of `accelerate`; for its launch: distui launch --as accelerate."""
 
 
 @command.group(context_settings=_HELP)
@@ -29,30 +29,105 @@ def deepspeed() -> None:
 
 
 @accelerate.command("env")
+@click.option("--config_file", type=click.Path(path_type=Path), help="Accelerate's file, or a distui.toml, to show.")
 @click.pass_context
-def env(context: click.Context) -> None:
-    """Say what this machine has, as `distui doctor` does, and which libraries."""
+def env(context: click.Context, config_file: Path | None) -> None:
+    """Say what this machine has, as `distui doctor` does, which libraries, and the configuration."""
     _report(context)
+    path = config_file or next((path for path in _config_files() if path.is_file()), None)
+    if path is None:
+        click.echo("configuration: none; distui setup writes one")
+        return
+    if not path.is_file():
+        raise UserError(f"{path} is not there", "--config_file names it", "name a file, or leave it out")
+    click.echo(f"configuration: {path}")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        click.echo(f"    {line}")
+
+
+def _config_files() -> list[Path]:
+    """Return where the configuration of this folder, and Accelerate's, may stand."""
+    import os
+
+    cache = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
+    theirs = cache.expanduser() / "accelerate"
+    return [Path("distui.toml"), *(theirs / f"default_config.{kind}" for kind in ("yaml", "yml", "json"))]
+
+
+@accelerate.group("config", invoke_without_command=True)
+@click.option("--config_file", type=click.Path(path_type=Path), help="File to write; ./distui.toml by default.")
+@click.pass_context
+def config(context: click.Context, config_file: Path | None) -> Any:
+    """Write a configuration step by step: the wizard of `distui setup`, which writes distui.toml."""
+    if context.invoked_subcommand is not None:
+        return None
+    from distui.launcher.commands.setup import command as setup
+
+    _need_toml(config_file)
+    return context.invoke(setup, config_path=config_file or Path("distui.toml"))
+
+
+@config.command("default")
+@click.option("--config_file", type=click.Path(path_type=Path), help="File to write; ./distui.toml by default.")
+@click.option("--mixed_precision", type=click.Choice(["no", "fp16", "bf16"]), default="no", show_default=True)
+@click.pass_context
+def config_default(context: click.Context, config_file: Path | None, mixed_precision: str) -> None:
+    """Write what fits this machine without a question: data parallelism over its devices, in the given precision."""
+    path = config_file or Path("distui.toml")
+    _need_toml(path)
+    if path.exists():
+        raise UserError(f"{path} is there", "it would be overwritten", "remove it, or name another --config_file")
+    dtype = {"no": "fp32"}.get(mixed_precision, mixed_precision)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'[precision]\ndtype = "{dtype}"\n', encoding="utf-8")
+    click.echo(f"{path}: written; distui launch starts a rank on each device")
+
+
+@config.command("update")
+@click.option("--config_file", required=True, type=click.Path(path_type=Path), help="Accelerate's file.")
+@click.pass_context
+def config_update(context: click.Context, config_file: Path) -> None:
+    """Bring a file of Accelerate's up to date: as distui.toml, with a word on every key."""
+    from distui.launcher.commands.config import import_settings
+
+    context.invoke(import_settings, file=config_file)
+
+
+def _need_toml(path: Path | None) -> None:
+    if path is not None and path.suffix != ".toml":
+        raise UserError(
+            f"--config_file {path} is not written", "distui's settings are TOML", f"name {path.with_suffix('.toml')}"
+        )
 
 
 @deepspeed.command("ds_report")
+@click.option("--hide_operator_status", is_flag=True, help="Without the line on operations.")
+@click.option("--hide_errors_and_warnings", is_flag=True, help="Libraries only.")
 @click.pass_context
-def ds_report(context: click.Context) -> None:
+def ds_report(context: click.Context, hide_operator_status: bool, hide_errors_and_warnings: bool) -> None:
     """Say what this machine has, as `distui doctor` does, and which libraries: no operation needs to be compiled."""
-    _report(context)
+    _report(context, examines=not hide_errors_and_warnings)
+    if not hide_operator_status:
+        click.echo("operations: none is compiled; torch's own, and Triton's kernels where there is a GPU")
 
 
-def _report(context: click.Context) -> None:
+def _report(context: click.Context, examines: bool = True) -> None:
+    import platform
     from importlib.metadata import PackageNotFoundError, version
+    from importlib.util import find_spec
 
     from distui.launcher.commands.doctor import command as doctor
 
-    for name in ("distui", "torch", "transformers", "accelerate", "deepspeed", "triton"):
+    click.echo(f"python {platform.python_version()} on {platform.platform()}")
+    for name in ("distui", "torch", "numpy", "transformers", "accelerate", "deepspeed", "triton"):
         try:
             click.echo(f"{name} {version(name)}")
         except PackageNotFoundError:
             click.echo(f"{name} is not installed")
-    context.invoke(doctor)
+    if (spec := find_spec("torch")) is not None:
+        click.echo(f"torch is in {Path(str(spec.origin)).parent}")
+    if examines:
+        context.invoke(doctor)
 
 
 @accelerate.command("merge-weights")
@@ -75,32 +150,44 @@ def merge_weights(
 
 @accelerate.command("estimate-memory")
 @click.argument("model_name")
-@click.option("--dtypes", multiple=True, type=click.Choice(list(_DTYPES)), help="May be repeated.  [default: all]")
+@click.argument("more_dtypes", nargs=-1, type=click.Choice(list(_DTYPES)))
+@click.option("--dtypes", multiple=True, type=click.Choice(list(_DTYPES)), help="One or more.  [default: all]")
 @click.option("--trust_remote_code", is_flag=True, help="Run the code that comes with the model.")
-@click.option("--library_name", default="transformers", type=click.Choice(["transformers"]), show_default=True)
-def estimate_memory(model_name: str, dtypes: tuple[str, ...], trust_remote_code: bool, library_name: str) -> None:
-    """Print what a transformers model takes, and what training it with Adam takes, before activations."""
-    try:
-        transformers: Any = __import__("transformers")
-    except ImportError:
-        raise UserError(
-            "estimate-memory needs transformers",
-            "it builds the model from its config.json, without memory",
-            f"pip install transformers, or distui plan --model {model_name}",
-        ) from None
+@click.option("--library_name", type=click.Choice(["transformers", "timm"]), help="By default by the model's name.")
+def estimate_memory(
+    model_name: str,
+    more_dtypes: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    trust_remote_code: bool,
+    library_name: str | None,
+) -> None:
+    """Print what a model of transformers or timm takes, and what training it with Adam takes, before activations."""
     from distui.core.sharding.start.empty import init_empty_weights
     from distui.tui.format import num_bytes
 
-    config = transformers.AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
-    with init_empty_weights():
-        model = transformers.AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+    library_name = library_name or ("timm" if model_name.startswith("timm/") else "transformers")
+    try:
+        library: Any = __import__(library_name)
+    except ImportError:
+        raise UserError(
+            f"estimate-memory needs {library_name}",
+            "it builds the model without memory",
+            f"pip install {library_name}, or distui plan --model {model_name}",
+        ) from None
+    if library_name == "timm":
+        with init_empty_weights():
+            model = library.create_model(model_name.removeprefix("timm/"), pretrained=False)
+    else:
+        config = library.AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
+        with init_empty_weights():
+            model = library.AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     total = sum(param.numel() for param in model.parameters())
     whole = set(getattr(model, "_no_split_modules", None) or ())
     layers = [part for part in model.modules() if type(part).__name__ in whole or not list(part.children())]
     largest = max(sum(param.numel() for param in part.parameters()) for part in layers)
     click.echo(f"{model_name}: {total:,} parameters")
     click.echo(f"{'dtype':10} {'largest layer':>14} {'total size':>14} {'training with Adam':>20}")
-    for dtype in dtypes or tuple(_DTYPES):
+    for dtype in (*dtypes, *more_dtypes) or tuple(_DTYPES):
         size = _DTYPES[dtype]
         # Weights, gradients and two moments in fp32; half precision keeps fp32 masters beside its weights.
         adam = num_bytes(total * 16) if size >= 2 else "n/a"
@@ -109,15 +196,21 @@ def estimate_memory(model_name: str, dtypes: tuple[str, ...], trust_remote_code:
 
 
 @accelerate.command("test", context_settings={**_HELP, "ignore_unknown_options": True})
+@click.option("--config_file", type=click.Path(path_type=Path), help="A distui.toml; else that of this folder.")
 @click.argument("launch_options", nargs=-1, type=click.UNPROCESSED)
-def run_test(launch_options: tuple[str, ...]) -> None:
+def run_test(config_file: Path | None, launch_options: tuple[str, ...]) -> None:
     """Train a small model on every rank, and compare with one process; the options are those of `distui launch`."""
     import subprocess
     import sys
 
     from distui.compat.accelerate.test_utils import check
 
-    start = [sys.executable, "-m", "distui", "launch", "--no-tui", *launch_options, str(check.__file__)]
+    if config_file is not None and config_file.suffix != ".toml":
+        raise UserError(
+            f"{config_file} is Accelerate's", "distui's settings are TOML", f"distui config import {config_file}"
+        )
+    chosen = ["--config", str(config_file)] if config_file is not None else []
+    start = [sys.executable, "-m", "distui", "launch", "--no-tui", *chosen, *launch_options, str(check.__file__)]
     status = subprocess.run(start, check=False).returncode
     if status:
         raise SystemExit(status)
@@ -129,19 +222,22 @@ def run_test(launch_options: tuple[str, ...]) -> None:
 @click.argument("output_dir", type=click.Path(path_type=Path))
 @click.option("-t", "--tag", help="Checkpoint in the folder.  [default: the one that `latest` names]")
 @click.option("--safe_serialization", is_flag=True, help="safetensors in place of pytorch_model.bin.")
-@click.option("--max_shard_size", default="5GB", show_default=True, help="Largest file, with safetensors.")
+@click.option("--max_shard_size", default="5GB", show_default=True, help="Largest file.")
+@click.option("--exclude_frozen_parameters", is_flag=True, help="Trained weights only, of DeepSpeed's checkpoints.")
 @click.option("-d", "--debug", is_flag=True, hidden=True)
 def zero_to_fp32(
-    checkpoint_dir: Path, output_dir: Path, tag: str | None, safe_serialization: bool, max_shard_size: str, debug: bool
+    checkpoint_dir: Path,
+    output_dir: Path,
+    tag: str | None,
+    safe_serialization: bool,
+    max_shard_size: str,
+    exclude_frozen_parameters: bool,
+    debug: bool,
 ) -> None:
     """Write the whole fp32 weights of a checkpoint, DeepSpeed's or distui's."""
-    from distui.compat.deepspeed.utils import zero_to_fp32 as theirs
-    from distui.core.checkpoint.export import parse_size, write_safetensors
+    from distui.compat.deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
-    if not safe_serialization:
-        theirs.convert_zero_checkpoint_to_fp32_state_dict(str(checkpoint_dir), str(output_dir), tag)
-    else:
-        weights = theirs.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_dir), tag)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_safetensors(weights, output_dir, parse_size(max_shard_size))
+    convert_zero_checkpoint_to_fp32_state_dict(
+        str(checkpoint_dir), str(output_dir), max_shard_size, safe_serialization, tag, exclude_frozen_parameters
+    )
     click.echo(f"{output_dir}: written")

@@ -93,7 +93,8 @@ def test_every_key_of_deepspeeds_json() -> None:
         "data_types.grad_accum_dtype": "fp16",
         "gradient_allreduce_op": "max",
         "compression_training.weight_quantization.shared_parameters.enabled": True,
-        "curriculum_learning.enabled": True,
+        "data_efficiency.data_sampling.curriculum_learning.enabled": True,
+        "curriculum_learning.max_dificulty": 8,
         "compile.deepcompile": True,
         "pipeline.stages": 2,
         "tensor_parallel.tp_overlap_comm": True,
@@ -135,6 +136,9 @@ def test_every_field_of_accelerates_plugins() -> None:
         "fp16.loss_scale": 128,
         "tensorboard.enabled": True,
         "torch_autocast.enabled": True,
+        "curriculum_learning.enabled": True,
+        "data_efficiency.data_routing.random_ltd.enabled": True,
+        "elasticity.enabled": True,
         "gradient_cliping": 1.0,
     }.items():
         with pytest.raises((NotOffered, ConfigError)):

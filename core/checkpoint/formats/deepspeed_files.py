@@ -80,6 +80,8 @@ class DeepSpeedCheckpoint:
     """Parameters in fp32 where DeepSpeed kept them so, and buffers."""
     tied: dict[str, str] = field(default_factory=dict)
     """Further name of a parameter -> its first."""
+    frozen: frozenset[str] = frozenset()
+    """Parameters that were not trained."""
     optimizer_states: dict[str, torch.Tensor] = field(default_factory=dict)
     """By `<parameter>.<state>`; empty at stage 0, where DeepSpeed keeps no names."""
     groups: list[dict[str, Any]] = field(default_factory=list)
@@ -119,6 +121,7 @@ def read(folder: Path, *, optimizer_states: bool = True) -> DeepSpeedCheckpoint:
     module = main["module"]
     found.weights = {name: value for name, value in module.items() if stage < 3 or name in buffers}
     found.tied = dict(main.get("shared_params") or {})
+    found.frozen = frozenset(main.get("frozen_param_shapes") or ())
     if stage in (1, 2):
         _read_flat(found, main, shards, optimizer_states)
     elif stage == 3:

@@ -28,6 +28,8 @@ _OPTIMIZERS = {
     "muon": "muon",
     "onebitadam": "adam",
     "zerooneadam": "adam",
+    "lamb": "adam",
+    "fusedlamb": "adam",
 }
 
 
@@ -215,7 +217,7 @@ def _optimizer(carried: Carried, key: str, value: Any, flat: Mapping[str, Any]) 
         carried.note(key, "lost", f"the plan counts no states for {value}; the script's own optimizer is what runs")
         return
     carried.set("optimizer.name", name, key)
-    if str(value).lower() in ("onebitadam", "zerooneadam"):
+    if str(value).lower() == "onebitadam":
         carried.set("compression.gradients", "onebit", key)
     carried.note(key, "script", "build it in the script; `distui launch --as deepspeed` builds it from this file")
 

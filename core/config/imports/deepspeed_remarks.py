@@ -9,6 +9,7 @@ _ALWAYS = "it is always so"
 _WATCH = "always recorded: see `distui monitor`"
 _TRACKER = 'engine.init_trackers(log_with="{}") in the script'
 _ABSENT = "not offered"
+_BY_FACE = "`distui launch --as deepspeed` obeys it from this file"
 
 REMARKS: dict[str, tuple[Kind, str]] = {
     **{
@@ -156,13 +157,63 @@ REMARKS: dict[str, tuple[Kind, str]] = {
     "data_parallel_group": ("lost", _ABSENT),
     "zero_init": ("lost", _ABSENT),
     **{
+        f"elasticity.{name}": ("script", _BY_FACE)
+        for name in (
+            "enabled",
+            "max_train_batch_size",
+            "micro_batch_sizes",
+            "min_gpus",
+            "max_gpus",
+            "min_time",
+            "prefer_larger_batch",
+            "ignore_non_elastic_batch_info",
+            "version",
+            "model_parallel_size",
+            "num_gpus_per_node",
+        )
+    },
+    **{
+        f"curriculum_learning.{name}": ("script", _BY_FACE)
+        for name in (
+            "enabled",
+            "curriculum_type",
+            "min_difficulty",
+            "max_difficulty",
+            "schedule_type",
+            "schedule_config.total_curriculum_step",
+            "schedule_config.difficulty_step",
+            "schedule_config.root_degree",
+            "schedule_config.difficulty",
+            "schedule_config.max_step",
+        )
+    },
+    "data_efficiency.enabled": ("script", _BY_FACE),
+    "data_efficiency.seed": ("needless", "it seeds DeepSpeed's sampler, which is refused"),
+    "data_efficiency.data_sampling": ("lost", "order and sample the data in the script's own sampler"),
+    "data_efficiency.data_routing.enabled": ("script", _BY_FACE),
+    **{
+        f"data_efficiency.data_routing.random_ltd.{name}": ("script", _BY_FACE)
+        for name in (
+            "enabled",
+            "total_layer_num",
+            "random_ltd_layer_num",
+            "random_ltd_layer_id",
+            "model_mask_name",
+            "model_type",
+            "hidden_state_order",
+            "random_ltd_schedule.min_value",
+            "random_ltd_schedule.max_value",
+            "random_ltd_schedule.schedule_type",
+            "random_ltd_schedule.schedule_config.require_steps",
+            "random_ltd_schedule.schedule_config.seq_per_step",
+            "layer_token_lr_schedule",
+        )
+    },
+    **{
         name: ("lost", _ABSENT)
         for name in (
             "autotuning",
-            "elasticity",
             "compression_training",
-            "curriculum_learning",
-            "data_efficiency",
             "hybrid_engine",
             "progressive_layer_drop",
             "eigenvalue",

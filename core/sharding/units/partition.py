@@ -25,6 +25,13 @@ With 48 blocks of 0.2M parameters, joining took the CPU time of stage 3 over bar
 """
 
 
+CODES = (torch.int8, torch.uint8)
+"""Formats of quantized weights, which are frozen; parameters of other whole numbers stay whole on each rank.
+
+While codes are not here they read as 0, since they have no nan; the scales beside them are nan then.
+"""
+
+
 @dataclass(slots=True)
 class UnitSpec:
     """One unit: its parameters, and the modules before whose forward it must be there (none: the root's)."""
@@ -83,7 +90,7 @@ def shared_params(model: nn.Module) -> set[int]:
 
 
 def partition(model: nn.Module) -> list[UnitSpec]:
-    """Cut the model's floating-point parameters into units, in registration order, each parameter in exactly one.
+    """Cut the model's parameters (floating-point and codes) into units, in registration order, each in exactly one.
 
     The root is cut where blocks stand between its parts, so that the part behind the blocks, whose gradients come
     first, need not wait for the part before them. Parameters shared between modules go to the first root part, whose
@@ -102,7 +109,7 @@ def partition(model: nn.Module) -> list[UnitSpec]:
     block_units: dict[int, UnitSpec] = {}
     current_root: UnitSpec | None = None
     for name, param in model.named_parameters():
-        if not param.is_floating_point():
+        if not param.is_floating_point() and param.dtype not in CODES:
             continue
         if id(param) in shared:
             first_root.params.append((name, param))

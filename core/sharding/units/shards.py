@@ -38,7 +38,8 @@ class Shards:
         self.params = [param for _, param in named_params]
         first = self.params[0]
         self.trainable = first.requires_grad
-        self.dtype = placement.compute_dtype or first.dtype
+        compute_dtype = placement.compute_dtype if first.is_floating_point() else None
+        self.dtype = compute_dtype or first.dtype
         self.device = start.device_for(self.params)
         num_shards = placement.num_ranks if placement.shards_optimizer else 1
         multiple = SHARD_MULTIPLE if homes is not None else ALIGNMENT

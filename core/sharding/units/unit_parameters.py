@@ -54,7 +54,7 @@ class UnitParameters(Shards):
         self._num_shown = 0
         self._own_references = 0
         whole, part = self._begin(start)
-        nan = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
+        nan = torch.full((), torch.nan if self.dtype.is_floating_point else 0, dtype=self.dtype, device=self.device)
         self._nan = [nan.expand(span.shape) for span in self.layout.spans]
         strides = (torch.empty(span.shape, device="meta").stride() for span in self.layout.spans)
         self._cuts = [(span.shape, each, span.offset) for span, each in zip(self.layout.spans, strides, strict=True)]

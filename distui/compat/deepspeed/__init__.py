@@ -43,7 +43,18 @@ _LAZY: dict[str, str] = {
     "logger": "utils:logger",
     **{
         name: name
-        for name in ("accelerator", "checkpointing", "comm", "moe", "ops", "pipe", "runtime", "utils", "zero")
+        for name in (
+            "accelerator",
+            "checkpointing",
+            "comm",
+            "elasticity",
+            "moe",
+            "ops",
+            "pipe",
+            "runtime",
+            "utils",
+            "zero",
+        )
     },
     "PipelineModule": "runtime.pipe.module:PipelineModule",
     "PipelineEngine": "runtime.pipe.engine:PipelineEngine",

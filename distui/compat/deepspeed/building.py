@@ -12,6 +12,7 @@ from torch import nn
 
 from distui.compat.deepspeed import checkpointing, comm
 from distui.compat.deepspeed.configuration import DeepSpeedConfig, settle
+from distui.compat.deepspeed.curricula import schedulers
 from distui.compat.deepspeed.engine import DeepSpeedEngine
 from distui.compat.deepspeed.loading import DeepSpeedDataLoader
 from distui.compat.deepspeed.lr_schedules import build_schedule
@@ -108,6 +109,7 @@ def initialize(
     if isinstance(mpu, SequenceParallel):
         axes["context"] = mpu.size
     settings = settle(_config_of(args, config, config_params), comm.get_world_size(), **axes)
+    schedulers(settings, is_row)  # what is wrong is told before anything starts
     sections: dict[str, Any] = settings.sections
     if isinstance(model, PipelineModule) and recomputes(model, settings):
         sections.setdefault("activation_checkpointing", {})["mode"] = "full"
@@ -129,7 +131,8 @@ def initialize(
             from distui.compat.deepspeed.optim.muon import set_use_muon
 
             set_use_muon(model)
-        optimizer = build_optimizer(settings.section("optimizer"), model_parameters)
+        in_host = engine.config.offload.optimizer != "none"
+        optimizer = build_optimizer(settings.section("optimizer"), model_parameters, in_host)
     elif not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer(model_parameters)
     if isinstance(optimizer, torch.optim.Optimizer) and getattr(optimizer, "inner", None) is not None:

@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distui.compat.deepspeed.elasticity import (
+    ElasticityConfigError,
+    compute_elastic_config,
+    elasticity_enabled,
+    ensure_immutable_elastic_config,
+)
 from distui.compat.deepspeed_json import check_reduction, refuse_features, refuse_lost
 from distui.core.config.check import check
 from distui.core.config.imports import deepspeed as reader
@@ -60,6 +66,12 @@ class DeepSpeedConfig:
         """Return whether a section says `enabled: true`."""
         return bool(truth(self.flat.get(f"{section}.enabled", False)))
 
+    def random_ltd(self) -> dict[str, Any]:
+        """Return the section by which layers drop tokens, with the batch sizes."""
+        routing = self.section("data_efficiency").get("data_routing") or {}
+        sizes = {"global_batch_size": self.train_batch_size, "micro_batch_size": self.micro_size}
+        return {**(routing.get("random_ltd") or {}), **sizes}
+
     def section(self, name: str) -> dict[str, Any]:
         """Return a table of the JSON, empty where it is absent."""
         table = self.raw.get(name)
@@ -94,7 +106,7 @@ def settle(config: Any, world_size: int, **axes: int) -> DeepSpeedConfig:
     """
     raw = load_config(config)
     flat = flatten(raw)
-    refuse_features(flat)
+    refuse_features(flat, has_engine=True)
     carried = reader.refuse_unknown(raw)
     refuse_lost(carried, flat)
     values = dict(carried.values)
@@ -118,6 +130,8 @@ def settle(config: Any, world_size: int, **axes: int) -> DeepSpeedConfig:
                 "take it out of the settings",
             )
     shared = strategy.tensor_parallel * strategy.pipeline_parallel * strategy.context_parallel
+    if elasticity_enabled(raw):
+        flat |= _elastic_batch(raw, max(1, world_size // shared))
     plan = _batch(flat, max(1, world_size // shared))
     sections["batch"] = {"global_size": None, "micro_size": plan[1], "accumulation": plan[2]}
     merged = job_config(sections)
@@ -198,6 +212,24 @@ def _batch(flat: Mapping[str, Any], ranks: int) -> tuple[int, int, int]:
             f"set {_TOTAL} to {' or '.join(near)}",
         )
     return (total, micro, rest) if micro is not None else (total, rest, given)
+
+
+def _elastic_batch(raw: dict[str, Any], ranks: int) -> dict[str, int]:
+    """Return the three sizes that the section `elasticity` gives for so many data-parallel ranks.
+
+    Raises: ElasticityError, also where the JSON has sizes of its own.
+    """
+    section = raw["elasticity"]
+    total, _, micro = compute_elastic_config(raw, "0.19.8", ranks)
+    ensure_immutable_elastic_config(section)
+    own = [key for key in reader.BATCH_KEYS if key in raw]
+    if own and not section.get("ignore_non_elastic_batch_info", False):
+        raise ElasticityConfigError(
+            f"{', '.join(own)} beside an elastic batch",
+            f"elasticity gives train_batch_size={total} and micro-batches of {micro} on {ranks} ranks",
+            "take them out, or set elasticity.ignore_non_elastic_batch_info to true",
+        )
+    return {_TOTAL: total, _MICRO: micro, _STEPS: total // (micro * ranks)}
 
 
 def _wrong(what: str, why: str, fix: str) -> ConfigError:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from distui.compat.deepspeed.configuration import DeepSpeedConfig
+from distui.compat.deepspeed.curricula import Curricula
 from distui.compat.deepspeed.loading import DeepSpeedDataLoader, note_batch
 from distui.compat.deepspeed.monitor import Monitor
 from distui.compat.deepspeed.queries import Queries
@@ -29,7 +30,7 @@ class LossScaleMissing(UserError, RuntimeError):
     """A `loss.backward()` under fp16 that nobody scaled."""
 
 
-class DeepSpeedEngine(Queries, Saving, nn.Module):
+class DeepSpeedEngine(Queries, Curricula, Saving, nn.Module):
     """A model, its optimizer and its schedule under DeepSpeed's names; `engine` is the `distui.Engine` below."""
 
     def __init__(
@@ -64,6 +65,7 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
         self._step_applied = False
         self._norm: torch.Tensor | None = None
         self._losses: list[torch.Tensor] = []
+        self._begin_curricula()
         engine.register_for_checkpointing(self.progress())
         engine.backend.weigh(self._bare_factor)
         ENGINES.add(self)
@@ -112,6 +114,8 @@ class DeepSpeedEngine(Queries, Saving, nn.Module):
         self._set_sync()
         self._finish_bare_backward()
         self.engine.backend.weigh(self._bare_factor)  # the script may have changed the accumulation steps
+        if self.module.training:
+            kwargs |= self._advance_curricula()
         note_batch(self.engine, kwargs or list(inputs))
         output = self.module(*inputs, **kwargs)
         if torch.is_grad_enabled() and self.optimizer is not None:

@@ -63,6 +63,7 @@ class Progress:
             "skipped_steps": engine.skipped_steps,
             "lr_scheduler": schedule.state_dict() if schedule is not None else None,
             "client_state": self.client_state,
+            "random_ltd": engine.random_ltd_scheduler.state_dict() if engine.random_ltd_scheduler else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -72,6 +73,8 @@ class Progress:
         if self.loads_counters:
             for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps"):
                 setattr(engine, name, int(state[name]))
+            if engine.random_ltd_scheduler is not None and state.get("random_ltd"):
+                engine.random_ltd_scheduler.load_state_dict(state["random_ltd"])
         saved = _plain(state["lr_scheduler"], "schedule")
         if self.loads_schedule and saved is not None and engine.lr_scheduler is not None:
             engine.lr_scheduler.load_state_dict(saved)
@@ -86,6 +89,7 @@ class Saving:
     optimizer: PreparedOptimizer | None
     loaded_checkpoint_tag: str | None
     lr_scheduler: Any
+    random_ltd_scheduler: Any
     global_steps: int
     global_samples: int
     micro_steps: int

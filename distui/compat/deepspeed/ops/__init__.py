@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from distui.compat.deepspeed.ops import adam, lion
+from distui.compat.deepspeed.ops import adagrad, adam, lamb, lion
 
-__all__ = ["adam", "lion"]
+__all__ = ["adagrad", "adam", "lamb", "lion"]

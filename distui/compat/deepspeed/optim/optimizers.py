@@ -3,65 +3,106 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from distui.compat.deepspeed.lr_schedules import check_params
 from distui.compat.deepspeed.optim.closures import closure_loss
+from distui.compat.deepspeed.optim.lamb import FusedLamb
 from distui.compat.deepspeed.optim.muon import build_muon
+from distui.compat.deepspeed.optim.zero_one_adam import ZeroOneAdam
 from distui.compat.not_offered import NotOffered
 from distui.core.config.settings import nearest
 from distui.core.errors import ConfigError, Problem
 
-_NEED_MATRICES = {
-    "lamb": "it scales each layer by its own norms, and shards are flat: use AdamW",
-    "fusedlamb": "it scales each layer by its own norms, and shards are flat: use AdamW",
-    "onebitlamb": "use OneBitAdam, or AdamW with compression.gradients = onebit in distui's settings",
+_REFUSED = {
+    "onebitlamb": "use Lamb, with compression.gradients = int8 in distui's settings where the network is slow",
     "muadam": "pass mup's optimizer to deepspeed.initialize(optimizer=...)",
     "muadamw": "pass mup's optimizer to deepspeed.initialize(optimizer=...)",
     "musgd": "pass mup's optimizer to deepspeed.initialize(optimizer=...)",
 }
 
 
-def FusedAdam(
-    params: Any,
-    lr: float = 1e-3,
-    bias_correction: bool = True,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    adam_w_mode: bool = True,
-    weight_decay: float = 0.0,
-    amsgrad: bool = False,
-    set_grad_none: bool = True,
-) -> torch.optim.Adam:
-    """Return torch's AdamW, or Adam, with the defaults of DeepSpeed's FusedAdam: no decay unless it is given.
+class _Made(type):
+    """The metaclass of names that build torch's own classes: what was built by one is its instance."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        made = getattr(instance, "inner", None) or instance  # what `initialize` returns stands for it
+        return getattr(made, "_made_by", None) is cls
+
+
+class FusedAdam(metaclass=_Made):
+    """Builds torch's AdamW, or Adam, with the defaults of DeepSpeed's FusedAdam: no decay unless it is given.
 
     Torch's own class, so that the engine's kernels and homes, which know it, step it.
     """
-    if not bias_correction:
-        raise NotOffered(
-            "FusedAdam(bias_correction=False) is not offered by distui",
-            "torch's Adam corrects the bias of its moments",
-            "leave bias_correction out",
-        )
-    kind = torch.optim.AdamW if adam_w_mode else torch.optim.Adam
-    return kind(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+
+    def __new__(  # type: ignore[misc]
+        cls,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        set_grad_none: bool = True,
+    ) -> torch.optim.Adam:
+        """Raises: NotOffered without the correction of the bias."""
+        if not bias_correction:
+            raise NotOffered(
+                "FusedAdam(bias_correction=False) is not offered by distui",
+                "torch's Adam corrects the bias of its moments",
+                "leave bias_correction out",
+            )
+        kind = torch.optim.AdamW if adam_w_mode else torch.optim.Adam
+        return _mark(kind(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad), cls)
 
 
-def DeepSpeedCPUAdam(
-    model_params: Any,
-    lr: float = 1e-3,
-    bias_correction: bool = True,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    amsgrad: bool = False,
-    adamw_mode: bool = True,
-    fp32_optimizer_states: bool = True,
-) -> torch.optim.Adam:
-    """Return torch's AdamW or Adam; it steps in host memory where the states' home is there (offload)."""
-    return FusedAdam(model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay, amsgrad)
+class DeepSpeedCPUAdam(metaclass=_Made):
+    """Builds torch's AdamW or Adam; it steps in host memory where the states' home is there (offload)."""
+
+    def __new__(  # type: ignore[misc]
+        cls,
+        model_params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        adamw_mode: bool = True,
+        fp32_optimizer_states: bool = True,
+    ) -> torch.optim.Adam:
+        """Raises: NotOffered without the correction of the bias."""
+        adam = FusedAdam(model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay, amsgrad)
+        return _mark(adam, cls)
+
+
+class DeepSpeedCPUAdagrad(metaclass=_Made):
+    """Builds torch's Adagrad with DeepSpeed's defaults."""
+
+    def __new__(  # type: ignore[misc]
+        cls,
+        model_params: Any,
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        fp32_optimizer_states: bool = True,
+    ) -> torch.optim.Adagrad:
+        """DeepSpeed's own does nothing with `amsgrad` either."""
+        return _mark(torch.optim.Adagrad(model_params, lr=lr, eps=eps, weight_decay=weight_decay), cls)
+
+
+_Kind = TypeVar("_Kind", bound=torch.optim.Optimizer)
+
+
+def _mark(optimizer: _Kind, maker: type) -> _Kind:
+    optimizer._made_by = maker  # type: ignore[attr-defined]
+    return optimizer
 
 
 class FusedLion(torch.optim.Optimizer):
@@ -99,13 +140,22 @@ class FusedLion(torch.optim.Optimizer):
 
 DeepSpeedCPULion = FusedLion
 
+_OWN: dict[str, type[torch.optim.Optimizer]] = {
+    **dict.fromkeys(("lion", "fusedlion", "cpulion"), FusedLion),
+    **dict.fromkeys(("lamb", "fusedlamb"), FusedLamb),
+    "zerooneadam": ZeroOneAdam,
+}
 
-def build_optimizer(section: Mapping[str, Any], parameters: Iterable[Any]) -> torch.optim.Optimizer | None:
+
+def build_optimizer(
+    section: Mapping[str, Any], parameters: Iterable[Any], in_host: bool = False
+) -> torch.optim.Optimizer | None:
     """Return the optimizer that the JSON's `optimizer` names, on `parameters`; None where there is none.
 
-    Adam is AdamW unless `adam_w_mode` is false, and decays nothing by default, both as in DeepSpeed.
+    Adam is AdamW unless `adam_w_mode` is false, and decays nothing by default, both as in DeepSpeed; with `in_host`
+    (states offloaded to host memory) it counts as a `DeepSpeedCPUAdam`, else as a `FusedAdam`.
 
-    Raises: ConfigError for an unknown name or parameter; NotOffered for one that needs whole matrices.
+    Raises: ConfigError for an unknown name or parameter; NotOffered for one that nothing here stands for.
     """
     name = section.get("type")
     if name is None or name == "auto":
@@ -123,21 +173,21 @@ def build_optimizer(section: Mapping[str, Any], parameters: Iterable[Any]) -> to
             ]
         )
     lowered = str(name).lower()
-    if lowered in _NEED_MATRICES:
+    if lowered in _REFUSED:
         raise NotOffered(
             f"DeepSpeed's optimizer {name} is not offered by distui",
             "no torch.optim class stands for it",
-            _NEED_MATRICES[lowered],
+            _REFUSED[lowered],
         )
     if lowered == "muon":
         return build_muon(params, parameters)
     kind: Any
-    if lowered in ("adam", "adamw", "fusedadam", "cpuadam", "onebitadam", "zerooneadam"):
+    if lowered in ("adam", "adamw", "fusedadam", "cpuadam", "onebitadam"):
         own = bool(params.pop("torch_adam", False))
         for unused in ("fp32_optimizer_states", "fused", "foreach"):
             params.pop(unused, None)
-        if lowered.startswith(("onebit", "zeroone")):
-            for wire in ("freeze_step", "cuda_aware", "comm_backend_name", "pipeline_enable", "var_freeze_step"):
+        if lowered.startswith("onebit"):
+            for wire in ("freeze_step", "cuda_aware", "comm_backend_name", "pipeline_enable"):
                 params.pop(wire, None)
         decoupled = bool(params.pop("adam_w_mode", True)) or lowered == "adamw"
         kind = FusedAdam
@@ -145,13 +195,13 @@ def build_optimizer(section: Mapping[str, Any], parameters: Iterable[Any]) -> to
             kind = torch.optim.AdamW if decoupled else torch.optim.Adam
         if not own:
             params["adam_w_mode"] = decoupled
-    elif lowered in ("lion", "fusedlion", "cpulion"):
-        kind = FusedLion
+    elif lowered in _OWN:
+        kind = _OWN[lowered]
     else:
         names = {kind.lower(): kind for kind in dir(torch.optim) if isinstance(getattr(torch.optim, kind), type)}
         if lowered not in names or not issubclass(getattr(torch.optim, names[lowered]), torch.optim.Optimizer):
-            near = nearest(str(name), ["Adam", "AdamW", "Lion", "Adagrad", "SGD", "RMSprop", *names.values()])
-            known = "Adam, AdamW, Lion, and every class of torch.optim"
+            near = nearest(str(name), ["Adam", "AdamW", "Lion", "Lamb", "Adagrad", "SGD", "RMSprop", *names.values()])
+            known = "Adam, AdamW, Lion, Lamb, ZeroOneAdam, Muon, and every class of torch.optim"
             fix = f"write {near}" if near else f"use {known}"
             raise ConfigError([Problem("optimizer.type", f"{name!r} is no optimizer", f"known: {known}", fix)])
         kind = getattr(torch.optim, names[lowered])
@@ -159,4 +209,4 @@ def build_optimizer(section: Mapping[str, Any], parameters: Iterable[Any]) -> to
         params["betas"] = tuple(params["betas"])
     check_params("optimizer", kind, params)
     optimizer: torch.optim.Optimizer = kind(parameters, **params)
-    return optimizer
+    return _mark(optimizer, DeepSpeedCPUAdam) if in_host and kind is FusedAdam else optimizer

@@ -142,6 +142,7 @@ class PipelineEngine(DeepSpeedEngine):
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         self.train()
+        self._advance_curricula()
         batches = self._micro_batches(self.micro_batches)
         self._step_applied = False
         self.engine._set_sync(False)
