@@ -308,10 +308,16 @@ def test_keys_that_its_own_tool_would_ignore_are_named_with_the_nearest(tmp_path
 
 
 def test_what_is_lost_is_said(tmp_path: Path) -> None:
-    data = {"train_batch_size": 8, "fp16": {"enabled": True, "loss_scale": 128}, "elasticity": {"enabled": True}}
+    data: dict[str, Any] = {
+        "train_batch_size": 8,
+        "fp16": {"enabled": True, "loss_scale": 128},
+        "hybrid_engine": {"enabled": True},
+    }
+    data["elasticity"] = {"enabled": True, "max_train_batch_size": 8, "micro_batch_sizes": [2]}
     kinds = _kinds(import_file(_file(tmp_path, data)))
     assert kinds["fp16.loss_scale"] == "lost"
-    assert kinds["elasticity.enabled"] == "lost"
+    assert kinds["hybrid_engine.enabled"] == "lost"
+    assert kinds["elasticity.micro_batch_sizes"] == "script"  # of the face, which works out the batch
     assert kinds["gradient_clipping"] == "changed"  # absent, and then DeepSpeed clips at 1.0
 
 
