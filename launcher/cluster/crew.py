@@ -65,7 +65,8 @@ class Crew:
         self._dialled: dict[int, list[str]] = {}
         self.changed = asyncio.Event()
         loop = asyncio.get_running_loop()
-        self.gang = Gang(hosts, loop.time, config.cluster.meet_s, getattr(starter, "way", config.cluster.starter))
+        self._way = getattr(starter, "way", config.cluster.starter)
+        self.gang = Gang(hosts, loop.time, config.cluster.meet_s, self._way)
         self.files, self.optional = files_of(command, Path.cwd(), config_file)
         self._run, self._config, self._starter, self._command = run, config, starter, command
         self._hosts = hosts
@@ -201,7 +202,7 @@ class Crew:
             if text in ("distui: ssh", "distui: agent"):
                 self.gang.came(node, word)
             elif text.startswith("distui: unreachable "):
-                what = f"ssh answers, and {rest} does not answer from there"
+                what = f"{self._way} answers, and {rest} does not answer from there"
                 why, fix = (
                     "a firewall, or an address that is not the right one",
                     "open it, or --set cluster.interface=...",
