@@ -211,6 +211,10 @@ class RunFolder:
 
 
 JOB_ENV = "DISTUI_JOB"
+MEMORY_ENV = "DISTUI_MEMORY"
+"""In a rank's environment: the socket of the agent that keeps its saves in memory."""
+MEMORY_FOLDER_ENV = "DISTUI_MEMORY_FOLDER"
+"""In a rank's environment: where that agent shows the save that this attempt may go on from."""
 """Set for every rank: the run's folder. Unset means that the script runs alone."""
 
 

@@ -6,6 +6,28 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class KeptFile(_message.Message):
+    __slots__ = ("save", "name")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    save: str
+    name: str
+    def __init__(self, save: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+
+class KeptPiece(_message.Message):
+    __slots__ = ("save", "name", "data")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    save: SaveFacts
+    name: str
+    data: bytes
+    def __init__(self, save: _Optional[_Union[SaveFacts, _Mapping]] = ..., name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class KeptAll(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Piece(_message.Message):
     __slots__ = ("data",)
     DATA_FIELD_NUMBER: _ClassVar[int]
@@ -13,7 +35,7 @@ class Piece(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class AgentSays(_message.Message):
-    __slots__ = ("hello", "beat", "store", "ended", "done", "file", "dialled", "daemon")
+    __slots__ = ("hello", "beat", "store", "ended", "done", "file", "dialled", "daemon", "kept")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +44,7 @@ class AgentSays(_message.Message):
     FILE_FIELD_NUMBER: _ClassVar[int]
     DIALLED_FIELD_NUMBER: _ClassVar[int]
     DAEMON_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     hello: str
     beat: Beat
     store: StoreAt
@@ -30,10 +53,11 @@ class AgentSays(_message.Message):
     file: FilePiece
     dialled: Dialled
     daemon: DaemonAt
-    def __init__(self, hello: _Optional[str] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., store: _Optional[_Union[StoreAt, _Mapping]] = ..., ended: _Optional[_Union[RankEnded, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., file: _Optional[_Union[FilePiece, _Mapping]] = ..., dialled: _Optional[_Union[Dialled, _Mapping]] = ..., daemon: _Optional[_Union[DaemonAt, _Mapping]] = ...) -> None: ...
+    kept: Kept
+    def __init__(self, hello: _Optional[str] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., store: _Optional[_Union[StoreAt, _Mapping]] = ..., ended: _Optional[_Union[RankEnded, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., file: _Optional[_Union[FilePiece, _Mapping]] = ..., dialled: _Optional[_Union[Dialled, _Mapping]] = ..., daemon: _Optional[_Union[DaemonAt, _Mapping]] = ..., kept: _Optional[_Union[Kept, _Mapping]] = ...) -> None: ...
 
 class SupervisorSays(_message.Message):
-    __slots__ = ("beat", "open_store", "start", "alone", "end", "preempt", "open_daemon", "dial")
+    __slots__ = ("beat", "open_store", "start", "alone", "end", "preempt", "open_daemon", "settled", "dial")
     BEAT_FIELD_NUMBER: _ClassVar[int]
     OPEN_STORE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +65,7 @@ class SupervisorSays(_message.Message):
     END_FIELD_NUMBER: _ClassVar[int]
     PREEMPT_FIELD_NUMBER: _ClassVar[int]
     OPEN_DAEMON_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
     DIAL_FIELD_NUMBER: _ClassVar[int]
     beat: Beat
     open_store: OpenStore
@@ -49,8 +74,9 @@ class SupervisorSays(_message.Message):
     end: End
     preempt: Preempt
     open_daemon: OpenDaemon
+    settled: Settled
     dial: Dial
-    def __init__(self, beat: _Optional[_Union[Beat, _Mapping]] = ..., open_store: _Optional[_Union[OpenStore, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., alone: _Optional[_Union[Alone, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., preempt: _Optional[_Union[Preempt, _Mapping]] = ..., open_daemon: _Optional[_Union[OpenDaemon, _Mapping]] = ..., dial: _Optional[_Union[Dial, _Mapping]] = ...) -> None: ...
+    def __init__(self, beat: _Optional[_Union[Beat, _Mapping]] = ..., open_store: _Optional[_Union[OpenStore, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., alone: _Optional[_Union[Alone, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., preempt: _Optional[_Union[Preempt, _Mapping]] = ..., open_daemon: _Optional[_Union[OpenDaemon, _Mapping]] = ..., settled: _Optional[_Union[Settled, _Mapping]] = ..., dial: _Optional[_Union[Dial, _Mapping]] = ...) -> None: ...
 
 class Beat(_message.Message):
     __slots__ = ("number",)
@@ -117,7 +143,7 @@ class StoreAt(_message.Message):
     def __init__(self, attempt: _Optional[int] = ..., port: _Optional[int] = ..., problem: _Optional[str] = ..., probe: _Optional[bool] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("attempt", "max_restarts", "node", "num_nodes", "first_rank", "num_ranks", "world_size", "address", "port")
+    __slots__ = ("attempt", "max_restarts", "node", "num_nodes", "first_rank", "num_ranks", "world_size", "address", "port", "partner", "restore")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     MAX_RESTARTS_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +153,8 @@ class Start(_message.Message):
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PORT_FIELD_NUMBER: _ClassVar[int]
+    PARTNER_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     max_restarts: int
     node: int
@@ -136,17 +164,67 @@ class Start(_message.Message):
     world_size: int
     address: str
     port: int
-    def __init__(self, attempt: _Optional[int] = ..., max_restarts: _Optional[int] = ..., node: _Optional[int] = ..., num_nodes: _Optional[int] = ..., first_rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., world_size: _Optional[int] = ..., address: _Optional[str] = ..., port: _Optional[int] = ...) -> None: ...
+    partner: str
+    restore: Restore
+    def __init__(self, attempt: _Optional[int] = ..., max_restarts: _Optional[int] = ..., node: _Optional[int] = ..., num_nodes: _Optional[int] = ..., first_rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., world_size: _Optional[int] = ..., address: _Optional[str] = ..., port: _Optional[int] = ..., partner: _Optional[str] = ..., restore: _Optional[_Union[Restore, _Mapping]] = ...) -> None: ...
+
+class SaveFacts(_message.Message):
+    __slots__ = ("save", "step", "world_size", "ranks")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    save: str
+    step: int
+    world_size: int
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, save: _Optional[str] = ..., step: _Optional[int] = ..., world_size: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Kept(_message.Message):
+    __slots__ = ("save", "copy", "pending", "problem")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    save: SaveFacts
+    copy: bool
+    pending: bool
+    problem: str
+    def __init__(self, save: _Optional[_Union[SaveFacts, _Mapping]] = ..., copy: _Optional[bool] = ..., pending: _Optional[bool] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class Settled(_message.Message):
+    __slots__ = ("save",)
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    save: str
+    def __init__(self, save: _Optional[str] = ...) -> None: ...
+
+class Holder(_message.Message):
+    __slots__ = ("address", "ranks")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, address: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Restore(_message.Message):
+    __slots__ = ("save", "holders")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    save: SaveFacts
+    holders: _containers.RepeatedCompositeFieldContainer[Holder]
+    def __init__(self, save: _Optional[_Union[SaveFacts, _Mapping]] = ..., holders: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ...) -> None: ...
 
 class Alone(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class End(_message.Message):
-    __slots__ = ("leave",)
+    __slots__ = ("leave", "forgets_preemption")
     LEAVE_FIELD_NUMBER: _ClassVar[int]
+    FORGETS_PREEMPTION_FIELD_NUMBER: _ClassVar[int]
     leave: bool
-    def __init__(self, leave: _Optional[bool] = ...) -> None: ...
+    forgets_preemption: bool
+    def __init__(self, leave: _Optional[bool] = ..., forgets_preemption: _Optional[bool] = ...) -> None: ...
 
 class Preempt(_message.Message):
     __slots__ = ()

@@ -140,3 +140,122 @@ class Cluster:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class KeepingStub:
+    """What an agent keeps of checkpoints in host memory, for agents of other hosts: TLS, and a token that all of them have.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Put = channel.stream_unary(
+                '/distui.v1.Keeping/Put',
+                request_serializer=distui_dot_proto_dot_cluster__pb2.KeptPiece.SerializeToString,
+                response_deserializer=distui_dot_proto_dot_cluster__pb2.KeptAll.FromString,
+                _registered_method=True)
+        self.Get = channel.unary_stream(
+                '/distui.v1.Keeping/Get',
+                request_serializer=distui_dot_proto_dot_cluster__pb2.KeptFile.SerializeToString,
+                response_deserializer=distui_dot_proto_dot_cluster__pb2.Piece.FromString,
+                _registered_method=True)
+
+
+class KeepingServicer:
+    """What an agent keeps of checkpoints in host memory, for agents of other hosts: TLS, and a token that all of them have.
+    """
+
+    def Put(self, request_iterator, context):
+        """A host's files of a save, one after another, each begun by its name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Get(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_KeepingServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Put': grpc.stream_unary_rpc_method_handler(
+                    servicer.Put,
+                    request_deserializer=distui_dot_proto_dot_cluster__pb2.KeptPiece.FromString,
+                    response_serializer=distui_dot_proto_dot_cluster__pb2.KeptAll.SerializeToString,
+            ),
+            'Get': grpc.unary_stream_rpc_method_handler(
+                    servicer.Get,
+                    request_deserializer=distui_dot_proto_dot_cluster__pb2.KeptFile.FromString,
+                    response_serializer=distui_dot_proto_dot_cluster__pb2.Piece.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'distui.v1.Keeping', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('distui.v1.Keeping', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Keeping:
+    """What an agent keeps of checkpoints in host memory, for agents of other hosts: TLS, and a token that all of them have.
+    """
+
+    @staticmethod
+    def Put(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/distui.v1.Keeping/Put',
+            distui_dot_proto_dot_cluster__pb2.KeptPiece.SerializeToString,
+            distui_dot_proto_dot_cluster__pb2.KeptAll.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Get(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/distui.v1.Keeping/Get',
+            distui_dot_proto_dot_cluster__pb2.KeptFile.SerializeToString,
+            distui_dot_proto_dot_cluster__pb2.Piece.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -21,12 +21,21 @@ Facts = dict[str, Any]
 """What the manifest keeps of a file: bytes, and crc32, or the crc32 of each block of `block_bytes`."""
 
 
+def new_file(path: Path) -> BinaryIO:
+    """Open a file that is not there yet, for writing."""
+    return open(path, "xb", buffering=1 << 20)
+
+
+Opened = Callable[[Path], BinaryIO]
+"""Opens a new file to write to, which need not be on a disk."""
+
+
 class SummedFile:
     """Writes a new file, and knows its checksums without reading it again."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, opened: Opened = new_file) -> None:
         self.path, self.size = path, 0
-        self._file = open(path, "xb", buffering=1 << 20)  # noqa: SIM115 - closed by finish, or close
+        self._file = opened(path)
         self._sums: list[int] = []
         self._sum = 0
 
@@ -67,9 +76,9 @@ class SummedFile:
         self._file.close()
 
 
-def write_file(path: Path, content: bytes) -> Facts:
+def write_file(path: Path, content: bytes, opened: Opened = new_file) -> Facts:
     """Write a new small file to the disk, and return its facts."""
-    file = SummedFile(path)
+    file = SummedFile(path, opened)
     try:
         file.write(content)
         return file.finish()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from distui.core.axes.cut import Box, row_strides
-from distui.core.checkpoint.files import Facts, SummedFile, write_file
+from distui.core.checkpoint.files import Facts, Opened, SummedFile, new_file, write_file
 from distui.core.checkpoint.flat import FlatShard
 from distui.core.checkpoint.plain import DTYPES, Plain
 from distui.core.errors import UserError
@@ -75,10 +75,12 @@ Items = Mapping[str, Any]
 """What a rank writes by key: `FlatShard`s, whole tensors, and numbers."""
 
 
-def write_rank(folder: Path, rank: int, items: Items, own: Plain | None, common: Plain | None) -> dict[str, Any]:
+def write_rank(
+    folder: Path, rank: int, items: Items, own: Plain | None, common: Plain | None, opened: Opened = new_file
+) -> dict[str, Any]:
     """Write a rank's files, and return what of them the index and the manifest must know, as JSON."""
     chunks, numbers, facts = [], {}, {}
-    file = SummedFile(folder / data_file(rank))
+    file = SummedFile(folder / data_file(rank), opened)
     try:
         for key, item in items.items():
             if not isinstance(item, torch.Tensor):
@@ -102,14 +104,14 @@ def write_rank(folder: Path, rank: int, items: Items, own: Plain | None, common:
             if plain is not None:
                 places = [[file.write_tensor(tensor), tensor.numel()] for tensor in plain.tensors]
                 content = {"tree": plain.tree, "file": data_file(rank), "places": places}
-                facts[name] = write_file(folder / name, json.dumps(content, allow_nan=False).encode())
+                facts[name] = write_file(folder / name, json.dumps(content, allow_nan=False).encode(), opened)
         facts[data_file(rank)] = file.finish()
     finally:
         file.close()
     return {"rank": rank, "chunks": chunks, "numbers": numbers, "files": facts}
 
 
-def write_index(folder: Path, parts: list[dict[str, Any]]) -> dict[str, Facts]:
+def write_index(folder: Path, parts: list[dict[str, Any]], opened: Opened = new_file) -> dict[str, Facts]:
     """Write the index of what all ranks wrote, and return the facts of all files. One rank calls it.
 
     Of a tensor that several ranks wrote whole the first one's counts.
@@ -131,7 +133,7 @@ def write_index(folder: Path, parts: list[dict[str, Any]]) -> dict[str, Facts]:
             if whole or not any(known[2] == start for known in entry[2][-1:] + entry[2][:1]):
                 entry[2].append([data_file(part["rank"]), offset, start, numel])
     content = json.dumps({"tensors": tensors, "numbers": numbers}).encode()
-    return {**facts, INDEX: write_file(folder / INDEX, content)}
+    return {**facts, INDEX: write_file(folder / INDEX, content, opened)}
 
 
 def read_index(content: bytes, facts: Mapping[str, Facts]) -> dict[str, Entry]:

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from distui.core.checkpoint import state
 from distui.core.checkpoint.flat import CellShard
 from distui.core.checkpoint.folder import PREFIX
+from distui.core.checkpoint.memory import Agent
+from distui.core.checkpoint.memory import keep as keep_in_memory
 from distui.core.checkpoint.plain import Plain
 from distui.core.checkpoint.staging import Staging
 from distui.core.checkpoint.trained import Trained
@@ -45,6 +47,8 @@ class Saver:
         self._lineage = uuid.uuid4().hex
         """This run and those that go on from its checkpoints; by it rotation knows its own."""
         self._newest_s = 0.0
+        self._agent = Agent.of_this_rank()
+        self._checks_room = True
         self.before_wait: Callable[[], None] = lambda: None
         """Called when somebody waits for the saves, to begin those that are still to be made."""
         _savers.add(self)
@@ -53,6 +57,11 @@ class Saver:
     def failed(self) -> bool:
         """Whether a save in the background failed and nobody was told; `wait` tells."""
         return self._error is not None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is in flight, or agents keep none: no moment for one in memory."""
+        return self._agent is None or (self._thread is not None and self._thread.is_alive())
 
     @property
     def staged_bytes(self) -> int:
@@ -79,6 +88,8 @@ class Saver:
         random: RandomStates | None = None,
         without: frozenset[int] = frozenset(),
         provisional: bool = False,
+        in_memory: bool = False,
+        on_disk: bool = True,
         on_done: OnDone = lambda path, error: None,
     ) -> str:
         """Write the engine's whole state to `output_dir`, and return that folder. Collective.
@@ -87,6 +98,7 @@ class Saver:
         `on_done` is called on another thread. `keep` removes all but so many of the newest checkpoints of this run
         beside it. `random` are the random states to go on from, where they are not the present ones; `without` are
         models whose weights somebody else keeps; a `provisional` one says that the script was not done with its step.
+        `in_memory` has agents keep it as well or, without `on_disk`, has them alone keep it: their failure is told.
 
         Raises: UserError where it, or the save before it, could not be written, or a state is no plain data.
         """
@@ -113,6 +125,8 @@ class Saver:
                     "run": _run_id(),
                 },
                 keep=keep,
+                in_memory=in_memory,
+                on_disk=on_disk,
             )
             self._start(snapshot, group, engine.clock.step, asynchronous, on_done)
             return str(snapshot.target)
@@ -138,6 +152,10 @@ class Saver:
         self._thread.start()
 
     def _write(self, snapshot: Snapshot, group: dist.ProcessGroup | None, step: int, on_done: OnDone) -> None:
+        if snapshot.in_memory:
+            self._keep(snapshot, group, step)
+        if not snapshot.on_disk:
+            return
         error: BaseException | None = None
         try:
             write(snapshot, group)
@@ -147,11 +165,28 @@ class Saver:
         self._telemetry.event(level, "checkpoint", text, step=step)
         on_done(snapshot.target, error)
 
+    def _keep(self, snapshot: Snapshot, group: dist.ProcessGroup | None, step: int) -> None:
+        """Have agents keep it. They do for all ranks or, from the first failure on, for none."""
+        if self._agent is None:
+            return
+        try:
+            keep_in_memory(snapshot, group, self._agent, checks_room=self._checks_room)
+            self._checks_room = False
+        except Exception as problem:  # noqa: BLE001  training goes on without, and checkpoints on the disk as well
+            self._agent = None
+            what = problem if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
+            text = f"no checkpoints are kept in memory from step {step} on: {what}"
+            self._telemetry.event("warning", "checkpoint", text, step=step)
+            if snapshot.rank == 0:
+                sys.stderr.write(f"distui: {text}\n")
+
     def save_step(
         self,
         engine: Trained,
         on_done: OnDone,
         *,
+        in_memory: bool = False,
+        on_disk: bool = True,
         random: RandomStates | None = None,
         provisional: bool = False,
         at_exit: bool = False,
@@ -168,6 +203,8 @@ class Saver:
             keep=settings.keep,
             random=random,
             provisional=provisional,
+            in_memory=in_memory,
+            on_disk=on_disk,
             on_done=on_done,
         )
 

@@ -6,7 +6,7 @@ Nothing here touches the training: it may run on a thread of its own, and its co
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,36 @@ class Snapshot:
     facts: dict[str, Any]
     keep: int | None
     """Newest checkpoints of this run beside `target` that stay; None removes nothing."""
+    in_memory: bool = False
+    on_disk: bool = True
 
     @property
     def nbytes(self) -> int:
         """Bytes that this rank writes, about."""
         tensors = [item for item in self.items.values() if isinstance(item, torch.Tensor)]
         return sum(item.local_bytes if isinstance(item, FlatShard) else item.nbytes for item in tensors)
+
+    def large(self) -> list[str]:
+        """Return the whole tensors of which one rank's copy is enough."""
+        return sorted(
+            key
+            for key, item in self.items.items()
+            if isinstance(item, torch.Tensor) and not isinstance(item, FlatShard) and item.nbytes > SMALL_BYTES
+        )
+
+    def items_of(self, begun: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return what this rank writes; `begun` has, by rank, what of `large` each holds."""
+        owner: dict[str, int] = {}
+        for rank, found in enumerate(begun):
+            for key in found["large"]:
+                owner.setdefault(key, rank)
+        return {key: item for key, item in self.items.items() if owner.get(key, self.rank) == self.rank}
+
+
+def form_of(parts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return what the manifest must say of the format of what the ranks wrote."""
+    is_cut = any(len(chunk) > 6 for part in parts for chunk in part["chunks"])
+    return {"format": folders.CUT_FORMAT} if is_cut else {}
 
 
 def write(snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
@@ -60,12 +84,8 @@ def write(snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
     data = ""
 
     def begin() -> dict[str, Any]:
-        large = {
-            key: item.nbytes
-            for key, item in snapshot.items.items()
-            if isinstance(item, torch.Tensor) and not isinstance(item, FlatShard) and item.nbytes > SMALL_BYTES
-        }
-        return {"data": folders.begin(target, snapshot.facts["step"], lineage) if main else "", "large": sorted(large)}
+        data = folders.begin(target, snapshot.facts["step"], lineage) if main else ""
+        return {"data": data, "large": snapshot.large()}
 
     def write_own() -> dict[str, Any]:
         if not (target / data).is_dir():
@@ -74,24 +94,18 @@ def write(snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
                 f"{target / data} is not there",
                 "save to a folder that all nodes share, by the same path on all ranks",
             )
-        items = {key: item for key, item in snapshot.items.items() if owner.get(key, snapshot.rank) == snapshot.rank}
+        items = snapshot.items_of(begun)
         return write_rank(target / data, snapshot.rank, items, snapshot.own, snapshot.common if main else None)
 
     def commit() -> None:
         if main:
-            is_cut = any(len(chunk) > 6 for part in parts for chunk in part["chunks"])
-            form = {"format": folders.CUT_FORMAT} if is_cut else {}
-            folders.commit(target, data, write_index(target / data, parts), snapshot.facts | form)
+            folders.commit(target, data, write_index(target / data, parts), snapshot.facts | form_of(parts))
             if snapshot.keep is not None:
                 rotation.keep_newest(target.parent, snapshot.keep, lineage)
 
     try:
         begun = together(begin, group)
         data = begun[0]["data"]
-        owner: dict[str, int] = {}
-        for rank, found in enumerate(begun):
-            for key in found["large"]:
-                owner.setdefault(key, rank)
         parts = together(write_own, group)
         together(commit, group)
     except Exception as error:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from distui.core.config.backends import check_backend
 from distui.core.config.batch import solve_batch
-from distui.core.config.elastic import elastic_problems, spare_problems
+from distui.core.config.elastic import elastic_problems, memory_problems, spare_problems
 from distui.core.config.schema import Config
 from distui.core.config.shards import divisors, group_problems, shard_problems
 from distui.core.errors import ConfigError, Problem
@@ -81,6 +81,7 @@ def _cluster(config: Config) -> Iterator[Problem]:
         )
     yield from elastic_problems(config)
     yield from spare_problems(config)
+    yield from memory_problems(config)
     counts = set(cluster.ranks_by_host().values())
     if len(counts) > 1 and (
         config.compression.gradients not in ("none", "onebit") or config.compression.weights != "none"

@@ -42,6 +42,27 @@ def elastic_problems(config: Config) -> Iterator[Problem]:
         )
 
 
+def memory_problems(config: Config) -> Iterator[Problem]:
+    """Yield what does not go with `checkpoint.memory_every_steps`."""
+    if not config.checkpoint.memory_every_steps:
+        return
+    what = f"memory_every_steps={config.checkpoint.memory_every_steps}"
+    if not config.cluster.max_restarts:
+        yield Problem(
+            "checkpoint.memory_every_steps",
+            f"{what} and max_restarts=0",
+            "what agents keep is gone with the job: only a job that is started again can go on from it",
+            "--max-restarts 3, say; or set checkpoint.memory_every_steps to 0",
+        )
+    if "nvme" in (config.offload.optimizer, config.offload.params):
+        yield Problem(
+            "checkpoint.memory_every_steps",
+            f"{what} with states on NVMe",
+            "what rests on a disk is there because host memory has no room for it, and this keeps 4 copies there",
+            "set checkpoint.memory_every_steps to 0, and checkpoint.every_steps to a number",
+        )
+
+
 def spare_problems(config: Config) -> Iterator[Problem]:
     """Yield what does not go with `cluster.spare_nodes`."""
     cluster = config.cluster

@@ -66,12 +66,16 @@ class ClusterSection(Section):
     hostfile: str = _field("", "file that lists the hosts instead, a line each: b slots=4 (DeepSpeed), or b:4 (MPI)")
     starter: str = _field(
         "ssh",
-        "how hosts are reached: ssh, slurm (srun), kubernetes, local (all this machine), or a plug-in's name",
+        "how hosts are reached: ssh, slurm (srun), kubernetes, ray, local (all this machine), or a plug-in's name",
     )
     k8s_image: str = _field("", "image of the pods of --k8s, with Python, distui and the script in it")
     k8s_namespace: str = _field("", "namespace that --k8s makes its JobSet in; empty is that of the context")
     k8s_gpus: bool = _field(True, "each pod of --k8s asks for as many nvidia.com/gpu as it has ranks")
     k8s_pod: str = _field("", "YAML file that is put over the pods' spec: volumes, tolerations, nodeSelector, ...")
+    ray_address: str = _field("auto", "Ray cluster of --ray, as HEAD:6379; auto is the one that this machine is in")
+    ray_resources: str = _field(
+        "", "what each node asks of Ray, as GPU=8,CPU=64; empty is a CPU a rank, and a GPU where Ray has any"
+    )
     ssh_args: str = _field("", "further arguments of ssh, such as -p 2222; the user's own ssh config holds anyway")
     interface: str = _field("", "network interface that hosts reach each other by; empty is that of the route")
     env: str = _field(
@@ -81,6 +85,12 @@ class ClusterSection(Section):
     )
     roll_up_hosts: NonNegativeInt = _field(
         33, "from so many hosts on, a daemon on each sums its ranks up once a second; 0 never: all telemetry comes here"
+    )
+    retry_s: NonNegativeFloat = _field(
+        30.0,
+        "a host that the job goes on without is tried again each so many seconds; once back it is a spare, or the job "
+        "saves and grows (min_nodes); 0 never",
+        "s",
     )
     meet_s: PositiveFloat = _field(300.0, "time within which all hosts must have come", "s")
     slurm_partition: str = _field("", "partition that --slurm submits to; empty is the cluster's default")
@@ -233,6 +243,12 @@ class CheckpointSection(Section):
 
     dir: str = _field("", "folder of checkpoints; empty takes the run's own folder")
     every_steps: NonNegativeInt = _field(0, "save each so many optimizer steps; 0 only where the script asks", "steps")
+    memory_every_steps: NonNegativeInt = _field(
+        0,
+        "keep each so many optimizer steps in host memory, by the agents of the rank's host and of the next one, to go "
+        "on from when a rank or a host is lost (cluster.max_restarts); 0 keeps none; takes 4 times the states",
+        "steps",
+    )
     async_save: bool = _field(True, "write automatic checkpoints while training goes on; costs a copy in host memory")
     keep: PositiveInt = _field(3, "newest checkpoints that are kept")
     resume: Literal["restart", "always"] = _field(

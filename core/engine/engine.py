@@ -357,9 +357,7 @@ class Engine(States, ProcessState):
         group, telemetry = self.backend.group or self.data_group, self.telemetry
         self.expert_load.after_step(self._models, stepped, group, telemetry, self.clock.step, skipped)
         self.step_end.stepped()
-        every = self.config.checkpoint.every_steps
-        if every and self.clock.step % every == 0:
-            self.step_end.ask()
+        self._ask_saves()
         if self._control is not None:
             self._control.after_step()
         if self.clock.step in (1, 2) or self.clock.step % 50 == 0:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the room of checkpoints takes a second to import: it is whe
             ...
 
 
+IN_MEMORY = "memory"
 RESTARTS_ENV = "TORCHELASTIC_RESTART_COUNT"
 """How often the job was started again, as torchrun has it."""
 
@@ -68,6 +69,8 @@ class Resuming:
 
     def _load(self) -> bool:
         """Load the newest checkpoint, if there is one; tell whether there was."""
+        from distui.core.checkpoint.memory import folder_in_memory
+
         self.is_due = False
         engine = self._engine
         found = self._newest() if engine.process_index == 0 else ""
@@ -75,21 +78,24 @@ class Resuming:
             found = ops.broadcast_object(found)
         if not found:
             return False
-        engine.load_state(found)
+        # Each host has its own folder of what is in memory.
+        engine.load_state(str(folder_in_memory()) if found == IN_MEMORY else found)
         again = [loader for loader in engine._loaders if loader.replay()]
         if again:
             self._random = RandomStates.take()
         if engine.process_index == 0:
             passed = "; loops over epochs that were trained before give no batch" if again else ""
-            print(f"distui: going on from {found}{passed}", file=sys.stderr, flush=True)
+            where = f"step {engine.clock.step} in memory" if found == IN_MEMORY else found
+            print(f"distui: going on from {where}{passed}", file=sys.stderr, flush=True)
         return True
 
     def _newest(self) -> str:
-        """Return the newest whole checkpoint; "" without one. One in the midst of an epoch's end comes last.
+        """Return the newest whole checkpoint, or `IN_MEMORY`; "" without one. One in an epoch's end comes last.
 
         What a restart says beforehand (`launcher/node/restarts`) follows the same rule, without torch.
         """
         from distui.core.checkpoint.folder import read_manifest
+        from distui.core.checkpoint.memory import folder_in_memory
         from distui.core.checkpoint.rotation import checkpoints
         from distui.core.checkpoint.saver import folder_of_step
 
@@ -102,4 +108,9 @@ class Resuming:
             if self._run_id is None or manifest.get("run") == self._run_id:
                 known.append((bool(manifest.get("provisional")), path))
         whole = [path for provisional, path in known if not provisional] or [path for _, path in known]
+        kept = folder_in_memory()
+        if kept is not None:
+            saved_at_s = read_manifest(kept)["saved_at_s"]
+            if not whole or read_manifest(whole[-1]).get("saved_at_s", 0.0) <= saved_at_s:
+                return IN_MEMORY
         return str(whole[-1]) if whole else ""

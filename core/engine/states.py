@@ -18,7 +18,7 @@ from distui.core.data.loader import PreparedLoader
 from distui.core.engine.expert_load import ExpertLoad
 from distui.core.engine.resuming import Resuming
 from distui.core.engine.scheduler import PreparedScheduler
-from distui.core.engine.step_end import StepEnd
+from distui.core.engine.step_end import IN_MEMORY, StepEnd
 from distui.core.engine.tracking import Tracking
 from distui.core.errors import UserError
 from distui.core.ranks import ops
@@ -225,12 +225,30 @@ class States(Tracking):
     ) -> None:
         def tell(path: Any, error: BaseException | None) -> None:
             for who in asked:
-                if who is not None:
+                if callable(who):
                     who(path, error)
 
         self.saver.save_step(
-            self, tell, random=self._random_to_resume(random), provisional=provisional, at_exit=at_exit
+            self,
+            tell,
+            in_memory=IN_MEMORY in asked,
+            on_disk=not asked or any(who != IN_MEMORY for who in asked),
+            random=self._random_to_resume(random),
+            provisional=provisional,
+            at_exit=at_exit,
         )
+
+    def _ask_saves(self) -> None:
+        """Have the step that has just been made saved where the settings say so. Collective."""
+        settings, step = self.config.checkpoint, self.clock.step
+        if settings.every_steps and step % settings.every_steps == 0:
+            self.step_end.ask()
+        if settings.memory_every_steps and step % settings.memory_every_steps == 0:
+            busy = torch.tensor([self.saver.is_busy], dtype=torch.int64, device=ops.object_device())
+            if self.num_processes > 1:
+                torch.distributed.all_reduce(busy, op=torch.distributed.ReduceOp.MAX)
+            if not busy.item():
+                self.step_end.ask(IN_MEMORY)
 
     def load_state(self, input_dir: str, *, strict: bool = True) -> list[str]:
         """Load what `save_state` wrote. Collective.

@@ -31,6 +31,8 @@ EXIT_TIMEOUT = timedelta(seconds=60)
 """How long a rank whose script has ended waits for the others' to end, to save what the last steps asked for."""
 LONGEST_WAIT_STEPS = 100
 """A script that takes so many steps with one batch is not waited for: its checkpoint is made inside the batch."""
+ON_DISK, IN_MEMORY = "disk", "memory"
+"""Who asks by settings, and is told nothing: `checkpoint.every_steps`, `memory_every_steps`."""
 _open: weakref.WeakSet[StepEnd] = weakref.WeakSet()
 
 
@@ -71,7 +73,7 @@ class StepEnd:
 
     # ---- asking: in the step -------------------------------------------------------------------------------------
 
-    def ask(self, who: Any = None) -> None:
+    def ask(self, who: Any = ON_DISK) -> None:
         """Have this step saved when it is over, and tell `who`. Collective: all ranks, in `optimizer.step`."""
         if not self._asked:
             self._group()  # here, where all ranks are surely together
@@ -123,7 +125,8 @@ class StepEnd:
         """The last batch of `loader` is done with, and the script goes on after its loop."""
         if self._asked and any(loader is awaited for awaited in self._awaited):
             self._is_left = True
-            self._save([], None, provisional=True)
+            if any(who != IN_MEMORY for who in self._asked):  # one in memory is soon followed by another
+                self._save([], None, provisional=True)
 
     def left(self, loader: Any) -> None:
         """The script is not in a loop over `loader` any more."""
@@ -149,6 +152,8 @@ class StepEnd:
 
     def finish(self, at_exit: bool = False) -> None:
         """Save what waits, if anything does. Collective."""
+        if at_exit and all(who == IN_MEMORY for who in self._asked):
+            self.forget()  # nobody will need it
         if not self._asked:
             return
         if at_exit and self._num_processes > 1:

@@ -38,6 +38,16 @@ def read_info(run: RunFolder) -> pb.RunInfo:
     return info
 
 
+def read_earlier(run: RunFolder) -> dict[str, Any] | None:
+    """Return what run.json says of the run that this one goes on from; None where there is none."""
+    found: Any = (read_json(run.spec) or {}).get("earlier")
+    try:
+        numbers = [*found["effort"].values(), found["ended_s"], found["step"], found["restarts"]]
+        return found if all(isinstance(number, (int, float)) and number >= 0 for number in numbers) else None
+    except (TypeError, KeyError, AttributeError):
+        return None
+
+
 def read_outcome(run: RunFolder) -> dict[str, Any]:
     """Return outcome.json with `ranks` and `failed_rank` of the types they should have; empty where there is none."""
     found = read_json(run.outcome)

@@ -67,10 +67,15 @@ def take_snapshot(state: RunState, now_s: float) -> pb.Snapshot:
             _end_rank(snapshot.ranks[-1], rank, snapshot.run.state, ended.get(rank.rank))
     _progress(snapshot)
     ended_s = snapshot.run.finished_s if snapshot.run.HasField("finished_s") else now_s
-    if (effort := state.effort.told(snapshot.run.started_s, ended_s)) is not None:
+    if (effort := state.effort.told(snapshot.run.started_s, ended_s, was_cut=was_cut(snapshot.run))) is not None:
         snapshot.effort.CopyFrom(effort)
     make_harmless(snapshot)  # verdicts have words of ledgers and stacks in them
     return snapshot
+
+
+def was_cut(run: pb.RunInfo) -> bool:
+    """Tell whether a run has ended before it was done."""
+    return run.state in FINAL_STATES and run.state != "finished"
 
 
 def _progress(snapshot: pb.Snapshot) -> None:

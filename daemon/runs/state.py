@@ -15,7 +15,7 @@ from distui.daemon.diagnosis.trends import Lasting, LossTrend, MemoryTrend
 from distui.daemon.node.cgroups import Throttling
 from distui.daemon.runs.batches import DAEMON, LAUNCHER, MAX_DIGITS, MAX_RANKS
 from distui.daemon.runs.effort import Effort
-from distui.daemon.runs.folders import FINAL_STATES, apply_outcome, read_info, read_outcome
+from distui.daemon.runs.folders import FINAL_STATES, apply_outcome, read_earlier, read_info, read_outcome
 from distui.daemon.runs.history import History
 from distui.daemon.runs.step_summaries import StepSummaries
 from distui.proto import telemetry_pb2 as pb
@@ -126,7 +126,9 @@ class RunState:
         """When a node's processors were last seen to have nothing left. Units: Unix seconds."""
         self.gpu_faults: dict[tuple[str, int], GpuFault] = {}
         self.steps = StepSummaries()
-        self.effort = Effort()
+        earlier = read_earlier(run)
+        self.effort = Effort(earlier)
+        self.info.restarts = int(earlier["restarts"]) if earlier is not None else 0
         self.effort.begin(self.info.started_s)
         self.events: History[pb.TimedEvent] = History(NUM_EVENTS, 0)
         self.metrics: History[pb.TimedMetrics] = History(NUM_METRICS, NUM_METRICS)

@@ -17,7 +17,7 @@ from distui.core.telemetry.harmless import harmless, make_harmless
 from distui.daemon.diagnosis.observe import DEAD, FINISHED, STOPPED, launcher_alive
 from distui.daemon.runs.batches import MAX_RANKS, Malformed
 from distui.daemon.runs.folders import FINAL_STATES
-from distui.daemon.runs.snapshot import STALLED, WAITING_S
+from distui.daemon.runs.snapshot import STALLED, WAITING_S, was_cut
 from distui.daemon.runs.state import RunState
 from distui.daemon.tree.columns import ALL, ENTERED, PHASES, RANKS, STATES, UNKNOWN, WAITING
 from distui.daemon.tree.together import LATE_SHARE, SILENT_S, Together, diagnose
@@ -241,7 +241,7 @@ class Many:
         self._add_ranks(found, self._scores(blamed, now_s), state, now_s)
         self._progress(found)
         ended_s = found.run.finished_s if found.run.HasField("finished_s") else now_s
-        if (effort := state.effort.told(found.run.started_s, ended_s)) is not None:
+        if (effort := state.effort.told(found.run.started_s, ended_s, was_cut=was_cut(found.run))) is not None:
             found.effort.CopyFrom(effort)
         return found
 

@@ -63,6 +63,8 @@ class Attempt:
     problems: dict[int, str] = field(default_factory=dict)
     stopped: str = ""
     is_alone_told: bool = False
+    is_running: bool = False
+    """Whether its ranks have been started."""
 
     def failed(self) -> bool:
         """Tell whether a rank ended badly, or could not be started."""

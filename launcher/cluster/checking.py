@@ -54,6 +54,11 @@ async def _check(run: RunFolder, config: Config, hosts: Sequence[Host], target: 
             crew.start(member.node)
         while not gang.all_here() and not gang.refused():
             await crew.something(LOOK_S)
+            gang.lose_silent()
+            for member in gang.members:
+                if member.stage == "lost":
+                    what = "its agent was lost while it was asked"
+                    gang.failed(member.node, Problem(member.host.name, what, member.lost, "check again"))
         found = Checked(gang, gang.refused())
         hellos = {member.node: member.hello for member in gang.members if member.hello is not None}
         here = gather(os.getcwd(), crew.files, crew.optional)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fnmatch
 import json
 import os
 import secrets
@@ -15,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from distui.core.config.schema import Config
-from distui.core.errors import Problem, UserError
+from distui.core.errors import ConfigError, Problem, UserError
 from distui.core.paths import RunFolder, control_socket, daemon_socket, read_own, write_own
 from distui.core.telemetry.endpoint import is_loopback
 from distui.core.telemetry.harmless import harmless
+from distui.launcher.cluster.certificate import new_certificate
 from distui.launcher.cluster.control import ControlPort, Seat
 from distui.launcher.cluster.gang import Gang
-from distui.launcher.cluster.hosts import Host
+from distui.launcher.cluster.hello import compare, remarks
+from distui.launcher.cluster.hosts import Host, chosen_environ
 from distui.launcher.cluster.starter import Starter
 from distui.launcher.job.processes import own_command
-from distui.launcher.node.facts import Hello, addresses, files_of, source_address
+from distui.launcher.node.facts import Hello, addresses, files_of, gather, source_address
 from distui.launcher.node.member import NONCE
 from distui.launcher.node.restarts import checkpoints_of
 from distui.proto import cluster_pb2 as pb
@@ -33,6 +34,9 @@ AGENT = "distui.launcher.node.member"
 SWEEP_S = 10.0
 CLOSE_S = 5.0
 REACH_S = 8.0
+LOOK_S = 0.5
+AWAITED_S = 10.0
+"""Between two lines of who is awaited."""
 MAX_DIALLED = 16
 GONE_S = 1.0
 """A stream that ended may have ended with its session, which says why a moment later."""
@@ -61,9 +65,12 @@ class Crew:
         self._dialled: dict[int, list[str]] = {}
         self.changed = asyncio.Event()
         loop = asyncio.get_running_loop()
-        self.gang = Gang(hosts, loop.time, config.cluster.meet_s, getattr(starter, "way", config.cluster.starter))
+        self._way = getattr(starter, "way", config.cluster.starter)
+        self.gang = Gang(hosts, loop.time, config.cluster.meet_s, self._way)
         self.files, self.optional = files_of(command, Path.cwd(), config_file)
         self._run, self._config, self._starter, self._command = run, config, starter, command
+        self._hosts = hosts
+        self._memory_secrets: dict[str, str] = {}
         self._on_said = on_said
         self._nonce = secrets.token_hex(16)
         self._seats: dict[int, Seat] = {}
@@ -92,6 +99,10 @@ class Crew:
             folder.mkdir(parents=True, exist_ok=True)
             self._probe = folder / f".distui-{self._nonce}"
             self._probe.touch()
+        if self._config.checkpoint.memory_every_steps and not self._only_checks:
+            certificate, key = new_certificate()
+            token = secrets.token_urlsafe(32)
+            self._memory_secrets = {"certificate": certificate.decode(), "key": key.decode(), "token": token}
         chosen, known = self._config.cluster.interface, addresses()
         if chosen and chosen not in known:
             has = ", ".join(f"{name} ({found[0]})" for name, found in known.items())
@@ -117,6 +128,8 @@ class Crew:
         member = self.gang.members[node]
         member.stage, member.problem, member.note = "starting", None, ""
         self._seats[node] = self._port.seat(node)
+        if (old := self._processes.get(node)) is not None and old.returncode is None:
+            old.kill()  # it is lost: it may have been stopped, and would not end by itself
         self._task(self._start(node, self._seats[node]))
 
     async def _start(self, node: int, seat: Seat) -> None:
@@ -175,6 +188,7 @@ class Crew:
             "saves_on_term": cluster.on_preempt == "save",
             "threads": cluster.threads_per_rank,
             "devices": list(host.devices),
+            "memory": self._memory_secrets,
         }
 
     async def _read(self, node: int, stream: asyncio.StreamReader | None, is_stderr: bool) -> None:
@@ -188,7 +202,7 @@ class Crew:
             if text in ("distui: ssh", "distui: agent"):
                 self.gang.came(node, word)
             elif text.startswith("distui: unreachable "):
-                what = f"ssh answers, and {rest} does not answer from there"
+                what = f"{self._way} answers, and {rest} does not answer from there"
                 why, fix = (
                     "a firewall, or an address that is not the right one",
                     "open it, or --set cluster.interface=...",
@@ -198,12 +212,55 @@ class Crew:
                 print(f"{host.name}: {text}", flush=True)
             self.changed.set()
 
+    async def meet(self, nodes: Sequence[int], notice: Callable[[str], None], is_over: Callable[[], bool]) -> None:
+        """Start the agents of `nodes` and wait for all; who is lost meanwhile is started again.
+
+        `notice` gets a line each 10 s of who is awaited. Raises: UserError where not all come, or they do not fit.
+        """
+        gang, loop = self.gang, asyncio.get_running_loop()
+        gang.begin_meeting()
+        for node in nodes:
+            self.start(node)
+        next_line_s = loop.time() + AWAITED_S
+        while not gang.all_here():
+            await self.something(LOOK_S)
+            if is_over():
+                return
+            gang.lose_silent()
+            for member in gang.members:
+                if member.stage == "lost" and not member.is_left_out and member.problem is None:
+                    notice(f"{member.host.name} {member.lost}; its agent is started again")
+                    self.start(member.node)
+            if problems := gang.refused():
+                raise ConfigError(problems)
+            if loop.time() >= next_line_s:
+                next_line_s += AWAITED_S
+                notice(gang.awaited())
+        if problems := self.differences() or await self.reach():
+            raise ConfigError(problems)
+        there = [(member, member.hello) for member in gang.members if member.here and member.hello is not None]
+        for remark in remarks(self._hosts, {member.node: hello for member, hello in there}, self.offsets_s):
+            print(remark, flush=True)
+        words = [f"{member.host.name} ({hello.address})" for member, hello in there]
+        print(f"hosts: {', '.join(words)}; interface {there[0][1].interface}", flush=True)
+
+    def differences(self) -> list[Problem]:
+        """Return what keeps the hosts that are there from training together."""
+        hellos = {one.node: one.hello for one in self.gang.members if one.here and one.hello is not None}
+        here = gather(os.getcwd(), self.files, self.optional)
+        return compare(self._hosts, hellos, here, one_machine=self._starter.one_machine)
+
     # ---- what agents say ---------------------------------------------------------------------------------------------
 
     def say(self, node: int, **body: Any) -> None:
         """Send a message to a node's agent, where there is one."""
         if self.gang.members[node].here:
             self._seats[node].say(**body)
+
+    def say_all(self, **body: Any) -> None:
+        """Send a message to every agent that is there."""
+        for member in self.gang.members:
+            self.say(member.node, **body)
 
     def _hello(self, seat: Seat, hello: Hello) -> None:
         self.offsets_s[seat.node] = hello.clock_s - time.time()
@@ -334,14 +391,3 @@ class Crew:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def chosen_environ(patterns: str) -> dict[str, str]:
-    """Return the variables of this process that names and patterns choose, but for places of this host."""
-    words = [word.strip() for word in patterns.split(",") if word.strip()]
-    own = ("DISTUI_RUNTIME_DIR", "DISTUI_JOB", "DISTUI_AGENT_PID", "DISTUI_CONSOLE")
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name not in own and any(fnmatch.fnmatchcase(name, word) for word in words)
-    }

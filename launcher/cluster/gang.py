@@ -107,7 +107,7 @@ class Gang:
         members = [member for member in self.members if not member.is_left_out]
         known = [member.problem for member in members if member.problem is not None]
         waited_s = self._clock() - self._began_s
-        settled = all(member.here or member.problem is not None for member in members)
+        settled = all(member.here or member.problem is not None for member in members)  # who is lost is started again
         if known and (settled or waited_s >= REFUSE_S):
             return known
         if waited_s < self._meet_s or self.all_here():

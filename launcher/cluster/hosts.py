@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,3 +111,14 @@ def _add(counts: dict[str, int], host: str, count: int, where: str) -> None:
             f"{where} names {host} again", "each host has one place in a job", f"write {host}:N, N its ranks"
         )
     counts[host] = count
+
+
+def chosen_environ(patterns: str) -> dict[str, str]:
+    """Return the variables of this process that names and patterns choose, but for places of this host."""
+    words = [word.strip() for word in patterns.split(",") if word.strip()]
+    own = ("DISTUI_RUNTIME_DIR", "DISTUI_JOB", "DISTUI_AGENT_PID", "DISTUI_CONSOLE")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in own and any(fnmatch.fnmatchcase(name, word) for word in words)
+    }

@@ -19,6 +19,7 @@ OURS = {
     "slurm": "SlurmStarter",
     "local": "LocalStarter",
     "kubernetes": "KubernetesStarter",
+    "ray": "RayStarter",
 }
 """Those of `starters/`, a module each of the same name."""
 

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,27 +35,25 @@ from distui.core.errors import (
 from distui.core.paths import RunFolder, read_json, write_own
 from distui.launcher.cluster.attempt import Attempt, Logs
 from distui.launcher.cluster.crew import SWEEP_S, Crew
-from distui.launcher.cluster.elastic import fitting, take_spares, too_few
+from distui.launcher.cluster.elastic import Roster, look_for_lost
 from distui.launcher.cluster.gang import Member
-from distui.launcher.cluster.hello import compare, remarks
 from distui.launcher.cluster.hosts import Host
 from distui.launcher.cluster.starter import load_starter
 from distui.launcher.cluster.tree import Tree
-from distui.launcher.cluster.verdict import first_cause
+from distui.launcher.cluster.verdict import first_cause, name_hosts
 from distui.launcher.job.outcome import Outcome, RankOutcome, gave_way, preempted_words
-from distui.launcher.job.processes import AGENT_PID_ENV, GRACE_S, die_with_parent, kill_job, stop_requested
-from distui.launcher.node.facts import gather
+from distui.launcher.job.processes import AGENT_PID_ENV, die_with_parent, kill_job, stop_requested
+from distui.launcher.memory.shelves import Shelves
 from distui.launcher.node.restarts import Restarts, newest_checkpoint, restart_words, say_notice
 from distui.proto import cluster_pb2 as pb
 
-AWAITED_S = 10.0
-"""Between two lines of who is awaited."""
 STORE_S = 15.0
 SETTLE_S = 0.3
 """A failure's peers fail of it at once: so long is waited for the first cause to be told too."""
 SUSPECT_S = 3.0
 SILENT_SWEEP_S = 3.0
-SWEPT_S = GRACE_S + 2.0
+SWEPT_S = 30.0
+"""An agent that answers ends its ranks in 4 s; on a host that has much else to do it takes longer."""
 LOOK_S = 0.5
 LEAVE_S = 1.5
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -71,12 +70,13 @@ class Supervisor:
         self._restarts = Restarts(config.cluster.max_restarts)
         self._logs = Logs(run)
         self._attempt = Attempt(0, run, self._logs)
-        spare = min(config.cluster.spare_nodes, len(self._hosts) - 1)
-        self._active = list(range(len(self._hosts) - spare))
-        """The nodes that the job goes on with, in the order of their ranks."""
-        self._spares = list(range(len(self._active), len(self._hosts)))
+        self._num_ranks = sum(host.num_ranks for host in self._hosts)
+        self._roster: Roster
+        self._shelves: Shelves
         self._crew: Crew
         self._tree: Tree
+        self._grows_to: list[int] = []
+        """The nodes with which the job goes on once its ranks have saved for it."""
         self._is_giving_way = False
         self.stopped_by: signal.Signals | None = None
 
@@ -111,73 +111,54 @@ class Supervisor:
             self._run, self._config, self._hosts, self._starter, self._command, self._config_file, self._hear
         )
         self._tree = Tree(self._crew, self._notice)
+        self._roster = Roster(self._config, self._hosts, self._crew.gang.members)
+        self._shelves = Shelves(self._crew.gang.members)
+        returning: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         for signum in _STOPPING:
             loop.add_signal_handler(signum, self.stop, signum)
         loop.add_signal_handler(signal.SIGUSR1, self.preempt)
         try:
             await self._crew.open()
-            await self._meet(range(len(self._hosts)))
+            await self._meet(list(range(len(self._hosts))))
+            every_s = self._config.cluster.retry_s
+            looking = look_for_lost(self._roster, self._crew, every_s, self._notice, self._ask_to_grow)
+            returning = asyncio.create_task(looking)
             while self.stopped_by is None:
                 outcome = await self._run_attempt()
-                if not await self._starts_again(outcome):
+                if not await self._grows(outcome) and not await self._starts_again(outcome):
                     return outcome
             return self._stopped()
         finally:
+            if returning is not None:
+                returning.cancel()
             await self._crew.leave(LEAVE_S)
             kill_job(self._run)
 
-    # ---- meeting -----------------------------------------------------------------------------------------------------
-
-    async def _meet(self, nodes: Any) -> None:
+    async def _meet(self, nodes: Sequence[int]) -> None:
         """Start the agents of `nodes` and wait for them. Raises: UserError where not all come, or they do not fit."""
-        gang, crew, loop = self._crew.gang, self._crew, asyncio.get_running_loop()
-        gang.begin_meeting()
-        for node in nodes:
-            crew.start(node)
-        next_line_s = loop.time() + AWAITED_S
-        while not gang.all_here() and self.stopped_by is None:
-            await self._crew.something(LOOK_S)
-            if problems := gang.refused():
-                raise ConfigError(problems)
-            if loop.time() >= next_line_s:
-                next_line_s += AWAITED_S
-                self._notice(gang.awaited())
-        if self.stopped_by is not None:
-            return
-        hellos = {member.node: member.hello for member in gang.members if member.hello is not None}
-        here = gather(os.getcwd(), crew.files, crew.optional)
-        if problems := compare(self._hosts, hellos, here, one_machine=self._starter.one_machine):
-            raise ConfigError(problems)
-        if problems := await crew.reach():
-            raise ConfigError(problems)
-        for remark in remarks(self._hosts, hellos, crew.offsets_s):
-            print(remark, flush=True)
-        words = [f"{member.host.name} ({member.hello.address})" for member in gang.members if member.hello is not None]
-        print(f"hosts: {', '.join(words)}; interface {hellos[0].interface}", flush=True)
+        await self._crew.meet(nodes, self._notice, lambda: self.stopped_by is not None)
 
     def _hear(self, node: int, said: pb.AgentSays) -> None:
         if said.WhichOneof("body") == "daemon":
             self._tree.heard(node, said.daemon)
+        elif said.WhichOneof("body") == "kept":
+            if said.kept.problem:
+                self._notice(f"{self._hosts[node].name}: {said.kept.problem}")
+            if self._shelves.kept(node, said.kept):  # all keep it: older ones may go
+                self._crew.say_all(settled=pb.Settled(save=said.kept.save.save))
         self._attempt.hear(node, said)
 
     # ---- an attempt --------------------------------------------------------------------------------------------------
 
-    def _places(self) -> dict[int, tuple[int, int]]:
-        """Return each node's first rank and number of ranks."""
-        found, first = {}, 0
-        for node in self._active:
-            found[node] = (first, self._hosts[node].num_ranks)
-            first += self._hosts[node].num_ranks
-        return found
-
     async def _run_attempt(self) -> Outcome:
         attempt = self._attempt = Attempt(self._restarts.attempt, self._run, self._logs)
         gang, crew, loop = self._crew.gang, self._crew, asyncio.get_running_loop()
-        places, head = self._places(), self._active[0]
+        places, head = self._roster.places(), self._roster.active[0]
+        save = self._shelves.newest()
         world_size = sum(count for _, count in places.values())
         if 0 < self._config.cluster.roll_up_hosts <= len(places) and self._config.telemetry.enabled:
-            await self._tree.open(self._active, self._is_over)
+            await self._tree.open(self._roster.active, self._is_over)
         crew.say(head, open_store=pb.OpenStore(attempt=attempt.number))
         deadline_s = loop.time() + STORE_S
         while not attempt.port and not attempt.problems and not self._is_over():
@@ -200,13 +181,15 @@ class Supervisor:
                     address=first_hello.address,
                     port=attempt.port,
                 )
+                self._shelves.add_to(start, node, self._roster.partner(node), save)
                 crew.say(node, start=start)
+            attempt.is_running = True
         while not self._is_over():
             await self._crew.something(LOOK_S)
             for member in gang.lose_silent():
                 then = "the ranks of the other hosts are ended" if member.node in places else "it was a spare"
                 self._notice(f"{member.host.name} {member.lost}; {then}")
-            self._forget_lost_spares()
+            self._roster.forget_lost_spares()
             if not attempt.is_alone_told and attempt.done >= set(places) - {head}:
                 attempt.is_alone_told = True
                 crew.say(head, alone=pb.Alone())
@@ -214,18 +197,9 @@ class Supervisor:
                 break
         return await self._conclude(places)
 
-    def _forget_lost_spares(self) -> None:
-        members = self._crew.gang.members
-        for node in self._spares:
-            members[node].is_left_out = members[node].stage == "lost"
-        self._spares = [node for node in self._spares if not members[node].is_left_out]
-
-    def _lost(self) -> list[Member]:
-        return [self._crew.gang.members[node] for node in self._active if self._crew.gang.members[node].stage == "lost"]
-
     def _is_over(self) -> bool:
         attempt = self._attempt
-        return bool(self.stopped_by is not None or attempt.stopped or attempt.failed() or self._lost())
+        return bool(self.stopped_by is not None or attempt.stopped or attempt.failed() or self._roster.lost())
 
     async def _conclude(self, places: dict[int, tuple[int, int]]) -> Outcome:
         """End what runs, find the cause, and return the outcome."""
@@ -234,8 +208,8 @@ class Supervisor:
             return self._finished(places)
         # From here on ranks end because they are ended: their connections' ends are no losses.
         told = self.stopped_by and self.stopped_by.name
-        if told is None and self._lost():
-            told = f"the loss of {self._lost()[0].host.name}"  # whatever ranks say now comes of that
+        if told is None and self._roster.lost():
+            told = f"the loss of {self._roster.lost()[0].host.name}"  # whatever ranks say now comes of that
         bad = [asdict(ending) for ending in attempt.endings.values() if ending.bad]
         with contextlib.suppress(OSError):
             write_own(self._run.ending, json.dumps({"stopped_by": told or attempt.stopped or None, "ranks": bad}))
@@ -243,20 +217,23 @@ class Supervisor:
             await asyncio.sleep(SETTLE_S)
         for node in places:
             self._crew.say(node, end=pb.End(leave=False))
-        sweeps = {member.node: asyncio.create_task(self._sweep(member)) for member in self._lost()}
+        sweeps = {member.node: asyncio.create_task(self._sweep(member)) for member in self._roster.lost()}
         await self._wait_swept()
         if self.stopped_by is not None or attempt.stopped:
             return self._stopped()
         if attempt.problems:
+            await asyncio.gather(*sweeps.values())
             node, problem = next(iter(attempt.problems.items()))
             message = f"{gang.members[node].host.name} (node {node}): {problem}"
             return Outcome("failed", EXIT_RANK_FAILED, message)
         outcome = self._cause(places)
-        if outcome.is_victim and not self._lost():
+        if outcome.is_victim and not self._roster.lost():
             await self._wait_for_silent()
             outcome = self._cause(places)
-        for member in self._lost():
-            await sweeps.setdefault(member.node, asyncio.create_task(self._sweep(member)))
+        for member in self._roster.lost():
+            if member.node not in sweeps:  # one each: a second one would end what is started next
+                sweeps[member.node] = asyncio.create_task(self._sweep(member))
+            await sweeps[member.node]
         return self._cause(places)
 
     async def _sweep(self, member: Member) -> None:
@@ -273,7 +250,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + SWEPT_S
         while loop.time() < deadline_s:
-            here = [node for node in self._active if self._crew.gang.members[node].here]
+            here = [node for node in self._roster.active if self._crew.gang.members[node].here]
             if all(node in self._attempt.swept for node in here):
                 return
             await self._crew.something(LOOK_S)
@@ -281,25 +258,20 @@ class Supervisor:
 
     async def _wait_for_silent(self) -> None:
         """Who only lost its peer says nothing of why: a host that is silent now may be the cause, or be heard again."""
-        while self._crew.gang.silent(SUSPECT_S) and not self._lost() and self.stopped_by is None:
+        while self._crew.gang.silent(SUSPECT_S) and not self._roster.lost() and self.stopped_by is None:
             await self._crew.something(LOOK_S)
             self._crew.gang.lose_silent()
 
     def _cause(self, places: dict[int, tuple[int, int]]) -> Outcome:
         began_s = time.time() - asyncio.get_running_loop().time()
-        outcome = first_cause(self._run, self._attempt.endings, self._lost(), places, began_s)
-        self._name_hosts(outcome.ranks, places)
+        outcome = first_cause(self._run, self._attempt.endings, self._roster.lost(), places, began_s)
+        name_hosts(outcome.ranks, places, self._hosts, self._attempt.steps)
         outcome.restarts = self._restarts.attempt
         return outcome
 
-    def _name_hosts(self, ranks: list[RankOutcome], places: dict[int, tuple[int, int]]) -> None:
-        for node, (first, count) in places.items():
-            for rank in ranks[first : first + count]:
-                rank.host, rank.step = self._hosts[node].name, self._attempt.steps.get(rank.rank)
-
     def _finished(self, places: dict[int, tuple[int, int]]) -> Outcome:
         ranks = [RankOutcome(rank, self._attempt.endings[rank].exit_status) for rank in sorted(self._attempt.endings)]
-        self._name_hosts(ranks, places)
+        name_hosts(ranks, places, self._hosts, self._attempt.steps)
         restarts = self._restarts.attempt
         if gave_way(self._attempt.endings):
             message = preempted_words(max(self._attempt.steps.values(), default=None))
@@ -324,10 +296,10 @@ class Supervisor:
             if outcome.state == "failed" and self._config.cluster.max_restarts and why_not:
                 self._notice(f"not started again: {why_not}")
             return False
-        num_ranks = sum(host.num_ranks for host in self._hosts)
-        self._restarts.begin(self._run, outcome, step, num_ranks)
+        self._restarts.begin(self._run, outcome, step, self._num_ranks)
         newest = newest_checkpoint(self._run, self._config.checkpoint)
-        self._notice(restart_words(outcome, self._restarts, newest))
+        in_memory = self._shelves.step(self._shelves.newest())
+        self._notice(restart_words(outcome, self._restarts, newest, in_memory))
         why_not = await self._bring_back()
         if why_not:
             self._notice(f"not started again: {why_not}")
@@ -336,11 +308,13 @@ class Supervisor:
 
     async def _bring_back(self) -> str:
         """Start the agents of lost hosts again, or go on without; return why neither can be."""
-        self._forget_lost_spares()
-        for line in take_spares(self._active, self._spares, self._crew.gang.members, self._hosts):
+        roster = self._roster
+        roster.forget_lost_spares()
+        for line in roster.take_spares():
             self._notice(line)
-        lost = self._lost()
+        lost = roster.lost()
         if not lost:
+            roster.grow(roster.grown())
             return ""
         least, why = self._config.cluster.min_nodes, "the host does not answer"
         if not least or all(member.answers for member in lost):
@@ -351,17 +325,44 @@ class Supervisor:
                 why = f"{error.what}: {error.why}"
                 if not least:
                     return why
-        left = [node for node in self._active if self._crew.gang.members[node].here]
-        counts = [self._hosts[node].num_ranks for node in left]
-        taken = fitting(self._config, counts, least)
-        if not taken:
-            return f"{why}; {too_few(self._config, counts, least)}"
-        for node in set(self._active) - set(left[:taken]):
-            self._crew.gang.members[node].is_left_out = True
-        self._active = left[:taken]
-        names = ", ".join(self._hosts[node].name for node in self._active)
-        self._notice(f"going on with {taken} of {len(self._hosts)} hosts ({names}), {sum(counts[:taken])} ranks")
+        if not (words := roster.shrink()):
+            return f"{why}; {roster.too_few()}"
+        roster.grow(roster.grown())
+        self._notice(words)
         return ""
+
+    # ---- growing again -----------------------------------------------------------------------------------------------
+
+    def _ask_to_grow(self) -> None:
+        """Have the ranks save, where there are hosts that have none: they are started again with those."""
+        roster = self._roster
+        nodes = roster.grown()
+        if nodes is roster.active or self._grows_to or self._is_giving_way or not self._attempt.is_running:
+            return
+        self._grows_to = nodes
+        names = ", ".join(self._hosts[node].name for node in nodes if node not in roster.active)
+        self._notice(f"{names} can take part: the ranks save at a common step, and go on with {len(nodes)} hosts")
+        for node in roster.active:
+            self._crew.say(node, preempt=pb.Preempt())
+
+    async def _grows(self, outcome: Outcome) -> bool:
+        """Go on with more hosts, where that is what the ranks have saved for."""
+        nodes, self._grows_to = self._grows_to, []
+        if not nodes or self.stopped_by is not None:
+            return False
+        for node in self._roster.active:  # also after a failure: nobody is to save for it any more
+            self._crew.say(node, end=pb.End(leave=False, forgets_preemption=not self._is_giving_way))
+        await self._wait_swept()
+        if self._is_giving_way or outcome.exit_status != EXIT_PREEMPTED:
+            return False
+        members = self._crew.gang.members
+        if all(members[node].here for node in nodes):
+            self._roster.grow(nodes)
+        step = max(self._attempt.steps.values(), default=None)
+        why = f"saved to go on with {self._roster.words()}"
+        self._restarts.begin(self._run, Outcome("stopped", EXIT_PREEMPTED, why), step, self._num_ranks)
+        self._notice(f"going on with {self._roster.words()}, from the checkpoint of step {step}")
+        return True
 
 
 async def run_job(run: RunFolder, command: list[str]) -> Outcome:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from distui.core.errors import EXIT_RANK_FAILED
 from distui.core.paths import RunFolder
 from distui.launcher.cluster.gang import Member
-from distui.launcher.job.outcome import HOST_LOST, Ending, Outcome, judge
+from distui.launcher.cluster.hosts import Host
+from distui.launcher.job.outcome import HOST_LOST, Ending, Outcome, RankOutcome, judge
 
 HEAD_START_S = 1.0
 """A host that is lost takes its peers' connections with it a moment before its loss is noticed."""
@@ -47,3 +48,15 @@ def first_cause(
     outcome.failed_rank, outcome.message = None, f"{words}: {first_lost.lost}"
     outcome.is_victim = False
     return outcome
+
+
+def name_hosts(
+    ranks: Sequence[RankOutcome],
+    places: Mapping[int, tuple[int, int]],
+    hosts: Sequence[Host],
+    steps: Mapping[int, int],
+) -> None:
+    """Say of each rank where it ran, and to which step it came; as for `first_cause`, in the order of `ranks`."""
+    for node, (first, count) in places.items():
+        for rank in ranks[first : first + count]:
+            rank.host, rank.step = hosts[node].name, steps.get(rank.rank)

@@ -37,7 +37,7 @@ def nodes_of(text: str | None) -> dict[str, str | None]:
 
 
 def starter_of(**chosen: bool) -> str | None:
-    """Return the starter that --slurm or --k8s names. Raises: UserError for several."""
+    """Return the starter that --slurm, --k8s or --ray names. Raises: UserError for several."""
     named = [name for name, is_chosen in chosen.items() if is_chosen]
     if len(named) > 1:
         flags = " and ".join(f"--{name}" for name in named)
@@ -85,6 +85,7 @@ def deepspeed_placement(face: str | None, flags: dict[str, Any], target: tuple[s
 @click.option("--k8s", is_flag=True, help="Make a JobSet of as many pods as --nodes, and follow it to its end.")
 @click.option("--k8s-image", metavar="IMAGE", help="Image of the pods, with Python, distui and the script in it.")
 @click.option("--k8s-namespace", metavar="NAME", help="Namespace of the JobSet; else that of the context.")
+@click.option("--ray", "ray_address", metavar="ADDR", help="Have Ray place --nodes nodes: HEAD:6379, or auto.")
 @click.option("--dry-run", is_flag=True, help="With --slurm or --k8s: print what is submitted, and submit nothing.")
 @click.option("--node-rank", metavar="R", help="This node's place among them, from 0.")
 @click.option("--master-addr", metavar="ADDR", help="Address of node 0.")
@@ -127,6 +128,7 @@ def command(
     k8s: bool,
     k8s_image: str | None,
     k8s_namespace: str | None,
+    ray_address: str | None,
     dry_run: bool,
     node_rank: str | None,
     master_addr: str | None,
@@ -152,7 +154,7 @@ def command(
 
     With --hosts or --hostfile it is one job on all of these hosts, which this machine reaches by ssh. With --slurm it
     is a batch job, whose id is printed; inside an allocation it is one job on its nodes, which srun reaches. With --k8s
-    it is a JobSet of pods.
+    it is a JobSet of pods; with --ray, Ray places its nodes.
 
     In a terminal the dashboard shows the job, and q leaves it to run in the background; otherwise rank 0's output comes
     as it is, with a line of progress every few seconds. There rank 0 has this command's stdin, for input() and
@@ -171,7 +173,8 @@ def command(
         "cluster.max_restarts": max_restarts,
         "cluster.nproc": nproc,
         **nodes_of(nodes),
-        "cluster.starter": starter_of(slurm=slurm, k8s=k8s),
+        "cluster.starter": starter_of(slurm=slurm, k8s=k8s, ray=ray_address is not None),
+        "cluster.ray_address": ray_address,
         "cluster.k8s_image": k8s_image,
         "cluster.k8s_namespace": k8s_namespace,
         "cluster.slurm_partition": slurm_partition,

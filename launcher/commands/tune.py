@@ -126,7 +126,13 @@ def _request(target: tuple[str, ...], choice: Choice, given: dict[str, str], con
     from distui.launcher.job.request import LaunchRequest
 
     # A trial is no job that somebody waits for, and saves nothing of its own accord.
-    quiet = {"telemetry.enabled": "true", "checkpoint.every_steps": "0", "notify.command": "", "notify.webhook": ""}
+    quiet = {
+        "telemetry.enabled": "true",
+        "checkpoint.every_steps": "0",
+        "checkpoint.memory_every_steps": "0",
+        "notify.command": "",
+        "notify.webhook": "",
+    }
     plan = {key: _text(value) for key, value in choice.values.items() if value is not None}
     return LaunchRequest(target, {"run.name": "tune", **plan, **given, **quiet}, config_path, no_tui=True)
 

@@ -34,7 +34,7 @@ from distui.launcher.job.masking import masked
 from distui.launcher.job.notify import notify_away, notify_terminal, without_notify
 from distui.launcher.job.outcome import Outcome
 from distui.launcher.job.plain import follow_plain, say_start
-from distui.launcher.job.provenance import provenance
+from distui.launcher.job.provenance import earlier, provenance
 from distui.launcher.job.request import LaunchRequest
 
 
@@ -105,7 +105,7 @@ def resolve(request: LaunchRequest) -> Config:
     if config.run.device == "cpu":
         hardware = replace(hardware, gpus_per_node=())
     config = decided(config, hardware)
-    by_hosts = bool(config.cluster.hosts or config.cluster.hostfile or config.cluster.starter == "slurm")
+    by_hosts = bool(config.cluster.hosts or config.cluster.hostfile or config.cluster.starter in ("slurm", "ray"))
     check_tasks(os.environ, starts_nodes=by_hosts, by_hand=config.cluster.nodes > 1 and not by_hosts)
     if by_hosts:
         hosts = hosts_of(request, config)
@@ -147,6 +147,8 @@ def hosts_of(request: LaunchRequest, config: Config) -> list[Host]:
     listed, is_told = cluster.hosts, load(request.config_path, request.overrides).origins["cluster.nodes"] != "default"
     if not listed and not cluster.hostfile and (found_job := allocation(os.environ)) is not None:
         listed = as_hosts(found_job, cluster.nodes if is_told else 0, cluster.nproc, cluster.min_nodes)
+    if not listed and not cluster.hostfile and cluster.starter == "ray":
+        listed = ",".join(f"ray{number}" for number in range(cluster.nodes + cluster.spare_nodes))
     found = choose_hosts(listed, cluster.hostfile, request.include, request.exclude, cluster.nproc)
     if cluster.node_rank or cluster.master_port:
         raise UserError(
@@ -213,6 +215,10 @@ def create_run(request: LaunchRequest, config: Config) -> RunFolder:
         "planned_memory_bytes": planned_of(config),
         "provenance": provenance(Path.cwd(), load(request.config_path, request.overrides).origins),
     }
+    if job_id := os.environ.get("SLURM_JOB_ID", "") if cluster.starter == "slurm" else "":
+        spec["slurm_job"] = job_id
+    if (before := earlier(config, run.path.parent, job_id)) is not None:
+        spec["earlier"] = before
     if cluster.max_restarts:
         spec["max_restarts"] = cluster.max_restarts
     if cluster.hosts:

@@ -44,7 +44,7 @@ def say_start(run: RunFolder, config: Config) -> None:
     ranks = f"{world} rank{'s' if world > 1 else ''}"
     nodes = f" on {spec['num_nodes']} nodes" if spec["num_nodes"] > 1 else ""
     say(f"run {run.run_id}: {ranks}{nodes}, {spec['strategy']}; logs in {run.logs}")
-    if config.cluster.max_restarts and not config.checkpoint.every_steps:
+    if config.cluster.max_restarts and not (config.checkpoint.every_steps or config.checkpoint.memory_every_steps):
         say("a restart begins from the beginning: checkpoint.every_steps is 0, so that nothing is saved by itself")
 
 

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,8 @@ class JobProcess:
     pid: int
     session: int
     rank: int | None
+    agent: int | None = None
+    """The process that started the rank, as far as the environment tells."""
 
 
 def _read_stat(pid: int) -> tuple[str, int]:
@@ -127,9 +129,23 @@ def job_processes(run: RunFolder) -> list[JobProcess]:
             continue  # it ended meanwhile, or is another user's
         if mark not in environ and session not in sessions:
             continue
-        rank = next((item[5:] for item in environ if item.startswith(b"RANK=")), b"")
-        found.append(JobProcess(pid, session, int(rank) if rank.isdigit() else None))
+        rank, agent = _number(environ, "RANK"), _number(environ, AGENT_PID_ENV)
+        found.append(JobProcess(pid, session, rank, agent))
     return found
+
+
+def _number(environ: list[bytes], name: str) -> int | None:
+    prefix = f"{name}=".encode()
+    text = next((item[len(prefix) :] for item in environ if item.startswith(prefix)), b"")
+    return int(text) if text.isdigit() else None
+
+
+def own_processes(run: RunFolder) -> list[JobProcess]:
+    """Return the processes of `run` on this node, but for those of other agents: several "hosts" may be one machine."""
+    found = job_processes(run)
+    agents = {process.pid: process.agent for process in found}
+    mine = (None, os.getpid())
+    return [one for one in found if (one.agent or agents.get(one.session)) in mine]
 
 
 def signal_all(pids: Iterable[int], signum: signal.Signals) -> None:
@@ -141,14 +157,16 @@ def signal_all(pids: Iterable[int], signum: signal.Signals) -> None:
             continue
 
 
-def kill_job(run: RunFolder, within_s: float = 1.0) -> None:
-    """SIGKILL every process of a job until none is found, for at most `within_s`.
+def kill_job(
+    run: RunFolder, within_s: float = 1.0, found: Callable[[RunFolder], list[JobProcess]] = job_processes
+) -> None:
+    """SIGKILL every process of a job that is `found` until none is, for at most `within_s`.
 
     What forks while it is being killed is found by the next look. A process in uninterruptible sleep dies when the
     kernel lets go of it; it is not waited for longer.
     """
     deadline = time.monotonic() + within_s
-    while pids := [process.pid for process in job_processes(run)]:
+    while pids := [process.pid for process in found(run)]:
         handles = []
         for pid in pids:
             try:

@@ -1,15 +1,21 @@
-"""Where a run comes from: host, versions, folder, commit, and where each setting that is no default was set."""
+"""Where a run comes from: host, versions, folder, commit, where each setting that is no default was set, which run."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from distui.core.config.schema import Config
+from distui.core.errors import DistuiError
+from distui.core.paths import RunFolder, is_run_id, read_json
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 GIT_S = 2.0
@@ -32,6 +38,52 @@ def provenance(folder: Path, origins: Mapping[str, str]) -> dict[str, object]:
         "git": git_state(folder),
         "origins": {key: origin for key, origin in origins.items() if origin != "default"},
     }
+
+
+def earlier(config: Config, runs: Path, slurm_job: str) -> dict[str, object] | None:
+    """Return what run.json keeps of the run in folder `runs` that this one goes on from; None where it begins anew.
+
+    It is the one that saved the newest checkpoint of `checkpoint.dir`, or the last one of the same Slurm job. Its
+    account of time and restarts goes on in this one.
+    """
+    if config.checkpoint.resume != "always" or not config.telemetry.enabled:
+        return None
+    known = _saved_by(config) or _of_slurm_job(runs, slurm_job)
+    run = RunFolder(runs / known) if is_run_id(known) else None
+    if run is None or read_json(run.spec) is None:
+        return None
+    from distui.launcher.job.daemon_client import snapshot_of
+
+    try:
+        found = snapshot_of(run)
+    except (DistuiError, OSError) as error:  # this run's own account is then all there is
+        print(f"distui: what {known} took is not known: {error}", file=sys.stderr)
+        return None
+    if found.run.state not in ("failed", "stopped") or not found.HasField("effort"):
+        return None
+    seen_s = max((rank.last_seen_s for rank in found.ranks), default=found.run.started_s)  # it may have told nobody
+    return {
+        "run": known,
+        "effort": {field.name: getattr(found.effort, field.name) for field in found.effort.DESCRIPTOR.fields},
+        "ended_s": found.run.finished_s if found.run.HasField("finished_s") else seen_s,
+        "step": max((rank.step for rank in found.ranks), default=0),
+        "restarts": found.run.restarts + 1,
+    }
+
+
+def _saved_by(config: Config) -> str:
+    newest: tuple[float, str] = (0.0, "")
+    for path in Path(config.checkpoint.dir).glob("step_*/manifest.json") if config.checkpoint.dir else ():
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            newest = max(newest, (float(manifest["saved_at_s"]), str(manifest["run"])))
+    return newest[1]
+
+
+def _of_slurm_job(runs: Path, job: str) -> str:
+    specs = [(run, read_json(run.spec) or {}) for run in map(RunFolder, runs.glob("*"))] if job else []
+    of_job = [(float(spec["started_s"]), run.run_id) for run, spec in specs if spec.get("slurm_job") == job]
+    return max(of_job, default=(0.0, ""))[1]
 
 
 def git_state(folder: Path) -> dict[str, object]:

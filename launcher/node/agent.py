@@ -7,16 +7,19 @@ have ended, and writes outcome.json first, so that a run has an outcome even whe
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distui.core.config.schema import ClusterSection
+from distui.core.config.schema import ClusterSection, Config
 from distui.core.errors import EXIT_BUG, EXIT_OK, EXIT_PREEMPTED, EXIT_RANK_FAILED
 from distui.core.paths import JOB_ENV, RunFolder
 from distui.launcher.job.console import CONSOLE_ENV
@@ -29,6 +32,7 @@ from distui.launcher.job.processes import (
     request_preemption,
     stop_requested,
 )
+from distui.launcher.memory.keeper import Keeper
 from distui.launcher.node.peers import Peers
 from distui.launcher.node.ranks import STOP_SIGNALS, Place, Ranks, listen
 from distui.launcher.node.restarts import Restarts, newest_checkpoint, restart_words, say_notice
@@ -46,6 +50,7 @@ def main() -> None:
         print(f"outcome.json cannot be written: {error}")
     sys.stdout.flush()
     sys.stderr.flush()
+    atexit._run_exitfuncs()
     os._exit(outcome.exit_status)  # the store's threads may hold the interpreter back
 
 
@@ -66,7 +71,11 @@ def run_job(run: RunFolder, command: Sequence[str]) -> Outcome:
     console = os.environ.pop(CONSOLE_ENV, "")
     os.environ.setdefault("OMP_NUM_THREADS", str(cluster.threads_per_rank or 1))
     restarts = Restarts(cluster.max_restarts)
+    keeper = _keeper(config)
     while True:
+        kept = keeper.newest() if keeper is not None else None
+        if keeper is not None:
+            os.environ.update(keeper.begin(range(cluster.nproc), kept[0] if kept else ""))
         restarts.ready(run, cluster.nproc)
         outcome = _run_attempt(run, cluster, command, console, restarts.attempt)
         outcome.restarts = restarts.attempt
@@ -80,7 +89,18 @@ def run_job(run: RunFolder, command: Sequence[str]) -> Outcome:
             return outcome
         restarts.begin(run, outcome, step, cluster.nproc)
         newest = newest_checkpoint(run, config.checkpoint)
-        say_notice(run, restart_words(outcome, restarts, newest))
+        kept = keeper.newest() if keeper is not None else None
+        say_notice(run, restart_words(outcome, restarts, newest, kept[1] if kept else None))
+
+
+def _keeper(config: Config) -> Keeper | None:
+    """Return what keeps the ranks' saves in memory; None where none are made."""
+    if not config.checkpoint.memory_every_steps or not config.cluster.max_restarts:
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="distui-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    keeper = Keeper(folder / "memory", lambda save, kept: keeper.settle(save))
+    return keeper
 
 
 def _run_attempt(

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from distui.launcher.job.processes import die_with_parent
+
 FRAME = struct.Struct("!cI")
 MAX_FRAME_BYTES = 64 << 20
 RETRY_S = 1.0
@@ -171,7 +173,8 @@ def call(where: str, name: str, token: bytes, certificate: bytes) -> int:
             path = Path(folder) / file
             path.touch(0o600)
             path.write_bytes(data)
-        command = [sys.executable, "-m", "distui.launcher.node.caller", where, name, folder]
+        # Bound to this process: whoever ends it, or its node, means the agent too.
+        command = [sys.executable, "-m", "distui.launcher.node.caller", where, name, folder, str(os.getpid())]
         process = subprocess.Popen(command)
         try:
             return process.wait()
@@ -181,7 +184,9 @@ def call(where: str, name: str, token: bytes, certificate: bytes) -> int:
 
 def main() -> None:
     """Call until told to leave."""
-    address, name, folder = sys.argv[1:4]
+    address, name, folder, *parent = sys.argv[1:]
+    if parent:
+        die_with_parent(int(parent[0]), signal.SIGKILL)
     caller = Caller(address, name, Path(folder))
     signal.signal(signal.SIGTERM, caller.on_signal)
     sys.exit(caller.run())

@@ -51,6 +51,8 @@ class Hello:
     address: str = ""
     """By which the other hosts reach it."""
     interface: str = ""
+    keeps_at: str = ""
+    """HOST:PORT where its agent keeps saves in memory for others; "" where none are kept."""
     shares_folder: bool = False
     """Whether the run's folder is the launching side's own, on a shared disk."""
     sees_checkpoints: bool = True

@@ -19,19 +19,30 @@ import tempfile
 import threading
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from distui.core.errors import EXIT_BUG, EXIT_OK
 from distui.core.paths import JOB_ENV, RunFolder, read_own, remove_own, write_own
 from distui.launcher.job.outcome import Ending, last_step, read_rank_error
-from distui.launcher.job.processes import AGENT_PID_ENV, give_way, kill_job, request_preemption, stop_requested
+from distui.launcher.job.processes import (
+    AGENT_PID_ENV,
+    give_way,
+    kill_job,
+    own_processes,
+    request_preemption,
+    stop_requested,
+)
 from distui.launcher.node.facts import Hello, addresses, gather, interface_of, source_address
 from distui.launcher.node.feed import FileFeed
 from distui.launcher.node.link import Link
 from distui.launcher.node.ranks import BACKLOG, STOP_SIGNALS, Place, Ranks
 from distui.launcher.node.roller import Roller
 from distui.proto import cluster_pb2 as pb
+
+if TYPE_CHECKING:
+    from distui.launcher.memory.copies import HostMemory
 
 FEED_S = 0.3
 SHORT = "/tmp"
@@ -57,6 +68,9 @@ class Member:
         self._runtime = Path(tempfile.mkdtemp(prefix="distui-", dir=SHORT if os.access(SHORT, os.W_OK) else None))
         self._roller = Roller(self._runtime / "roll", self._runtime)
         self._hello = self._gather()
+        self._memory: HostMemory | None = None
+        if spec["memory"]:
+            self._keep_in_memory(spec["memory"])
         self._feed = FileFeed(self._run, lambda piece: self._link.say(pb.AgentSays(file=piece)))
         self._link = Link(
             spec["address"],
@@ -106,6 +120,16 @@ class Member:
             }
         )
 
+    def _keep_in_memory(self, secrets: dict[str, str]) -> None:
+        from distui.launcher.memory.copies import HostMemory
+
+        self._memory = HostMemory(self._runtime / "memory", secrets, lambda told: self._link.say(told))
+        try:
+            self._hello = replace(self._hello, keeps_at=self._memory.open(self._hello.address))
+        except OSError as error:
+            what, fix = "no port for checkpoints in memory", "--set cluster.interface=..., or memory_every_steps=0"
+            self._hello.problems.append([what, str(error), fix])
+
     def run(self) -> NoReturn:
         """Do what the supervisor says until it says that this is all."""
         self._take_signals()
@@ -117,7 +141,9 @@ class Member:
                 if not self._is_ending:
                     self._run_attempt(work)
                 continue
-            kill_job(self._run)
+            kill_job(self._run, found=own_processes)
+            if work.forgets_preemption:
+                self._run.preempt.unlink(missing_ok=True)
             self._is_ending = work.leave
             self._feed.take()
             self._link.say(pb.AgentSays(done=pb.Done(attempt=self._attempt, swept=True)))
@@ -127,7 +153,7 @@ class Member:
 
     def die(self, why: str) -> NoReturn:
         """End this host's part at once: nobody is left to say how. From any thread."""
-        kill_job(self._run)
+        kill_job(self._run, found=own_processes)
         with contextlib.suppress(OSError):  # nobody reads it any more
             print(f"distui: {why}; the ranks of this host were ended", flush=True)
         self._leave(EXIT_BUG)
@@ -163,6 +189,8 @@ class Member:
             self._work.put(said.end)
         elif body == "preempt":
             request_preemption(self._run)
+        elif body == "settled" and self._memory is not None:
+            self._memory.keeper.settle(said.settled.save)
 
     def _open_daemon(self, asked: pb.OpenDaemon) -> None:
         self._serve_sockets()
@@ -217,6 +245,8 @@ class Member:
             if self._probed is not None:
                 self._probed.close()
             self._set_environment(start)
+            if self._memory is not None:
+                os.environ.update(self._memory.begin(start))
             self._forget_errors(start)
             self._feed.begin(start.first_rank, start.num_ranks, self._hello.shares_folder)
             store, self._store = (self._store, None) if start.node == 0 else (None, None)
@@ -230,17 +260,17 @@ class Member:
             )
             if self._is_ending:
                 os.kill(os.getpid(), signal.SIGTERM)  # it was said before the ranks could hear it
-            ranks.wait(lambda: kill_job(self._run))
+            ranks.wait(lambda: kill_job(self._run, found=own_processes))
             if ranks.stopped_by is not None and not self._is_ending:
                 done.stopped = "control" if stop_requested(self._run) else ranks.stopped_by.name
             if ranks.stopped_by is not None or any(ending.bad for ending in ranks.endings.values()):
-                kill_job(self._run)
+                kill_job(self._run, found=own_processes)
             self._take_signals()
             ranks.close()
         except Exception as error:  # noqa: BLE001  the supervisor must hear of it, whatever it was
             traceback.print_exc()
             done.problem = f"{type(error).__name__}: {error}"
-            kill_job(self._run)
+            kill_job(self._run, found=own_processes)
         self._ranks = None
         self._feed.take()
         self._link.say(pb.AgentSays(done=done))

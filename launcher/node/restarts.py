@@ -26,6 +26,8 @@ class Restarts:
 
     max_restarts: int
     attempt: int = 0
+    failures: int = 0
+    """How many of the attempts before were failures: growing is none."""
     told: list[dict[str, Any]] = field(default_factory=list)
     _best_step: int = -1
     _standstills: int = 0
@@ -34,7 +36,7 @@ class Restarts:
         """Return "" where the job is to be started again, else why it is not; `step` is the last that was done."""
         if outcome.state != "failed" or outcome.exit_status != EXIT_RANK_FAILED or not self.max_restarts:
             return "no restart was asked for"
-        if self.attempt >= self.max_restarts:
+        if self.failures >= self.max_restarts:
             return f"max_restarts={self.max_restarts} allows no more"
         reached = step if step is not None else 0
         if reached > self._best_step:
@@ -49,6 +51,7 @@ class Restarts:
         """Put away what told of the failed attempt, and note it; `places` is the number of ranks."""
         put_away(run, self.attempt, places)
         self.attempt += 1
+        self.failures += outcome.state == "failed"
         why = outcome.message or "failed"
         self.told.append({"attempt": self.attempt, "time_s": time.time(), "step": step, "cause": why})
         self._write(run)
@@ -101,9 +104,11 @@ def checkpoints_of(run: RunFolder, chosen: str) -> Path:
     return Path(chosen) if chosen else run.path / "checkpoints"
 
 
-def restart_words(outcome: Outcome, restarts: Restarts, checkpoint: int | None) -> str:
-    """Return the line that tells of a restart."""
+def restart_words(outcome: Outcome, restarts: Restarts, checkpoint: int | None, in_memory: int | None = None) -> str:
+    """Return the line that tells of a restart, with the steps of the newest checkpoints on disk and in memory."""
     start = "from the beginning, for there is no checkpoint"
-    if checkpoint is not None:
+    if in_memory is not None and in_memory >= (checkpoint or 0):
+        start = f"from the checkpoint of step {in_memory} in memory"
+    elif checkpoint is not None:
         start = f"from the checkpoint of step {checkpoint}"
-    return f"{outcome.message}; restart {restarts.attempt} of {restarts.max_restarts}, {start}"
+    return f"{outcome.message}; restart {restarts.failures} of {restarts.max_restarts}, {start}"

@@ -32,7 +32,7 @@ class FadingStarter(LocalStarter):
 '''
 SCRIPT = '''
 """Trains with accumulation; the agent of a host is killed, and the host is off from then on."""
-import json, os, signal, sys
+import json, os, signal, sys, time
 import torch
 import distui
 
@@ -47,7 +47,7 @@ loader = torch.utils.data.DataLoader(data, 2, shuffle=True, generator=torch.Gene
 model, optimizer, loader = engine.prepare(model, optimizer, loader)
 print(f"rank {engine.process_index} of {engine.num_processes}, attempt {attempt}", flush=True)
 with open(f"{options['out']}-{engine.process_index}.jsonl", "a") as out:
-    for epoch in range(3):
+    for epoch in range(options.get("epochs", 3)):
         for (batch,) in loader:
             with engine.accumulate(model):
                 engine.backward((model(batch) - 1).square().mean())
@@ -58,6 +58,12 @@ with open(f"{options['out']}-{engine.process_index}.jsonl", "a") as out:
             step, weights = engine.clock.step, sum(p.detach().double().sum().item() for p in model.parameters())
             out.write(json.dumps({"step": step, "weights": weights, "ranks": engine.num_processes}) + "\\n")
             out.flush()
+            if "back" in options and attempt == 1:  # until the host is there, and the ranks are told to save
+                if step == 6 and engine.process_index == 0:
+                    os.unlink(f"{options['host']}.off")
+                asked = os.path.join(os.environ["DISTUI_JOB"], "preempt")
+                while step > 6 and engine.process_index == 0 and not os.path.exists(asked):
+                    time.sleep(0.05)
             if attempt == 0 and step == 7 and engine.process_index == options.get("rank"):
                 engine.saver.wait()
                 open(f"{options['host']}.off", "w").close()
@@ -103,6 +109,30 @@ def test_it_goes_on_with_the_hosts_that_are_left(place: Place) -> None:
     assert "rank 0 of 3, attempt 0" in log and "rank 0 of 2, attempt 1" in log, "both hosts' words are kept"
     status = json.loads(place.distui("status", run.run_id, "--json").stdout)
     assert [rank["step"] for rank in status["ranks"]] == [15, 15] and status["state"] == "finished"
+
+
+def test_it_grows_again_once_the_host_is_back(place: Place) -> None:
+    plug_in(place)
+    words = launch(place, "grown", rank=0, host="a", back=True, epochs=8)
+    words = ("--set", "cluster.retry_s=0.5", *words)
+    done = place.distui("launch", "--hosts", "a:1,b:1,c:1", "--nodes", "2:3", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on with 2 of 3 hosts (b, c), 2 ranks" in done.stderr
+    assert "a is back" in done.stderr and "a can take part: the ranks save" in done.stderr
+    assert "going on with 3 of 3 hosts (a, b, c), 3 ranks, from the checkpoint of step" in done.stderr, done.stderr
+    assert "restart 1 of 2" in done.stderr and "restart 2 of 2" not in done.stderr, "growing is no failure"
+    steps = place.steps("grown", 0)
+    counts = [one["ranks"] for one in steps]
+    shrunk = counts.index(2)
+    assert counts == [3] * 7 + [2] * counts.count(2) + [3] * (len(counts) - 7 - counts.count(2)) and counts[-1] == 3
+    grown = counts.index(3, shrunk)
+    assert [one["step"] for one in steps[grown - 1 :]] == list(range(steps[grown - 1]["step"], 41)), "no step is lost"
+    whole = place.distui("launch", "--nproc", "1", *launch(place, "one", epochs=8))
+    assert whole.returncode == 0, whole.stderr
+    last = {one["step"]: one["weights"] for one in steps}
+    assert last == pytest.approx({one["step"]: one["weights"] for one in place.steps("one", 0)}, abs=1e-5)
+    (run, _) = place.runs()
+    assert not run.preempt.exists(), "what the ranks saved for was no end"
 
 
 def elastic(least: int, **batch: int) -> Config:

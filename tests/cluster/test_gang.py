@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
+from distui.core.config.schema import Config
 from distui.core.errors import Problem
+from distui.core.paths import RunFolder
+from distui.launcher.cluster.crew import Crew
 from distui.launcher.cluster.gang import REFUSE_S, Gang
 from distui.launcher.cluster.hosts import Host
+from distui.launcher.cluster.starters.local import LocalStarter
 from distui.launcher.node.link import DEAD_S
 from tests.cluster.test_hello import HERE
 
@@ -82,3 +89,32 @@ def test_where_nobody_answers_the_link_of_this_host_is_named() -> None:
         gang.joined(node, HERE)
     clock.now_s += DEAD_S + 1
     assert all("look at the link of this one" in member.lost for member in gang.lose_silent())
+
+
+def test_an_agent_that_is_lost_while_others_are_awaited_is_started_again(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    config = Config.model_validate({"cluster": {"hosts": "a:1,b:1", "starter": "local"}})
+    hosts = [Host("a", 1), Host("b", 1)]
+    run.config.write_text("")
+    run.spec.write_text("{}")
+    told: list[str] = []
+
+    async def meet() -> None:
+        crew = Crew(run, config, hosts, LocalStarter(config.cluster), ["-m", "x"], None, lambda node, said: None)
+        try:
+            await crew.open()
+            crew.start(1)
+            while not crew.gang.members[1].here:
+                await crew.something(60.0)
+            crew._processes[1].kill()
+            while crew.gang.members[1].here:
+                await crew.something(60.0)
+            await crew.meet([0], told.append, lambda: False)
+            assert crew.gang.all_here() and crew.gang.members[1].losses == 1
+        finally:
+            await crew.leave(5.0)
+
+    asyncio.run(meet())
+    assert told[0].startswith("b its agent, or its session, has ended"), told
+    assert told[0].endswith("its agent is started again")

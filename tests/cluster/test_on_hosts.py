@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,12 @@ def hosts(made: Hosts) -> Iterator[Hosts]:
         path.unlink()
 
 
+def need(tool: str) -> None:
+    """Skip the test where a tool that its fault is made by is not installed."""
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+
+
 LONG = json.dumps({"out": "long", "epochs": 5000, "pause_s": 0.05})
 
 
@@ -171,12 +178,14 @@ def test_the_end_of_the_supervisor_is_the_end_of_all(how: str, hosts: Hosts) -> 
 
 def _drop(hosts: Hosts) -> Callable[[], object]:
     host = hosts.hosts[1]
+    need("iptables")
     host.run("iptables", "-A", "OUTPUT", "-p", "tcp", "--syn", "-d", hosts.hosts[0].address, "-j", "DROP")
     return lambda: host.run("iptables", "-F")
 
 
 def _drop_ranks(hosts: Hosts) -> Callable[[], object]:
     host = hosts.hosts[1]
+    need("iptables")
     host.run("iptables", "-A", "INPUT", "-p", "tcp", "--syn", "-s", hosts.hosts[2].address, "-j", "DROP")
     return lambda: host.run("iptables", "-F")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from distui.core.checkpoint import folder as folders
 from distui.core.checkpoint.formats.format1 import Checkpoint1
+from distui.core.checkpoint.memory import MemoryCheckpoint, folder_in_memory
 from distui.core.checkpoint.reading import Checkpoint
 
 
@@ -16,6 +17,8 @@ def open_checkpoint(target: Path) -> Checkpoint:
     """
     source = folders.find(target)
     manifest = folders.read_manifest(source)
+    if source == folder_in_memory():
+        return MemoryCheckpoint(source, manifest)
     if manifest["format"] == 1:
         return Checkpoint1(source, manifest)
     return Checkpoint(source, manifest)

@@ -80,3 +80,20 @@ def test_clocks_that_disagree_give_no_negative_time() -> None:
     effort.ready(79.0)
     train(effort, 1, 5, 60.0)
     assert all(value.expected >= 0 for value in lost(effort, 100.0, 200.0).values())  # type: ignore[attr-defined]
+
+
+def test_a_run_that_goes_on_from_another_goes_on_with_its_account() -> None:
+    first = Effort()
+    first.begin(100.0)
+    train(first, 1, 20, 110.0)  # saved at 20, and given way at 134
+    told = first.told(100.0, 134.0, was_cut=True)
+    assert told is not None and (told.start_s, told.notice_s) == (10.0, 4.0)
+    numbers = {field.name: getattr(told, field.name) for field in told.DESCRIPTOR.fields}
+    second = Effort({"effort": numbers, "ended_s": 134.0, "step": 20, "restarts": 1})
+    second.begin(254.0)  # Slurm had it wait for two minutes
+    end_s = train(second, 19, 30, 262.0)  # 19 and 20 once more
+    parts = {"start": 10.0, "notice": 4.0, "waiting": 120.0, "restart": 8.0, "replay": 2.0}
+    assert lost(second, 254.0, end_s) == parts
+    told = second.told(254.0, end_s)
+    assert told is not None and told.wall_s == pytest.approx(end_s - 100.0)
+    assert told.effective == pytest.approx(30 / (end_s - 100.0)), "30 steps of a second"
