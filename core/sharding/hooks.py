@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from distui.core.sharding.units.guarded import GRAD, place_of
 
@@ -66,8 +66,10 @@ class ClearingGradients:
 
 
 def unseen_by_modes() -> AbstractContextManager[Any]:
-    """Have no dispatch mode of the script's (a selective checkpoint, a counter) see what is done inside."""
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+    """Have a selective checkpoint, which keeps what operations give to give it again, not see what is done inside."""
+    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else ()
+    is_kept = any(type(mode).__module__ == "torch.utils.checkpoint" for mode in modes)
+    return _disable_current_modes() if is_kept else nullcontext()
 
 
 def route_saving() -> None:
