@@ -1,11 +1,14 @@
-"""What axes inside a model cost: pipelines beside their tables and torch's, tensor parallelism beside bare code.
+"""What axes cost: pipelines beside their tables and torch's, tensor parallelism, sharding and experts beside bare code.
 
     python benchmarks/parallel.py --rounds 7
 
 Two ranks of one thread each, over gloo. All variants are in the same processes, and their steps take turns, so that
 drift hits all alike. `bubble` is the share of both ranks' time that the blocks' own work, run by both at once without a
 pipeline, does not account for; beside it stands what the schedule's table says. For tensor parallelism `bare` is what
-one would write by hand: local matrix products, and one all-reduce behind each pair in forward and in backward.
+one would write by hand: local matrix products, and one all-reduce behind each pair in forward and in backward. Sharded
+states (stage 3) stand beside FSDP2, and experts over ranks beside the same mixture with all experts on both ranks, once
+with tokens spread evenly and once with all of them going to one rank. So what torchtitan is made of is there: DTensor's
+styles, torch.distributed.pipelining, fully_shard. DeepSpeed's parts are not.
 """
 
 from __future__ import annotations
@@ -209,19 +212,74 @@ def tensor_of_torch(options: argparse.Namespace, batch: torch.Tensor) -> Run:
     return run
 
 
-def measured(runs: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Return each run's median seconds, of the rank that took longest; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+def sharded_of_ours(options: argparse.Namespace, batch: torch.Tensor) -> Run:
+    """Return a step whose parameters and gradients lie over both ranks, a batch of its own on each."""
+    engine = distui.Engine(strategy={"zero_stage": 3})
+    model = build(options)
+    model, optimizer = engine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+
+    def run() -> None:
+        engine.backward(model(batch))
+        optimizer.step()  # after it parameters are gathered anew
+        optimizer.zero_grad()
+
+    return run
+
+
+def sharded_of_torch(options: argparse.Namespace, batch: torch.Tensor) -> Run:
+    """Return the same by FSDP2."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = build(options), init_device_mesh("cpu", (2,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def run() -> None:
+        model(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def experts(options: argparse.Namespace, batch: torch.Tensor, over: int, uneven: bool) -> Run:
+    """Return a step of a row of mixtures, whose experts are over so many ranks; `uneven` sends all tokens to one."""
+    engine = distui.Engine(strategy={"expert_parallel": over})
+    torch.manual_seed(0)
+    model = Stack(0, options.dim)
+    for _ in range(options.blocks // 2):
+        mixture = distui.MoE(options.dim, 2 * options.dim, 8, top_k=2, balance_rate=0.0)
+        mixture.bias[:4] += 1e3 * uneven  # of the first rank
+        model.blocks.append(mixture)
+    prepared, optimizer = engine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+
+    def run() -> None:
+        engine.backward(prepared(batch))
+        optimizer.zero_grad()
+
+    return run
+
+
+def measured(runs: dict[str, Run], rounds: int) -> dict[str, tuple[float, float]]:
+    """Return median seconds of each run, which take turns, of the slower rank: on the clock, and of its CPU."""
+    times: dict[str, list[list[float]]] = {name: [] for name in runs}
     for number in range(rounds + 2):
         for name, run in runs.items():
             dist.barrier()
-            begin = time.perf_counter()
+            begin, worked = time.perf_counter(), time.process_time()
             run()
-            taken = torch.tensor(time.perf_counter() - begin)
+            taken = torch.tensor([time.perf_counter() - begin, time.process_time() - worked])
             dist.all_reduce(taken, op=dist.ReduceOp.MAX)
             if number >= 2:
-                times[name].append(float(taken))
-    return {name: statistics.median(found) for name, found in times.items()}
+                times[name].append(taken.tolist())
+    return {name: (_median(found, 0), _median(found, 1)) for name, found in times.items()}
+
+
+def _median(found: list[list[float]], column: int) -> float:
+    return statistics.median(row[column] for row in found)
 
 
 def worker(rank: int, port: int, options: argparse.Namespace) -> None:
@@ -250,19 +308,39 @@ def worker(rank: int, port: int, options: argparse.Namespace) -> None:
             },
             4 * options.rounds,
         )
+        shared = measured(
+            {"distui stage 3": sharded_of_ours(options, few), "torch FSDP2": sharded_of_torch(options, few)},
+            2 * options.rounds,
+        )
+        routed = measured(
+            {
+                "all experts on each rank": experts(options, few, 1, False),
+                "experts over ranks": experts(options, few, 2, False),
+                "all tokens to one rank": experts(options, few, 2, True),
+            },
+            2 * options.rounds,
+        )
     if rank == 0:
-        report = {"pipeline": [], "tensor": []}
-        for name, seconds in found.items():
+        report: dict[str, list[dict[str, Any]]] = {"pipeline": []}
+        for name, (seconds, _) in found.items():
             row: dict[str, Any] = {"variant": name, "ms": round(1e3 * seconds, 1)}
             if name != "alone":
                 schedule = name.split()[1]
-                row["bubble"] = round(1.0 - found["alone"] / (2 * seconds), 3)
+                row["bubble"] = round(1.0 - found["alone"][0] / (2 * seconds), 3)
                 row["table"] = round(course(schedule, tables(schedule, 2, options.micro)).bubble, 3)
             report["pipeline"].append(row)
-        for name, seconds in cut.items():
-            report["tensor"].append(
-                {"variant": name, "ms": round(1e3 * seconds, 2), "over_bare": seconds / cut["bare"]}
-            )
+        for kind, times in (("tensor", cut), ("sharded", shared), ("experts", routed)):
+            first = next(iter(times.values()))
+            report[kind] = [
+                {
+                    "variant": name,
+                    "ms": round(1e3 * wall, 2),
+                    "over_first": round(wall / first[0], 3),
+                    "cpu_ms": round(1e3 * worked, 2),
+                    "cpu_over_first": round(worked / first[1], 3),
+                }
+                for name, (wall, worked) in times.items()
+            ]
         print(json.dumps(report) if options.json else _table(report))
     dist.destroy_process_group()
 
@@ -272,8 +350,11 @@ def _table(report: dict[str, list[dict[str, Any]]]) -> str:
     for row in report["pipeline"]:
         more = f"{row['bubble']:10.1%}{row['table']:10.1%}" if "bubble" in row else ""
         lines.append(f"{row['variant']:24}{row['ms']:10.1f}{more}")
-    lines.append(f"{'tensor parallel, 2 ranks':24}{'ms':>10}{'over bare':>10}")
-    lines += [f"{row['variant']:24}{row['ms']:10.2f}{row['over_bare']:10.2f}" for row in report["tensor"]]
+    for kind in ("tensor", "sharded", "experts"):
+        lines.append(f"{f'{kind}, 2 ranks':24}{'ms':>10}{'over first':>12}{'CPU ms':>10}{'over first':>12}")
+        for row in report[kind]:
+            clock = f"{row['ms']:10.2f}{row['over_first']:12.2f}"
+            lines.append(f"{row['variant']:24}{clock}{row['cpu_ms']:10.2f}{row['cpu_over_first']:12.2f}")
     return "\n".join(lines)
 
 
