@@ -114,7 +114,14 @@ class Keeper:
             kept.settled.set()
 
     def take_copy(self, save: str, step: int, world_size: int, files: dict[str, int]) -> None:
-        """Keep another host's files of a save; they are this object's from now on."""
+        """Keep files of a save, another host's too; they are this object's from now on.
+
+        Raises: ValueError for names that lead elsewhere.
+        """
+        if not all(map(_NAME.fullmatch, [save, *files])):
+            for descriptor in files.values():
+                os.close(descriptor)
+            raise ValueError("names that lead elsewhere")
         with self._lock:
             kept = self._saves.setdefault(save, Kept(step, world_size))
             for name, descriptor in files.items():
@@ -164,10 +171,6 @@ class Keeper:
 
     def _keep(self, save: str, step: int, rank: int, num_ranks: int, files: dict[str, int]) -> str:
         """Take a rank's files, and wait until the save is whole everywhere; return what was in the way of that."""
-        if not _NAME.fullmatch(save) or not all(map(_NAME.fullmatch, files)):
-            for descriptor in files.values():
-                os.close(descriptor)
-            raise ValueError("names that lead elsewhere")
         self.take_copy(save, step, num_ranks, files)
         with self._lock:
             kept = self._saves[save]

@@ -76,6 +76,8 @@ def test_a_save_is_there_once_all_ranks_have_handed_over(keeper: Keeper, monkeyp
         Agent(socket).ask(want="rank00007.bin")
     with pytest.raises(OSError, match="leads elsewhere"):
         Agent(socket).ask(want="../evil")
+    with pytest.raises(ValueError, match="lead elsewhere"):
+        keeper.take_copy("old", 5, 2, {"../evil": memory_file(b"")})
     keeper.begin([0, 1])
     assert keeper.newest() is None and not folder.exists()
 
