@@ -111,6 +111,7 @@ def test_it_goes_on_with_the_hosts_that_are_left(place: Place) -> None:
     assert [rank["step"] for rank in status["ranks"]] == [15, 15] and status["state"] == "finished"
 
 
+@pytest.mark.cluster
 def test_it_grows_again_once_the_host_is_back(place: Place) -> None:
     plug_in(place)
     words = launch(place, "grown", rank=0, host="a", back=True, epochs=8)
