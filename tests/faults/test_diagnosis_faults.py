@@ -7,11 +7,16 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+import pytest
+
 from distui.core.paths import daemon_socket
 from distui.core.telemetry.ledger import LedgerReader
 from distui.daemon.diagnosis.deaths import oom_killed
 from distui.daemon.diagnosis.observe import this_node
+from distui.daemon.diagnosis.verdicts import CPU_FULL_S
 from distui.daemon.runs.snapshot import snapshot_json
+from distui.daemon.runs.state import CPU_FULL
+from distui.daemon.runs.store import read_batches
 from distui.launcher.job.daemon_client import execute
 from distui.proto import telemetry_pb2 as pb
 
@@ -122,9 +127,16 @@ def test_a_learner_is_no_straggler_and_a_slow_actor_is(jobs: Jobs) -> None:
 
 
 def test_a_slow_link(jobs: Jobs) -> None:
-    found, _ = jobs.verdict("slow_link")
-    assert (found.kind, found.group, found.collective) == ("slow_link", "world", "all_reduce")
-    assert "524,288 bytes" in found.message
+    run = jobs.run("slow_link")
+    try:
+        event = jobs.event("slow_link", "slow_link", "0,1,2")  # after a minute that is what the link usually is
+    except AssertionError:
+        hardware = [one.hardware for batch in read_batches(run) for one in batch.records if one.HasField("hardware")]
+        if sum(one.cpu_percent - one.cpu_nice_percent >= CPU_FULL for one in hardware) > len(hardware) // CPU_FULL_S:
+            pytest.skip("the processors were full again and again: then nothing is said of a link")
+        raise
+    assert (event.attributes["group"], event.attributes["collective"]) == ("world", "all_reduce")
+    assert "524,288 bytes" in event.message
 
 
 def test_a_loader_that_gives_no_batch(jobs: Jobs) -> None:
