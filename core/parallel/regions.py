@@ -75,13 +75,8 @@ class _Split(torch.autograd.Function):
         return _Gather.apply(grad, ctx.total, ctx.group, ctx.dim), None, None
 
 
-class _GatherSummed(torch.autograd.Function):
+class _GatherSummed(_Gather):
     """Joins the ranks' pieces along a dimension; every rank's gradient is a part of a sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, total: int, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _gathered(x, total, group, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
