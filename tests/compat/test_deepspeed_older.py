@@ -179,3 +179,9 @@ def test_names_that_build_torchs_adam_can_be_asked_by_isinstance() -> None:
     assert not isinstance(own, (FusedAdam, DeepSpeedCPUAdam))
     with pytest.raises(NotOffered, match="bias_correction"):
         DeepSpeedCPUAdam(_pair(), bias_correction=False)
+
+
+def test_a_class_that_derives_from_them_is_refused() -> None:
+    for maker in (FusedAdam, DeepSpeedCPUAdam):
+        with pytest.raises(NotOffered, match="its methods would not be called"):
+            type("Mine", (maker,), {"step": lambda self: None})

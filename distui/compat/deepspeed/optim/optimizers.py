@@ -27,6 +27,15 @@ _REFUSED = {
 class _Made(type):
     """The metaclass of names that build torch's own classes: what was built by one is its instance."""
 
+    def __init__(cls, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> None:
+        super().__init__(name, bases, names)
+        if bases:  # what it builds is torch's, without a method of the subclass
+            raise NotOffered(
+                f"{name}, a class of the script's that derives from {bases[0].__name__}, is not offered by distui",
+                "its methods would not be called: torch's own optimizer is built",
+                "derive from torch.optim.AdamW",
+            )
+
     def __instancecheck__(cls, instance: Any) -> bool:
         made = getattr(instance, "inner", None) or instance  # what `initialize` returns stands for it
         return getattr(made, "_made_by", None) is cls
